@@ -1,0 +1,333 @@
+"""MoSForCausalLM: any causal LM of transformers with its head taken off and a mixture of softmaxes in its place."""
+
+import copy
+import dataclasses
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from .configuration_mos import MoSConfig, take_softcap
+from .mos_head import MoSLMHead
+
+logger = logging.get_logger(__name__)
+
+# The Trainer shifts the labels for label smoothing, and pipelines accept a model, only where its class is named here.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["mos"] = "MoSForCausalLM"
+
+
+class HeadlessProjection(nn.Module):
+    """Equivalent to: the identity, in the place of the backbone's vocabulary projection.
+
+    The backbone then returns hidden states where it returned logits. Some architectures read the projection's dtype
+    and bias.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.empty(0, dtype=dtype, device=device), persistent=False)
+        self.bias = None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states
+
+
+class MoSForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal LM whose head is a mixture of softmaxes.
+
+    Equivalent to: `backbone` without its vocabulary projection, then [`MoSLMHead`]. `outputs.logits` are the mixture's
+    natural log-probabilities in fp32: their softmax is the mixture, so generation, sampling and cross-entropy read
+    them rightly. `temperature` acts on the mixture, not on each component.
+
+    Use [`~MoSForCausalLM.from_causal_lm`] to convert a model, `from_pretrained` to load a converted one.
+
+    Args:
+        config ([`MoSConfig`]): the backbone's config and the head's options.
+        backbone (`PreTrainedModel`, *optional*): a causal LM to take apart and keep. `None` makes a new one.
+    """
+
+    config_class = MoSConfig
+    base_model_prefix = "backbone"
+    # The backbone decides, and checks for itself.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = {"lm_head.prior"}
+    _no_split_modules = ["MoSLMHead"]
+
+    def __init__(self, config: MoSConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        if backbone is None:
+            backbone = AutoModelForCausalLM.from_config(config.text_config)
+        config.text_config = backbone.config
+        projection = backbone.get_output_embeddings()
+        behead(backbone, projection)
+        self.backbone = backbone
+        self.lm_head = MoSLMHead(config, decoder=projection)
+        config.decoder_bias = self.lm_head.decoder.bias is not None
+        self._tied_weights_keys = {"lm_head.decoder.weight": f"{self._path_of(self.get_input_embeddings())}.weight"}
+        self._backbone_arguments = frozenset(inspect.signature(backbone.forward).parameters)
+        self.main_input_name = backbone.main_input_name
+        self.post_init()
+
+    def _path_of(self, module: nn.Module) -> str:
+        return next(name for name, candidate in self.named_modules() if candidate is module)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, MoSLMHead):
+            module.reset_parameters()
+        elif module is self.lm_head.decoder:
+            super()._init_weights(module)
+
+    # ---------------------------------------------------------------------------------------------------- conversion
+
+    @classmethod
+    def from_causal_lm(
+        cls, model: "str | PreTrainedModel", *, num_mixtures: int = 4, **kwargs: Any
+    ) -> "MoSForCausalLM":
+        r"""Takes the head off a causal LM and puts a mixture in its place, with not one prediction changed.
+
+        The weights are not copied: a model that is passed in shares its weights with the result, so that training
+        the one trains the other; it keeps its own head and can still be used.
+
+        Args:
+            model (`str` or `PreTrainedModel`):
+                A path or Hub id, as for `AutoModelForCausalLM.from_pretrained`, or a causal LM.
+            num_mixtures (`int`, defaults to 4):
+                K, the number of softmaxes.
+            kwargs:
+                The fields of [`MoSConfig`]; with a path or id also the arguments of
+                `AutoModelForCausalLM.from_pretrained` (`dtype`, `device_map`, `revision`, `trust_remote_code`, ...).
+
+        Raises:
+            ValueError: the model has no vocabulary projection that can be taken off, an option is unknown or out of
+                range, or it would change the model's predictions.
+        """
+        fields = {field.name for field in dataclasses.fields(MoSConfig)} & MoSConfig.__annotations__.keys()
+        options = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
+        if "text_config" in options:
+            raise ValueError("text_config: expected none, it is the model's own config")
+        if isinstance(model, PreTrainedModel):
+            if kwargs:
+                raise ValueError(
+                    f"expected options of MoSConfig ({', '.join(sorted(fields))}), given {sorted(kwargs)}"
+                )
+            if isinstance(model, cls) or getattr(model.config, "model_type", None) == MoSConfig.model_type:
+                raise ValueError(f"model: expected a causal LM with a softmax head, given {type(model).__name__}")
+            backbone = share_weights(model)
+        else:
+            MoSConfig(text_config={"model_type": "llama"}, num_mixtures=num_mixtures, **options)  # fail before loading
+            backbone = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+        projection = output_projection(backbone)
+        config = _config_for(backbone, projection, num_mixtures, options)
+        for module in backbone.modules():
+            module._is_hf_initialized = True  # post_init must not draw its weights again
+        for parameter in backbone.parameters():
+            parameter._is_hf_initialized = True
+        result = cls(config, backbone=backbone)
+        result.generation_config = backbone.generation_config
+        result.name_or_path = config.name_or_path = backbone.name_or_path
+        return result.train(backbone.training)
+
+    # ------------------------------------------------------------------------------------------------------- forward
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        skip_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The backbone's own output object, with the mixture's log-probabilities as `logits`.
+
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs:
+                As the backbone takes them.
+            labels: (batch, sequence), as `input_ids`, -100 where ignored. They are shifted here.
+            logits_to_keep: the number of last positions, or the positions, whose logits are computed. 0 for all.
+            return_dict: `False` returns a tuple.
+            shift_labels: (batch, sequence), labels that are shifted already; they replace `labels`.
+            num_items_in_batch: what the summed loss is divided by. `None`: the number of labels that count.
+            skip_logits: return `logits=None`. `None`: in training mode with labels, as `skip_logits_in_training` says.
+
+        Returns:
+            The backbone's output class: `loss` in nats per token (with a mixture-of-experts backbone's `aux_loss`
+            joined as the backbone does), `logits` (batch, positions, V).
+        """
+        has_labels = labels is not None or shift_labels is not None
+        if skip_logits is None:
+            skip_logits = has_labels and self.training and self.config.skip_logits_in_training
+        arguments = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+        }
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        if "position_ids" not in self._backbone_arguments:
+            arguments.pop("position_ids", None)
+        slices_itself = "logits_to_keep" in self._backbone_arguments and not has_labels
+        if slices_itself:
+            arguments["logits_to_keep"] = logits_to_keep
+        outputs = self.backbone(**arguments, **kwargs, return_dict=True)
+        hidden_states = outputs.logits
+
+        kept = hidden_states if slices_itself else keep_positions(hidden_states, logits_to_keep)
+        loss, logits = None, None
+        if not skip_logits:
+            logits = self.lm_head(kept)
+        if has_labels:
+            targets = shift(labels) if shift_labels is None else shift_labels
+            targets = targets.to(hidden_states.device)
+            reduction = "mean" if num_items_in_batch is None else "sum"
+            loss = self.lm_head(hidden_states, targets=targets, reduction=reduction)
+            if num_items_in_batch is not None:
+                loss = loss / as_count(num_items_in_batch, loss.device)
+            aux_loss = getattr(outputs, "aux_loss", None)
+            if isinstance(aux_loss, Tensor):
+                loss = loss + self.backbone.router_aux_loss_coef * aux_loss.to(loss.device)
+        outputs = dataclasses.replace(outputs, loss=loss, logits=logits)
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        return outputs if return_dict else outputs.to_tuple()
+
+    # ---------------------------------------------------------------------------------------------------- embeddings
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head.decoder = new_embeddings
+
+    def get_decoder(self) -> nn.Module:
+        return self.backbone.get_decoder()
+
+    # ------------------------------------------------------- generation, as the backbone does it (see transformers)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self.backbone.prepare_inputs_for_generation(*args, **kwargs)
+
+    def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        return self.backbone._prepare_model_inputs(*args, **kwargs)
+
+    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        return self.backbone._prepare_cache_for_generation(*args, **kwargs)
+
+    def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self.backbone._update_model_kwargs_for_generation(*args, **kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        self.backbone._validate_model_kwargs(model_kwargs)
+
+    @property
+    def _is_stateful(self) -> bool:
+        return self.backbone._is_stateful
+
+    @property
+    def _can_compile_fullgraph(self) -> bool:
+        return self.backbone._can_compile_fullgraph
+
+    @property
+    def supports_gradient_checkpointing(self) -> bool:
+        return self.backbone.supports_gradient_checkpointing
+
+
+def output_projection(model: PreTrainedModel) -> nn.Linear:
+    """The model's vocabulary projection; ValueError where there is none that can be taken off."""
+    projection = model.get_output_embeddings()
+    if not isinstance(projection, nn.Linear):
+        found = "none" if projection is None else type(projection).__name__
+        raise ValueError(
+            f"model: expected a causal LM whose output embeddings are one nn.Linear, given {type(model).__name__} "
+            f"with {found}"
+        )
+    return projection
+
+
+def behead(backbone: PreTrainedModel, projection: nn.Linear) -> None:
+    """Puts a pass-through where the projection was, and removes what the backbone says of its weights."""
+    path = next(name for name, module in backbone.named_modules() if module is projection)
+    backbone.set_output_embeddings(HeadlessProjection(projection.weight.dtype, projection.weight.device))
+
+    def others(entries: Any) -> Any:
+        if entries is None:
+            return None
+        kept = {key for key in entries if not key.startswith(path)}
+        return {key: entries[key] for key in entries if key in kept} if isinstance(entries, dict) else kept
+
+    for name in ("_tied_weights_keys", "all_tied_weights_keys", "_tp_plan", "_pp_plan"):
+        if getattr(backbone, name, None):
+            setattr(backbone, name, others(getattr(backbone, name)))
+
+
+def share_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the model's modules and configs around the very same parameters and buffers."""
+    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo)
+
+
+def shift(labels: Tensor) -> Tensor:
+    """Labels moved one to the left, so that each position holds the token that it predicts."""
+    return F.pad(labels, (0, 1), value=-100)[..., 1:]
+
+
+def keep_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    return hidden_states[:, logits_to_keep]
+
+
+def as_count(num_items_in_batch: Tensor | int, device: torch.device) -> Tensor:
+    return torch.as_tensor(num_items_in_batch, device=device).clamp(min=1)
+
+
+def _config_for(
+    backbone: PreTrainedModel, projection: nn.Linear, num_mixtures: int, options: dict[str, Any]
+) -> MoSConfig:
+    """The config of the conversion; ValueError where an option would change the model's predictions."""
+    tied = projection.weight is backbone.get_input_embeddings().weight
+    softcap = take_softcap(backbone.config)
+    own = {"tie_word_embeddings": tied, "softcap": softcap, "decoder_bias": projection.bias is not None}
+    for name in ("softcap", "decoder_bias"):
+        if options.get(name) not in (None, own[name]):
+            raise ValueError(f"{name}: expected {own[name]!r}, as the model has it, given {options[name]!r}")
+    if options.get("tie_word_embeddings") and not tied:
+        raise ValueError("tie_word_embeddings: expected False, the model's own head is not tied, given True")
+    given = {name: value for name, value in options.items() if value is not None}
+    config = MoSConfig(text_config=backbone.config, num_mixtures=num_mixtures, **{**own, **given})
+    if config.latent_size not in (None, projection.in_features):
+        raise ValueError(
+            f"latent_size: expected {projection.in_features}, the head's width, given {config.latent_size}"
+        )
+    if config.latent_activation != "identity":
+        logger.warning(
+            f"latent_activation={config.latent_activation!r} changes the model's predictions until it is trained; "
+            "only 'identity' is exact at step 0."
+        )
+    config.dtype = backbone.dtype
+    return config
