@@ -3,13 +3,13 @@
 import copy
 import dataclasses
 import inspect
+import os
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -113,25 +113,29 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         """
         fields = {field.name for field in dataclasses.fields(MoSConfig)} & MoSConfig.__annotations__.keys()
         options = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
+        known_options = f"options of MoSConfig ({', '.join(sorted(fields))})"
         if "text_config" in options:
             raise ValueError("text_config: expected none, it is the model's own config")
         if isinstance(model, PreTrainedModel):
             if kwargs:
-                raise ValueError(
-                    f"expected options of MoSConfig ({', '.join(sorted(fields))}), given {sorted(kwargs)}"
-                )
+                raise ValueError(f"expected {known_options}, given {sorted(kwargs)}")
             if isinstance(model, cls) or getattr(model.config, "model_type", None) == MoSConfig.model_type:
                 raise ValueError(f"model: expected a causal LM with a softmax head, given {type(model).__name__}")
             backbone = share_weights(model)
-        else:
+        elif isinstance(model, (str, os.PathLike)):
             MoSConfig(text_config={"model_type": "llama"}, num_mixtures=num_mixtures, **options)  # fail before loading
-            backbone = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+            try:
+                backbone = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+            except TypeError as error:  # what from_pretrained does not know, it hands to the model's constructor
+                raise ValueError(f"expected {known_options} or of from_pretrained: {error}") from error
+        else:
+            raise ValueError(f"model: expected a path, a Hub id or a causal LM, given {type(model).__name__}")
         projection = output_projection(backbone)
         config = _config_for(backbone, projection, num_mixtures, options)
+        if not config.tie_word_embeddings and projection.weight is backbone.get_input_embeddings().weight:
+            projection.weight = copy.deepcopy(projection.weight)
         for module in backbone.modules():
             module._is_hf_initialized = True  # post_init must not draw its weights again
-        for parameter in backbone.parameters():
-            parameter._is_hf_initialized = True
         result = cls(config, backbone=backbone)
         result.generation_config = backbone.generation_config
         result.name_or_path = config.name_or_path = backbone.name_or_path

@@ -1,0 +1,133 @@
+"""Tiny causal LMs with random weights, and what several tests do with them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MixtralConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from hf_mos import MoSForCausalLM
+
+VOCAB_SIZE = 97
+PAD, BOS, EOS = 0, 1, 2
+
+# Weights are drawn so wide that the most likely token leads by far more than rounding. No token ends a sequence.
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": None,
+    "initializer_range": 0.3,
+}
+ATTENTION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+CONFIGS: dict[str, Any] = {
+    "llama": lambda: LlamaConfig(**COMMON, **ATTENTION, tie_word_embeddings=False),
+    "llama-tied": lambda: LlamaConfig(**COMMON, **ATTENTION, tie_word_embeddings=True),
+    "gpt2": lambda: GPT2Config(
+        **COMMON, n_embd=32, n_layer=2, n_head=4, n_positions=128, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    ),
+    "mamba": lambda: MambaConfig(**COMMON, hidden_size=32, num_hidden_layers=2, state_size=8),
+    "gemma2": lambda: Gemma2Config(
+        **COMMON, **ATTENTION, head_dim=8, query_pre_attn_scalar=8, sliding_window=16, final_logit_softcapping=5.0
+    ),
+    "mixtral": lambda: MixtralConfig(
+        **COMMON, **ATTENTION, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True
+    ),
+}
+BACKBONES = list(CONFIGS)
+WITH_ATTENTION = [name for name in BACKBONES if name != "mamba"]
+
+
+def tiny_causal_lm(name: str = "llama", seed: int = 0, **fields: Any) -> PreTrainedModel:
+    """An untrained causal LM in evaluation mode; the same weights for the same arguments."""
+    config = CONFIGS[name]()
+    for field, value in fields.items():
+        setattr(config, field, value)
+    torch.manual_seed(seed)
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
+
+
+def tiny_mos(name: str = "llama", num_mixtures: int = 3, seed: int = 0, **options: Any) -> MoSForCausalLM:
+    """A tiny causal LM with a mixture whose components differ, as after training."""
+    model = MoSForCausalLM.from_causal_lm(tiny_causal_lm(name, seed), num_mixtures=num_mixtures, **options)
+    part_components(model)
+    return model
+
+
+@torch.no_grad()
+def part_components(model: MoSForCausalLM) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = model.lm_head.latent.weight
+    weight += 0.1 * torch.randn(weight.shape, generator=generator).to(weight)
+
+
+def random_tokens(batch: int = 2, length: int = 12, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB_SIZE, (batch, length), generator=generator)
+
+
+def log_prob_gap(model: PreTrainedModel, other: PreTrainedModel, **inputs: Tensor) -> float:
+    """Largest difference of two models' log-probabilities."""
+    with torch.no_grad():
+        ours, theirs = (m(**inputs).logits.float().log_softmax(-1) for m in (model, other))
+    return float((ours - theirs).abs().max())
+
+
+def greedy(model: PreTrainedModel, input_ids: Tensor, new_tokens: int = 8, **kwargs: Any) -> Tensor:
+    return model.generate(input_ids, max_new_tokens=new_tokens, do_sample=False, **kwargs)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor):
+                self.numel = max(self.numel, value.numel())
+        return result
+
+
+def run_python(code: str, *arguments: Any, cache: Path, without_hf_mos: bool = True) -> str:
+    """Runs code in a fresh process, by default one that cannot import hf_mos, and returns what it printed.
+
+    The process keeps its copies of remote code under `cache`.
+    """
+    prelude = "import sys, warnings\nwarnings.simplefilter('error')\n"
+    if without_hf_mos:
+        prelude += "sys.modules['hf_mos'] = None\n"
+    environment = os.environ | {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(
+        [sys.executable, "-c", prelude + code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+        cwd=cache,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout

@@ -1,0 +1,222 @@
+"""A converted causal LM predicts what it predicted, shares its weights, and its components part when trained."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from helpers import BACKBONES, VOCAB_SIZE, greedy, log_prob_gap, random_tokens, tiny_causal_lm
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from hf_mos import MoSForCausalLM
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_predictions_are_those_of_the_causal_lm(name: str) -> None:
+    original = tiny_causal_lm(name)
+    model = MoSForCausalLM.from_causal_lm(original, num_mixtures=4)
+    tokens = random_tokens(3, 10)
+    assert log_prob_gap(model, original, input_ids=tokens) <= 1e-5
+    assert torch.equal(greedy(model, tokens, 16), greedy(original, tokens, 16))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_loss_is_that_of_the_causal_lm(name: str) -> None:
+    original = tiny_causal_lm(name)
+    model = MoSForCausalLM.from_causal_lm(original, num_mixtures=2)
+    tokens = random_tokens()
+    labels = tokens.clone()
+    labels[0, :5] = -100
+    with torch.no_grad():
+        expected = original(input_ids=tokens, labels=labels).loss
+        torch.testing.assert_close(model(input_ids=tokens, labels=labels).loss, expected)
+        torch.testing.assert_close(model.train()(input_ids=tokens, labels=labels).loss, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_an_untied_decoder_can_be_given_to_a_tied_model(name: str) -> None:
+    original = tiny_causal_lm("llama-tied" if name == "llama" else name)
+    model = MoSForCausalLM.from_causal_lm(original, tie_word_embeddings=False)
+    assert log_prob_gap(model, original, input_ids=random_tokens()) <= 1e-5
+    assert model.lm_head.decoder.weight is not model.get_input_embeddings().weight
+    assert model.config.tie_word_embeddings is False
+    assert not model.all_tied_weights_keys
+
+
+def test_the_control_with_one_mixture_is_the_softmax() -> None:
+    original = tiny_causal_lm()
+    model = MoSForCausalLM.from_causal_lm(original, num_mixtures=1)
+    assert log_prob_gap(model, original, input_ids=random_tokens()) <= 1e-5
+
+
+def component_divergence(model: MoSForCausalLM, tokens: Tensor) -> float:
+    """Mean Kullback-Leibler divergence between pairs of components, in nats."""
+    with torch.no_grad():
+        hidden_states = model.backbone(input_ids=tokens).logits
+        log_probs = model.lm_head.decoder(model.lm_head.latents(hidden_states)).log_softmax(-1)  # (B, T, K, V)
+    left, right = log_probs.unsqueeze(-2), log_probs.unsqueeze(-3)
+    return float((left.exp() * (left - right)).sum(-1).mean())
+
+
+def train(model: PreTrainedModel, tokens: Tensor, steps: int) -> list[float]:
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mamba"])
+def test_components_part_when_trained_and_clones_do_not(name: str) -> None:
+    tokens = random_tokens(4, 16)
+    models = {}
+    for kind in ("retrofit", "clones"):
+        models[kind] = MoSForCausalLM.from_causal_lm(tiny_causal_lm(name), num_mixtures=3)
+    with torch.no_grad():
+        models["clones"].lm_head.prior.weight.zero_()
+    divergences = {kind: [component_divergence(model, tokens)] for kind, model in models.items()}
+    for kind, model in models.items():
+        for _ in range(2):
+            losses = train(model, tokens, steps=5)
+            divergences[kind].append(component_divergence(model, tokens))
+        assert losses[-1] < losses[0]
+    start, middle, end = divergences["retrofit"]
+    assert abs(start) < 1e-6
+    assert middle > 1e-3
+    assert end > 1.5 * middle
+    assert max(map(abs, divergences["clones"])) < 1e-6
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_causal_lm_is_left_as_it_was(name: str) -> None:
+    original = tiny_causal_lm(name)
+    control = copy.deepcopy(original)
+    class_attributes = {key: value for key, value in vars(type(original)).items() if not key.startswith("__")}
+    class_attributes = copy.deepcopy({k: v for k, v in class_attributes.items() if isinstance(v, (dict, list, set))})
+    MoSForCausalLM.from_causal_lm(original)
+    assert original.config.to_dict() == control.config.to_dict()
+    assert original.state_dict().keys() == control.state_dict().keys()
+    assert original.all_tied_weights_keys == control.all_tied_weights_keys
+    assert {key: vars(type(original))[key] for key in class_attributes} == class_attributes
+    assert log_prob_gap(original, control, input_ids=random_tokens()) == 0
+    assert torch.equal(greedy(original, random_tokens()), greedy(control, random_tokens()))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_weights_are_shared_not_copied(name: str) -> None:
+    original = tiny_causal_lm(name)
+    model = MoSForCausalLM.from_causal_lm(original)
+    theirs = {tensor.data_ptr() for tensor in original.parameters()}
+    ours = {tensor.data_ptr() for tensor in model.parameters()}
+    assert theirs <= ours
+    added = {model.lm_head.prior.weight.data_ptr(), model.lm_head.latent.weight.data_ptr()}
+    assert ours - theirs == added
+
+
+def test_a_path_is_loaded_once(tmp_path) -> None:
+    tiny_causal_lm("llama").save_pretrained(tmp_path)
+    gc.collect()
+    before = {id(value) for value in gc.get_objects() if issubclass(type(value), Tensor)}
+    model = MoSForCausalLM.from_causal_lm(tmp_path)
+    gc.collect()
+    new = [value for value in gc.get_objects() if issubclass(type(value), Tensor) and id(value) not in before]
+    wide = [tensor for tensor in new if VOCAB_SIZE in tensor.shape]
+    owned = {model.get_input_embeddings().weight.data_ptr(), model.lm_head.decoder.weight.data_ptr()}
+    assert {tensor.data_ptr() for tensor in wide} == owned
+
+
+def test_a_path_takes_the_arguments_of_from_pretrained(tmp_path) -> None:
+    original = tiny_causal_lm("gpt2")
+    original.generation_config = GenerationConfig(max_new_tokens=7, temperature=0.5, do_sample=True)
+    original.save_pretrained(tmp_path)
+    model = MoSForCausalLM.from_causal_lm(
+        str(tmp_path), num_mixtures=2, dtype=torch.bfloat16, device_map="cpu", revision="main", latent_dropout=0.1
+    )
+    assert model.config.num_mixtures == 2
+    assert model.config.latent_dropout == 0.1
+    assert model.dtype == model.config.dtype == torch.bfloat16
+    assert model.lm_head.latent.weight.dtype == torch.bfloat16
+    assert model.lm_head.prior.weight.dtype == torch.float32
+    assert model.name_or_path == str(tmp_path)
+    assert not model.training
+    assert (model.generation_config.max_new_tokens, model.generation_config.temperature) == (7, 0.5)
+    assert log_prob_gap(model, original.to(torch.bfloat16), input_ids=random_tokens()) < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtype_is_kept(dtype: torch.dtype) -> None:
+    original = tiny_causal_lm("llama-tied").to(dtype)
+    model = MoSForCausalLM.from_causal_lm(original)
+    assert model.dtype == model.config.dtype == dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert model.lm_head.prior.weight.dtype == wide
+    outputs = model(input_ids=random_tokens())
+    assert outputs.logits.dtype == wide
+
+
+def test_generation_config_is_kept() -> None:
+    original = tiny_causal_lm()
+    original.generation_config.max_new_tokens = 3
+    model = MoSForCausalLM.from_causal_lm(original)
+    assert model.generate(random_tokens(1, 4)).shape == (1, 7)
+    model.generation_config.max_new_tokens = 5
+    assert original.generation_config.max_new_tokens == 3
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_is_kept(training: bool) -> None:
+    assert MoSForCausalLM.from_causal_lm(tiny_causal_lm().train(training)).training is training
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_mixtures": 0}, "num_mixtures: expected an int of at least 1, given 0"),
+        ({"num_mixtures": "four"}, "num_mixtures: expected an int of at least 1, given 'four'"),
+        ({"num_mixtures": True}, "num_mixtures: expected an int of at least 1, given True"),
+        ({"latent_dropout": 1.0}, "latent_dropout"),
+        ({"latent_dropout": "a"}, "latent_dropout"),
+        ({"latent_activation": "relu"}, "latent_activation"),
+        ({"latent_size": 7}, "latent_size"),
+        ({"softcap": 30.0}, "softcap"),
+        ({"softcap": -1.0}, "softcap"),
+        ({"decoder_bias": True}, "decoder_bias"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings: expected False"),
+        ({"text_config": {"model_type": "llama"}}, "text_config"),
+        ({"num_mixture": 4}, "num_mixture"),
+        ({"dtype": torch.bfloat16}, "dtype"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MoSForCausalLM.from_causal_lm(tiny_causal_lm("llama"), **options)
+
+
+def test_unknown_options_are_refused_with_a_path(tmp_path) -> None:
+    tiny_causal_lm("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="num_mixture"):
+        MoSForCausalLM.from_causal_lm(tmp_path, num_mixture=4)
+    with pytest.raises(ValueError, match="num_mixtures: expected an int"):
+        MoSForCausalLM.from_causal_lm(tmp_path / "is not read", num_mixtures=0)
+
+
+def test_a_mixture_is_not_converted_again() -> None:
+    with pytest.raises(ValueError, match="softmax head, given MoSForCausalLM"):
+        MoSForCausalLM.from_causal_lm(MoSForCausalLM.from_causal_lm(tiny_causal_lm()))
+
+
+def test_a_model_without_a_head_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected a causal LM"):
+        MoSForCausalLM.from_causal_lm(tiny_causal_lm().model)
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="model: expected"):
+        MoSForCausalLM.from_causal_lm(3)
