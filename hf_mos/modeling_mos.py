@@ -154,7 +154,6 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool | None = None,
         **kwargs: Any,
@@ -162,20 +161,25 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         """The backbone's own output object, with the mixture's log-probabilities as `logits`.
 
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache:
                 As the backbone takes them.
             labels: (batch, sequence), as `input_ids`, -100 where ignored. They are shifted here.
             logits_to_keep: the number of last positions, or the positions, whose logits are computed. 0 for all.
             return_dict: `False` returns a tuple.
-            shift_labels: (batch, sequence), labels that are shifted already; they replace `labels`.
             num_items_in_batch: what the summed loss is divided by. `None`: the number of labels that count.
             skip_logits: return `logits=None`. `None`: in training mode with labels, as `skip_logits_in_training` says.
+                A data collator that adds `skip_logits=True` makes an evaluation that wants the loss alone as lean.
+            kwargs: what else the backbone takes, and `shift_labels` (batch, sequence), labels that are shifted already,
+                which replace `labels`. (The Trainer waits for every argument in the signature that names labels.)
 
         Returns:
             The backbone's output class: `loss` in nats per token (with a mixture-of-experts backbone's `aux_loss`
             joined as the backbone does), `logits` (batch, positions, V).
         """
-        has_labels = labels is not None or shift_labels is not None
+        targets = kwargs.pop("shift_labels", None)
+        if targets is None and labels is not None:
+            targets = shift(labels)
+        has_labels = targets is not None
         if skip_logits is None:
             skip_logits = has_labels and self.training and self.config.skip_logits_in_training
         arguments = {
@@ -196,16 +200,15 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         hidden_states = outputs.logits
 
         kept = hidden_states if slices_itself else keep_positions(hidden_states, logits_to_keep)
-        loss, logits = None, None
-        if not skip_logits:
-            logits = self.lm_head(kept)
+        logits = None if skip_logits else self.lm_head(kept)
+        loss = None
         if has_labels:
-            targets = shift(labels) if shift_labels is None else shift_labels
             targets = targets.to(hidden_states.device)
-            reduction = "mean" if num_items_in_batch is None else "sum"
-            loss = self.lm_head(hidden_states, targets=targets, reduction=reduction)
-            if num_items_in_batch is not None:
-                loss = loss / as_count(num_items_in_batch, loss.device)
+            if logits is None or kept is not hidden_states or torch.is_grad_enabled():
+                total = self.lm_head(hidden_states, targets=targets, reduction="sum")
+            else:
+                total = F.nll_loss(logits.flatten(0, -2), targets.flatten(), reduction="sum")
+            loss = total / count_items(targets, num_items_in_batch)
             aux_loss = getattr(outputs, "aux_loss", None)
             if isinstance(aux_loss, Tensor):
                 loss = loss + self.backbone.router_aux_loss_coef * aux_loss.to(loss.device)
@@ -306,8 +309,11 @@ def keep_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tenso
     return hidden_states[:, logits_to_keep]
 
 
-def as_count(num_items_in_batch: Tensor | int, device: torch.device) -> Tensor:
-    return torch.as_tensor(num_items_in_batch, device=device).clamp(min=1)
+def count_items(targets: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """What the summed loss is divided by; never zero, as a batch in which no label counts has a loss of zero."""
+    if num_items_in_batch is None:
+        num_items_in_batch = (targets != -100).sum()
+    return torch.as_tensor(num_items_in_batch, device=targets.device).clamp(min=1)
 
 
 def _config_for(
