@@ -169,8 +169,8 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             num_items_in_batch: what the summed loss is divided by. `None`: the number of labels that count.
             skip_logits: return `logits=None`. `None`: in training mode with labels, as `skip_logits_in_training` says.
                 A data collator that adds `skip_logits=True` makes an evaluation that wants the loss alone as lean.
-            kwargs: what else the backbone takes, and `shift_labels` (batch, sequence), labels that are shifted already,
-                which replace `labels`. (The Trainer waits for every argument in the signature that names labels.)
+            kwargs: what else the backbone takes, and `shift_labels` (batch, sequence), labels that are shifted already;
+                they replace `labels`. (The Trainer waits for every argument of the signature that names labels.)
 
         Returns:
             The backbone's output class: `loss` in nats per token (with a mixture-of-experts backbone's `aux_loss`
