@@ -141,6 +141,15 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         result.name_or_path = config.name_or_path = backbone.name_or_path
         return result.train(backbone.training)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As every model of transformers; a checkpoint that lacks a part of the head is a ValueError, not a warning."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        missing = sorted(key for key in info["missing_keys"] if key.startswith("lm_head."))
+        if missing:
+            raise ValueError(f"expected the checkpoint of a {cls.__name__}, given one without {', '.join(missing)}")
+        return (model, info) if output_loading_info else model
+
     # ------------------------------------------------------------------------------------------------------- forward
 
     def forward(
@@ -169,8 +178,8 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             num_items_in_batch: what the summed loss is divided by. `None`: the number of labels that count.
             skip_logits: return `logits=None`. `None`: in training mode with labels, as `skip_logits_in_training` says.
                 A data collator that adds `skip_logits=True` makes an evaluation that wants the loss alone as lean.
-            kwargs: what else the backbone takes, and `shift_labels` (batch, sequence), labels that are shifted already;
-                they replace `labels`. (The Trainer waits for every argument of the signature that names labels.)
+            kwargs: what else the backbone takes, and `shift_labels` (batch, sequence), shifted already, in place of
+                `labels`. (The Trainer waits for every argument of the signature that names labels.)
 
         Returns:
             The backbone's output class: `loss` in nats per token (with a mixture-of-experts backbone's `aux_loss`
