@@ -143,7 +143,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As every model of transformers; a checkpoint that lacks a part of the head is a ValueError, not a warning."""
+        """As for every model of transformers, but a checkpoint that lacks a part of the head is a ValueError."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         missing = sorted(key for key in info["missing_keys"] if key.startswith("lm_head."))
         if missing:
