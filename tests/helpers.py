@@ -50,9 +50,7 @@ CONFIGS: dict[str, Any] = {
     "gemma2": lambda: Gemma2Config(
         **COMMON, **ATTENTION, head_dim=8, query_pre_attn_scalar=8, sliding_window=16, final_logit_softcapping=5.0
     ),
-    "mixtral": lambda: MixtralConfig(
-        **COMMON, **ATTENTION, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True
-    ),
+    "mixtral": lambda: MixtralConfig(**COMMON, **ATTENTION, num_local_experts=4, num_experts_per_tok=2),
 }
 BACKBONES = list(CONFIGS)
 WITH_ATTENTION = [name for name in BACKBONES if name != "mamba"]

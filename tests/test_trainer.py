@@ -76,7 +76,6 @@ def test_accumulated_gradients_are_those_of_the_large_batch(name: str, tmp_path:
     results = []
     for batch_size, accumulation in ((8, 1), (2, 4)):
         model = tiny_mos(name)
-        model.config.text_config.output_router_logits = False  # an auxiliary loss is a mean over each batch
         run = trainer(
             model,
             tmp_path,
@@ -101,7 +100,6 @@ def test_accumulated_gradients_are_those_of_the_large_batch(name: str, tmp_path:
 @pytest.mark.parametrize("name", BACKBONES)
 def test_num_items_in_batch_divides_the_sum(name: str) -> None:
     model = tiny_mos(name).train()
-    model.config.text_config.output_router_logits = False
     tokens = random_tokens()
     labels = tokens.clone()
     labels[0, :4] = -100
@@ -225,7 +223,6 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", BACKBONES)
 def test_metrics_get_the_log_probabilities(name: str, tmp_path: Path) -> None:
     model = tiny_mos(name)
-    model.config.text_config.output_router_logits = False
     data = rows(6)
     seen = {}
 
@@ -328,7 +325,6 @@ def test_logits_are_skipped_in_training_only_with_labels() -> None:
 @pytest.mark.parametrize("name", BACKBONES)
 def test_no_label_that_counts_is_a_zero_loss(name: str, training: bool) -> None:
     model = tiny_mos(name).train(training)
-    model.config.text_config.output_router_logits = False
     tokens = random_tokens()
     labels = torch.full_like(tokens, -100)
     for count in (None, 0, torch.tensor(0)):
@@ -351,7 +347,7 @@ def test_a_batch_without_labels_leaves_the_weights(tmp_path: Path) -> None:
 
 
 def test_router_loss_of_a_mixture_of_experts_joins_once() -> None:
-    original = tiny_causal_lm("mixtral")
+    original = tiny_causal_lm("mixtral", output_router_logits=True)
     model = MoSForCausalLM.from_causal_lm(original)
     tokens = random_tokens()
     with torch.no_grad():
