@@ -35,12 +35,16 @@ class MoSConfig(PreTrainedConfig):
         latent_size (`int`, *optional*):
             E, the width of each component's latent. `None`: the decoder's input width. Another width needs an untied
             decoder, as the input embedding has the backbone's width.
+        latent_rank (`int`, *optional*):
+            R: the components differ only inside one subspace of this rank that they share, `latents_k = h + basis @
+            shift_k(h)`, at the cost of 1 + K R / E softmax heads instead of K. `None`: full latents.
         latent_activation (`str`, defaults to `"identity"`):
-            `"identity"`, or `"tanh"` as in the paper. Only the identity can be put on a trained model unchanged.
+            `"identity"`, or `"tanh"` as in the paper; it acts on the latents, with `latent_rank` on the shifts. A full
+            latent behind a tanh cannot be put on a trained model unchanged.
         latent_bias (`bool`, defaults to `False`), prior_bias (`bool`, defaults to `False`):
             Whether the latent projection and the prior have a bias.
         latent_dropout (`float`, defaults to 0.0):
-            Dropout probability on the latents in training, in [0, 1).
+            Dropout probability on the latents, with `latent_rank` on the shifts, in training, in [0, 1).
         decoder_bias (`bool`, *optional*):
             Whether the decoder has a bias. `None`: as the backbone's own head.
         softcap (`float`, *optional*):
@@ -64,6 +68,7 @@ class MoSConfig(PreTrainedConfig):
     text_config: Any = None
     num_mixtures: int = 4
     latent_size: int | None = None
+    latent_rank: int | None = None
     latent_activation: str = "identity"
     latent_bias: bool = False
     prior_bias: bool = False
@@ -120,6 +125,10 @@ class MoSConfig(PreTrainedConfig):
         require("num_mixtures", is_int(self.num_mixtures) and self.num_mixtures >= 1, "an int of at least 1")
         size = self.latent_size
         require("latent_size", size is None or (is_int(size) and size >= 1), "an int of at least 1, or None")
+        rank = self.latent_rank
+        require("latent_rank", rank is None or (is_int(rank) and rank >= 1), "an int of at least 1, or None")
+        if rank is not None:
+            require("latent_size", size is None, "None with latent_rank, whose latents have the width of the input,")
         activations = " or ".join(repr(name) for name in LATENT_ACTIVATIONS)
         require("latent_activation", self.latent_activation in LATENT_ACTIVATIONS, activations)
         for field in ("latent_bias", "prior_bias", "tie_word_embeddings", "skip_logits_in_training"):

@@ -12,9 +12,26 @@ logarithm caps the loss and adds mass.
 Source: Yang, Dai, Salakhutdinov, Cohen: Breaking the Softmax Bottleneck, arXiv 1711.03953, section 2.3.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class SubspaceLatents(NamedTuple):
+    """Equivalent to: the latents `hidden_states.unsqueeze(-2) + shifts @ basis.T`, (..., K, E).
+
+    The components differ inside one subspace of rank R that they share, so their logits are one product of full width
+    that all share and K of width R: `h @ W.T + shift_k @ (W @ basis).T`, 1 + K R / E softmax heads instead of K.
+    """
+
+    hidden_states: Tensor  # (..., E)
+    shifts: Tensor  # (..., K, R)
+    basis: Tensor  # (E, R)
+
+    def dense(self) -> Tensor:
+        return self.hidden_states.unsqueeze(-2) + self.shifts @ self.basis.T
 
 
 def widen(x: Tensor) -> Tensor:
@@ -43,7 +60,7 @@ def mix_log_probs(component_logits: Tensor, prior_logits: Tensor) -> Tensor:
 
 
 def mos_log_probs(
-    latents: Tensor,
+    latents: Tensor | SubspaceLatents,
     prior_logits: Tensor,
     decoder_weight: Tensor,
     *,
@@ -55,7 +72,7 @@ def mos_log_probs(
     The reference that the fast loss is tested against, with the same arguments as `mos_cross_entropy`.
 
     Args:
-        latents: (..., K, E), one latent for each component.
+        latents: (..., K, E), one latent for each component, or the [`SubspaceLatents`] that stand for them.
         prior_logits: (..., K), the raw output of the prior.
         decoder_weight: (V, E), the vocabulary projection that all components share.
         decoder_bias: (V,), or `None`.
@@ -68,21 +85,26 @@ def mos_log_probs(
         ValueError: the shapes do not fit together.
     """
     check_shapes(latents, prior_logits, decoder_weight, decoder_bias)
-    component_logits = cap_logits(F.linear(latents, decoder_weight, decoder_bias), softcap)
+    dense = latents.dense() if isinstance(latents, SubspaceLatents) else latents
+    component_logits = cap_logits(F.linear(dense, decoder_weight, decoder_bias), softcap)
     return mix_log_probs(component_logits, prior_logits)
 
 
-def check_shapes(latents: Tensor, prior_logits: Tensor, decoder_weight: Tensor, decoder_bias: Tensor | None) -> None:
-    if latents.dim() < 2 or prior_logits.shape != latents.shape[:-1]:
-        raise ValueError(
-            "latents and prior_logits: expected (..., K, E) and (..., K), "
-            f"given {tuple(latents.shape)} and {tuple(prior_logits.shape)}"
-        )
-    if decoder_weight.dim() != 2 or decoder_weight.shape[1] != latents.shape[-1]:
-        raise ValueError(
-            f"decoder_weight: expected (V, {latents.shape[-1]}) for latents {tuple(latents.shape)}, "
-            f"given {tuple(decoder_weight.shape)}"
-        )
+def check_shapes(
+    latents: Tensor | SubspaceLatents, prior_logits: Tensor, decoder_weight: Tensor, decoder_bias: Tensor | None
+) -> None:
+    if isinstance(latents, SubspaceLatents):
+        hidden_states, shifts, basis = latents
+        width, leading = hidden_states.shape[-1], shifts.shape[:-1]
+        if leading[:-1] != hidden_states.shape[:-1] or basis.shape != (width, shifts.shape[-1]):
+            shapes = ", ".join(str(tuple(part.shape)) for part in latents)
+            raise ValueError(f"latents: expected (..., E), (..., K, R) and (E, R), given {shapes}")
+    else:
+        width, leading = latents.shape[-1], latents.shape[:-1]
+    if len(leading) < 1 or prior_logits.shape != leading:
+        raise ValueError(f"prior_logits: expected {tuple(leading)} as the latents, given {tuple(prior_logits.shape)}")
+    if decoder_weight.dim() != 2 or decoder_weight.shape[1] != width:
+        raise ValueError(f"decoder_weight: expected (V, {width}) as the latents, given {tuple(decoder_weight.shape)}")
     if decoder_bias is not None and decoder_bias.shape != decoder_weight.shape[:1]:
         raise ValueError(f"decoder_bias: expected ({decoder_weight.shape[0]},), given {tuple(decoder_bias.shape)}")
 

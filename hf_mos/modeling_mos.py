@@ -343,7 +343,7 @@ def _config_for(
         raise ValueError(
             f"latent_size: expected {projection.in_features}, the head's width, given {config.latent_size}"
         )
-    if config.latent_activation != "identity":
+    if config.latent_activation != "identity" and config.latent_rank is None:
         logger.warning(
             f"latent_activation={config.latent_activation!r} changes the model's predictions until it is trained; "
             "only 'identity' is exact at step 0."

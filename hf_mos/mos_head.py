@@ -7,7 +7,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
 from .configuration_mos import MoSConfig
-from .mixture_of_softmaxes import cap_logits, mix_log_probs, widen
+from .mixture_of_softmaxes import SubspaceLatents, cap_logits, mix_log_probs, mos_log_probs
+from .mos_inference import infer_log_probs
 from .mos_loss import mos_cross_entropy, tokens_per_chunk
 
 ACTIVATIONS = {"identity": nn.Identity, "tanh": nn.Tanh}
@@ -17,7 +18,8 @@ class MoSLMHead(nn.Module):
     """Equivalent to: `mos_log_probs(activation(latent(h)).view(..., K, E), prior(h), decoder.weight)`.
 
     K latents, each a projection of the hidden state, share one decoder; the prior weighs their softmaxes. The
-    parameters have the names of the paper's code: `prior`, `latent`, `decoder`.
+    parameters have the names of the paper's code: `prior`, `latent`, `decoder`. With `latent_rank` the latents are
+    `h + basis(activation(shift(h))_k)` instead, see [`SubspaceLatents`], and `shift` and `basis` stand for `latent`.
 
     `head(hidden_states)` gives log-probabilities; `head(hidden_states, targets=..., reduction=...)` gives the loss,
     without a vocabulary-wide tensor. `temperature` in generation acts on the mixture, not on each component, as what
@@ -28,13 +30,13 @@ class MoSLMHead(nn.Module):
         decoder: the vocabulary projection (V, D) to take over, module and weights; `None` makes a new one.
 
     Raises:
-        ValueError: the decoder's width cannot be the latents' width, or its bias contradicts the config.
+        ValueError: the decoder's width cannot be the latents' width.
 
-    Initialisation: with the identity activation every latent is the hidden state itself, so the mixture predicts what
-    one softmax with its decoder predicts, whatever the prior. The prior's weights are random with standard deviation
-    1 / sqrt(D). So the mixture weights differ from token to token, each component gets the gradients of other tokens,
-    and the components part; under equal weights they would stay clones for ever, as their gradients would be equal.
-    `examples/benchmarks/initialisation.py` measures this against the alternatives.
+    Initialisation: every latent is the hidden state itself (the identity projection, or a shift of zero), so the
+    mixture predicts what one softmax with its decoder predicts, whatever the prior. The prior has random weights of
+    standard deviation 1 / sqrt(D), so that the mixture weights differ from token to token, each component gets the
+    gradients of other tokens, and the components part. Under equal weights their gradients would be equal and they
+    would stay clones for ever.
 
     Source: Yang et al. 2018, arXiv 1711.03953, section 2.3.
     """
@@ -47,15 +49,23 @@ class MoSLMHead(nn.Module):
         else:
             input_size = decoder.in_features
             decoder = _fit_decoder(decoder, config)
-        self.num_mixtures = config.num_mixtures
+        self.num_mixtures = K = config.num_mixtures
         self.input_size = input_size
         self.latent_size = decoder.in_features
+        self.latent_rank = config.latent_rank
         self.softcap = config.softcap
         dtype, device = decoder.weight.dtype, decoder.weight.device
-        prior_dtype = dtype if dtype.itemsize >= 4 or not dtype.is_floating_point else torch.float32
-        K = self.num_mixtures
+        prior_dtype = torch.promote_types(dtype, torch.float32)
         self.prior = nn.Linear(input_size, K, bias=config.prior_bias, dtype=prior_dtype, device=device)
-        self.latent = nn.Linear(input_size, K * self.latent_size, bias=config.latent_bias, dtype=dtype, device=device)
+        if self.latent_rank is None:
+            self.latent = nn.Linear(
+                input_size, K * self.latent_size, bias=config.latent_bias, dtype=dtype, device=device
+            )
+        else:
+            self.shift = nn.Linear(
+                input_size, K * self.latent_rank, bias=config.latent_bias, dtype=dtype, device=device
+            )
+            self.basis = nn.Parameter(torch.empty(self.latent_size, self.latent_rank, dtype=dtype, device=device))
         self.activation = ACTIVATIONS[config.latent_activation]()
         self.dropout = nn.Dropout(config.latent_dropout)
         self.decoder = decoder
@@ -63,14 +73,17 @@ class MoSLMHead(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialises prior and latent, as the class's docstring says. The decoder keeps its weights."""
+        """Initialises all but the decoder, as the class's docstring says."""
         init.normal_(self.prior.weight, std=self.input_size**-0.5)
-        if isinstance(self.activation, nn.Identity):
-            eye = torch.eye(self.latent_size, self.input_size, dtype=torch.float32)
+        if self.latent_rank is not None:
+            init.zeros_(self.shift.weight)
+            init.normal_(self.basis, std=self.latent_size**-0.5)
+        elif isinstance(self.activation, nn.Identity):
+            eye = torch.eye(self.latent_size, self.input_size)
             init.copy_(self.latent.weight, eye.repeat(self.num_mixtures, 1).to(self.latent.weight))
         else:
             init.xavier_uniform_(self.latent.weight)
-        for layer in (self.prior, self.latent):
+        for layer in (self.prior, self.shift if self.latent_rank is not None else self.latent):
             if layer.bias is not None:
                 init.zeros_(layer.bias)
 
@@ -92,19 +105,19 @@ class MoSLMHead(nn.Module):
         Returns:
             Without targets (..., V), natural log-probabilities in fp32 or wider. With targets the loss in nats.
         """
-        prior_logits = self.prior_logits(hidden_states)
-        latents = self.latents(hidden_states)
+        leading = hidden_states.shape[:-1]
+        if targets is not None and targets.shape != leading:
+            raise ValueError(f"targets: expected {tuple(leading)}, given {tuple(targets.shape)}")
+        hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
+        prior_logits, latents = self.prior_logits(hidden_states), self.latents(hidden_states)
         if targets is None:
-            return self._log_probs(latents, prior_logits)
-        if targets.shape != hidden_states.shape[:-1]:
-            raise ValueError(f"targets: expected {tuple(hidden_states.shape[:-1])}, given {tuple(targets.shape)}")
-        flat = (latents.flatten(0, -3), prior_logits.flatten(0, -2))
-        flat_targets = targets.flatten()
+            return self._log_probs(latents, prior_logits).unflatten(0, leading)
         if self._reads_decoder():
             loss = mos_cross_entropy(
-                *flat,
+                latents,
+                prior_logits,
                 self.decoder.weight,
-                flat_targets,
+                targets.flatten(),
                 decoder_bias=self.decoder.bias,
                 softcap=self.softcap,
                 ignore_index=ignore_index,
@@ -112,22 +125,28 @@ class MoSLMHead(nn.Module):
                 chunk_size=chunk_size,
             )
         else:
-            loss = self._loss_through_decoder(*flat, flat_targets, reduction, ignore_index, chunk_size)
-        return loss.view(targets.shape) if reduction == "none" else loss
+            loss = self._loss_through_decoder(
+                latents, prior_logits, targets.flatten(), reduction, ignore_index, chunk_size
+            )
+        return loss.view(leading) if reduction == "none" else loss
 
     def prior_logits(self, hidden_states: Tensor) -> Tensor:
         """The prior's raw output (..., K) for hidden states (..., D); in the prior's own dtype under autocast too."""
         with torch.autocast(hidden_states.device.type, enabled=False):
             return self.prior(hidden_states.to(self.prior.weight.dtype))
 
-    def latents(self, hidden_states: Tensor) -> Tensor:
+    def latents(self, hidden_states: Tensor) -> Tensor | SubspaceLatents:
         """The latents (..., K, E) for hidden states (..., D)."""
-        hidden_states = hidden_states.to(self.latent.weight.dtype)
-        latents = self.dropout(self.activation(self.latent(hidden_states)))
-        return latents.unflatten(-1, (self.num_mixtures, self.latent_size))
+        projection = self.latent if self.latent_rank is None else self.shift
+        hidden_states = hidden_states.to(projection.weight.dtype)
+        outputs = self.dropout(self.activation(projection(hidden_states)))
+        outputs = outputs.unflatten(-1, (self.num_mixtures, -1))
+        if self.latent_rank is None:
+            return outputs
+        return SubspaceLatents(hidden_states.to(outputs.dtype), outputs, self.basis.to(outputs.dtype))
 
     def _reads_decoder(self) -> bool:
-        """Whether the decoder is a plain projection that the fast paths may read, or must be called.
+        """Whether the decoder is a plain projection whose weight may be read, or must be called.
 
         An adapter, a quantizer, an offloading hook or a sharded tensor puts something else in its place, and its
         weight alone is then not what it computes.
@@ -136,30 +155,21 @@ class MoSLMHead(nn.Module):
         hooked = decoder._forward_hooks or decoder._forward_pre_hooks or hasattr(decoder, "_hf_hook")
         return type(decoder) is nn.Linear and type(decoder.weight) in (nn.Parameter, Tensor) and not hooked
 
-    def _component_logits(self, latents: Tensor) -> Tensor:
-        if self._reads_decoder():
-            component_logits = F.linear(latents, self.decoder.weight.to(latents.dtype), self.decoder.bias)
-        else:
-            component_logits = self.decoder(latents)
-        return cap_logits(component_logits, self.softcap)
+    def _log_probs(self, latents: Tensor | SubspaceLatents, prior_logits: Tensor) -> Tensor:
+        if not self._reads_decoder():
+            return self._log_probs_through_decoder(latents, prior_logits)
+        weight = self.decoder.weight.to(latents[0].dtype)
+        differentiable = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        log_probs = mos_log_probs if differentiable else infer_log_probs
+        return log_probs(latents, prior_logits, weight, decoder_bias=self.decoder.bias, softcap=self.softcap)
 
-    def _log_probs(self, latents: Tensor, prior_logits: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return mix_log_probs(self._component_logits(latents), prior_logits)
-        # Without gradients nothing of (N, K, V) has to be kept: one chunk of tokens at a time.
-        leading = prior_logits.shape[:-1]
-        latents, prior_logits = latents.flatten(0, -3), prior_logits.flatten(0, -2)
-        size = tokens_per_chunk(latents, self.decoder.out_features, copies=3)
-        log_probs = latents.new_empty(latents.shape[0], self.decoder.out_features, dtype=widen(latents[:0]).dtype)
-        for rows, chunk, prior in zip(
-            log_probs.split(size), latents.split(size), prior_logits.split(size), strict=True
-        ):
-            rows.copy_(mix_log_probs(self._component_logits(chunk), prior))
-        return log_probs.view(*leading, -1)
+    def _log_probs_through_decoder(self, latents: Tensor | SubspaceLatents, prior_logits: Tensor) -> Tensor:
+        dense = latents.dense() if isinstance(latents, SubspaceLatents) else latents
+        return mix_log_probs(cap_logits(self.decoder(dense), self.softcap), prior_logits)
 
     def _loss_through_decoder(
         self,
-        latents: Tensor,
+        latents: Tensor | SubspaceLatents,
         prior_logits: Tensor,
         targets: Tensor,
         reduction: str,
@@ -169,18 +179,19 @@ class MoSLMHead(nn.Module):
         """The loss by autograd through a call of the decoder: a chunk of tokens at a time, each computed twice."""
 
         def chunk_nll(latents: Tensor, prior_logits: Tensor, targets: Tensor) -> Tensor:
-            log_probs = mix_log_probs(self._component_logits(latents), prior_logits)
+            log_probs = self._log_probs_through_decoder(latents, prior_logits)
             return F.nll_loss(log_probs, targets, ignore_index=ignore_index, reduction="none")
 
-        size = chunk_size or tokens_per_chunk(latents, self.decoder.out_features, copies=6)
-        chunks = zip(latents.split(size), prior_logits.split(size), targets.split(size), strict=True)
+        dense = latents.dense() if isinstance(latents, SubspaceLatents) else latents
+        size = chunk_size or tokens_per_chunk(self.num_mixtures, self.decoder.out_features, 24, dense.device)
+        chunks = zip(dense.split(size), prior_logits.split(size), targets.split(size), strict=True)
         nll = torch.cat([checkpoint(chunk_nll, *chunk, use_reentrant=False) for chunk in chunks])
         if reduction == "none":
             return nll
         return nll.sum() if reduction == "sum" else nll.sum() / (targets != ignore_index).sum().clamp(min=1)
 
     def extra_repr(self) -> str:
-        return f"num_mixtures={self.num_mixtures}, softcap={self.softcap}"
+        return f"num_mixtures={self.num_mixtures}, latent_rank={self.latent_rank}, softcap={self.softcap}"
 
 
 def _fit_decoder(decoder: nn.Linear, config: MoSConfig) -> nn.Linear:

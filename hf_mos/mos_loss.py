@@ -4,7 +4,7 @@
     component_nll    = logsumexp_V(component_logits) - component_logits[target]        (N, K)
     nll              = -logsumexp_K(log_prior - component_nll)                         (N,)
     responsibilities = softmax_K(log_prior - component_nll)                            (N, K)
-    d component_logits = responsibilities_k * (softmax(component_logits_k) - onehot)   never stored
+    d component_logits = responsibilities_k * (softmax(component_logits_k) - onehot)   (N, K, V), never stored
     d prior_logits     = softmax(prior_logits) - responsibilities                      (N, K)
 
 The gradients need nothing that the forward pass of the same tokens has not made, so they are computed there, a chunk
@@ -20,19 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .mixture_of_softmaxes import check_shapes, widen
+from .mixture_of_softmaxes import SubspaceLatents, check_shapes, widen
+from .mos_projections import Tokens, projection_for
 
 REDUCTIONS = ("mean", "sum", "none")
 
-# Working memory of the loss. On the CPU chunks beyond this bring nothing more; on an accelerator larger products
-# keep more of it busy, so the budget follows its memory.
+# Working memory of the loss. On the CPU larger chunks bring nothing more; on an accelerator larger products keep more
+# of it busy, so the budget follows its memory.
 CPU_BUDGET_BYTES = 64 * 2**20
 MIN_BUDGET_BYTES = 256 * 2**20
 DEVICE_MEMORY_SHARE = 1 / 64
 
 
 def mos_cross_entropy(
-    latents: Tensor,
+    latents: Tensor | SubspaceLatents,
     prior_logits: Tensor,
     decoder_weight: Tensor,
     targets: Tensor,
@@ -48,7 +49,7 @@ def mos_cross_entropy(
     Exact, in log space, and without an (N, K, V) or (N, V) tensor. Under autocast the products run in its dtype.
 
     Args:
-        latents: (N, K, E), one latent for each token and component.
+        latents: (N, K, E), one latent for each token and component, or the [`SubspaceLatents`] that stand for them.
         prior_logits: (N, K), the raw output of the prior.
         decoder_weight: (V, E), the vocabulary projection that all components share.
         targets: (N,), integer class indices, or `ignore_index`.
@@ -71,9 +72,10 @@ def mos_cross_entropy(
     Source: Yang et al. 2018, arXiv 1711.03953, section 2.3; gradients in the forward pass as in Liger's fused linear
     cross-entropy, arXiv 2410.10989.
     """
-    _check_arguments(latents, prior_logits, decoder_weight, targets, decoder_bias, ignore_index, reduction, chunk_size)
     options = LossOptions(softcap, ignore_index, reduction, chunk_size)
-    return MoSCrossEntropy.apply(latents, prior_logits, decoder_weight, decoder_bias, targets, options)
+    _check_arguments(latents, prior_logits, decoder_weight, targets, decoder_bias, options)
+    latent_tensors = latents if isinstance(latents, SubspaceLatents) else (latents,)
+    return MoSCrossEntropy.apply(prior_logits, decoder_weight, decoder_bias, targets, options, *latent_tensors)
 
 
 class LossOptions(NamedTuple):
@@ -89,121 +91,99 @@ class MoSCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        latents: Tensor,
         prior_logits: Tensor,
         decoder_weight: Tensor,
         decoder_bias: Tensor | None,
         targets: Tensor,
         options: LossOptions,
+        *latent_tensors: Tensor,
     ) -> Tensor:
-        wanted = ctx.needs_input_grad[:4]
-        inputs = (latents, prior_logits, decoder_weight, decoder_bias, targets)
-        ctx.save_for_backward(*inputs)
+        tensors = (prior_logits, decoder_weight, decoder_bias, targets, *latent_tensors)
+        ctx.save_for_backward(*tensors)
         ctx.options = options
-        ctx.work_dtype = _work_dtype(latents)
-
+        ctx.work_dtype = _work_dtype(latent_tensors[0])
+        wanted = _wanted(ctx)
         if options.reduction == "none":  # the gradients wait for each token's weight
-            ctx.gradients = None
-            return _loss_and_gradients(*inputs, options, ctx.work_dtype)[0]
-        nll, ctx.gradients = _loss_and_gradients(*inputs, options, ctx.work_dtype, wanted)
-        return nll.sum() * _scale(targets, options)
+            ctx.gradients, wanted = None, (False,) * len(wanted)
+        nll, ctx.gradients = _loss_and_gradients(tensors, options, ctx.work_dtype, wanted)
+        return nll if options.reduction == "none" else nll.sum() / _denominator(targets, options)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, options = ctx.saved_tensors, ctx.options
-        wanted = ctx.needs_input_grad[:4]
+        tensors, options = ctx.saved_tensors, ctx.options
         if options.reduction == "none":
-            _, gradients = _loss_and_gradients(*inputs, options, ctx.work_dtype, wanted, token_weights=grad_output)
-            return _finish(gradients, inputs, None)
-        gradients, ctx.gradients = ctx.gradients, None  # handed over, so that they can be scaled where they lie
-        if gradients is None:  # a second backward pass through a retained graph
-            _, gradients = _loss_and_gradients(*inputs, options, ctx.work_dtype, wanted)
-        return _finish(gradients, inputs, grad_output * _scale(inputs[4], options))
+            token_weights, scale = grad_output, None
+            gradients = None
+        else:
+            token_weights, scale = None, grad_output / _denominator(tensors[3], options)
+            gradients, ctx.gradients = ctx.gradients, None  # handed over, so that they can be scaled where they lie
+        if gradients is None:  # also in a second backward pass through a retained graph
+            _, gradients = _loss_and_gradients(tensors, options, ctx.work_dtype, _wanted(ctx), token_weights)
+        inputs = (*tensors[:3], *tensors[4:])
+        prior, weight, bias, *latents = (_finish(g, x, scale) for g, x in zip(gradients, inputs, strict=True))
+        return (prior, weight, bias, None, None, *latents)
 
 
-class Gradients(NamedTuple):
-    latents: Tensor | None
-    prior_logits: Tensor | None
-    decoder_weight: Tensor | None
-    decoder_bias: Tensor | None
+def _wanted(ctx: Any) -> tuple[bool, ...]:
+    """Which of prior logits, decoder weight, decoder bias and the latent tensors need a gradient."""
+    return (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:])
 
 
 @torch.no_grad()
 def _loss_and_gradients(
-    latents: Tensor,
-    prior_logits: Tensor,
-    decoder_weight: Tensor,
-    decoder_bias: Tensor | None,
-    targets: Tensor,
+    tensors: tuple[Any, ...],
     options: LossOptions,
     work_dtype: torch.dtype,
-    wanted: tuple[bool, ...] = (False,) * 4,
+    wanted: tuple[bool, ...],
     token_weights: Tensor | None = None,
-) -> tuple[Tensor, Gradients]:
-    """Each token's nll (N,), and the gradients of their sum, weighted by `token_weights` (N,) if there are any.
-
-    Gradients that many tokens add to are summed in fp32 or wider, whatever the dtype of the products.
-    """
-    with torch.autocast(latents.device.type, enabled=False):
-        N, K, E = latents.shape
-        V = decoder_weight.shape[0]
-        device, sum_dtype = latents.device, widen(latents[:0]).dtype
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Each token's nll (N,), and the gradients of their sum, weighted by `token_weights` (N,) if there are any."""
+    prior_logits, decoder_weight, bias, targets, *latent_tensors = tensors
+    wants_prior, wants_weight, wants_bias, *wants_latents = wanted
+    wants_logits = any(wanted[1:])  # whether the gradient has to pass through the component logits
+    (N, K), V, device = prior_logits.shape, decoder_weight.shape[0], prior_logits.device
+    sum_dtype = widen(latent_tensors[0][:0]).dtype
+    with torch.autocast(device.type, enabled=False):
+        cast = [tensor.to(work_dtype) for tensor in latent_tensors]
+        latents = cast[0] if len(cast) == 1 else SubspaceLatents(*cast)
         weight = decoder_weight.to(work_dtype)
+        projection = projection_for(latents, weight, tuple(wants_latents), wants_weight, sum_dtype)
+        bias = None if bias is None else bias.to(work_dtype)
         log_prior = F.log_softmax(prior_logits.to(sum_dtype), dim=-1)
-
         nll = torch.zeros(N, dtype=sum_dtype, device=device)
-        d_latents = torch.zeros(N, K, E, dtype=work_dtype, device=device) if wanted[0] else None
-        d_prior = torch.zeros(N, K, dtype=sum_dtype, device=device) if wanted[1] else None
-        d_weight = torch.zeros(V, E, dtype=sum_dtype, device=device) if wanted[2] else None
-        d_bias = torch.zeros(V, dtype=sum_dtype, device=device) if wanted[3] else None
-        needs_logits_gradient = wanted[0] or wanted[2] or wanted[3]
+        d_prior = torch.zeros_like(log_prior) if wants_prior else None
+        d_bias = torch.zeros(V, dtype=sum_dtype, device=device) if wants_bias else None
 
-        buffers = ChunkBuffers(K, V, options, work_dtype, sum_dtype, device, needs_logits_gradient)
+        buffers = ChunkBuffers(K, V, options, work_dtype, sum_dtype, device, wants_logits)
         for tokens in buffers.chunks(targets):
-            chunk_targets = targets[tokens].unsqueeze(-1)  # (n, 1)
-            n = chunk_targets.shape[0]
-            latent_rows = latents[tokens].reshape(n * K, E).to(work_dtype)
-            target_rows = chunk_targets.expand(n, K).reshape(n * K, 1)
-
-            logits, slope = buffers.component_logits(latent_rows, weight, decoder_bias)  # (n K, V)
-            target_logits = logits.gather(1, target_rows).squeeze(1)
-            if needs_logits_gradient:
-                log_normalizer = softmax_(logits)  # logits now holds softmax(component_logits)
-            else:
-                log_normalizer = torch.logsumexp(logits, dim=1)
-            component_nll = (log_normalizer - target_logits).view(n, K)
+            target_rows = targets[tokens].long().repeat_interleave(K).unsqueeze(1)  # (n K, 1)
+            logits, slope = buffers.component_logits(projection, tokens, bias, target_rows.shape[0])  # (n K, V)
+            target_logits = logits.gather(1, target_rows)
+            # softmax_ leaves softmax(component_logits) in the buffer.
+            log_normalizer = softmax_(logits) if wants_logits else torch.logsumexp(logits, dim=1, keepdim=True)
+            component_nll = (log_normalizer - target_logits).view(-1, K)
 
             log_joint = log_prior[tokens] - component_nll
-            nll[tokens] = chunk_nll = -torch.logsumexp(log_joint, dim=-1)
-            responsibilities = torch.exp(log_joint + chunk_nll.unsqueeze(-1))  # (n, K)
-            if token_weights is not None:
-                token_weight = token_weights[tokens].to(sum_dtype).unsqueeze(-1)
+            chunk_nll = -torch.logsumexp(log_joint, dim=-1, keepdim=True)
+            nll[tokens] = chunk_nll.squeeze(1)
+            responsibilities = torch.exp(log_joint + chunk_nll)  # (n, K)
+            token_weight = 1.0 if token_weights is None else token_weights[tokens].to(sum_dtype).unsqueeze(1)
             if d_prior is not None:
-                d_prior_chunk = log_prior[tokens].exp() - responsibilities
-                d_prior[tokens] = d_prior_chunk if token_weights is None else d_prior_chunk * token_weight
-            if not needs_logits_gradient:
-                continue
-
-            # d component_logits without its responsibilities: those go on the narrow side of each product.
-            error = logits.scatter_add_(1, target_rows, logits.new_full((), -1.0).expand_as(target_rows))
-            if slope is not None:
-                error.mul_(slope)
-            error = buffers.to_work_dtype(error)
-            row_weights = responsibilities if token_weights is None else responsibilities * token_weight
-            row_weights = row_weights.reshape(n * K, 1)
-            if d_latents is not None:
-                d_rows = torch.mm(error, weight)
-                d_latents[tokens] = (d_rows * row_weights).view(n, K, E).to(work_dtype)
-            weighted_latents = (latent_rows * row_weights).to(work_dtype)
-            if d_weight is not None:
-                if d_weight.dtype == work_dtype:
-                    d_weight.addmm_(error.t(), weighted_latents)
+                d_prior[tokens] = (log_prior[tokens].exp() - responsibilities) * token_weight
+            if wants_logits:
+                error = logits.scatter_add_(1, target_rows, logits.new_full((), -1.0).expand_as(target_rows))
+                if slope is not None:
+                    error.mul_(slope)
+                row_weights = (responsibilities * token_weight).view(-1, 1)  # (n K, 1)
+                if d_bias is not None:
+                    d_bias.addmv_(error.t(), row_weights.squeeze(1))
+                if work_dtype == sum_dtype:
+                    projection.backward(tokens, error, row_weights)
                 else:
-                    d_weight += torch.mm(error.t(), weighted_latents)
-            if d_bias is not None:
-                d_bias += torch.mv(error.t().to(sum_dtype), row_weights.squeeze(1))
-        return nll, Gradients(d_latents, d_prior, d_weight, d_bias)
+                    projection.backward(tokens, buffers.in_half(error, row_weights), None)
+        d_latents, d_weight = projection.gradients()
+        return nll, (d_prior, d_weight, d_bias, *d_latents)
 
 
 class ChunkBuffers:
@@ -217,27 +197,24 @@ class ChunkBuffers:
         work_dtype: torch.dtype,
         sum_dtype: torch.dtype,
         device: torch.device,
-        needs_logits_gradient: bool,
+        wants_logits: bool,
     ) -> None:
-        self.options = options
-        self.work_dtype, self.sum_dtype, self.device = work_dtype, sum_dtype, device
-        self.width = num_classes
-        self.num_mixtures = num_mixtures
-        self.has_slope = options.softcap is not None and needs_logits_gradient
-        is_half = work_dtype != sum_dtype
-        bytes_per_logit = sum_dtype.itemsize * (1 + self.has_slope) + work_dtype.itemsize * is_half
-        self.bytes_per_token = num_mixtures * num_classes * bytes_per_logit
-        self.logits: Tensor | None = None
-        self.half: Tensor | None = None
-        self.slope: Tensor | None = None
+        self.options, self.device = options, device
+        self.num_mixtures, self.num_classes = num_mixtures, num_classes
+        self.work_dtype, self.sum_dtype = work_dtype, sum_dtype
+        self.has_slope = options.softcap is not None and wants_logits
+        self.is_half = work_dtype != sum_dtype
+        self.logits = self.half = self.slope = torch.empty(0)
 
-    def chunks(self, targets: Tensor) -> Iterator[slice | Tensor]:
+    def chunks(self, targets: Tensor) -> Iterator[Tokens]:
         """Slices of the tokens, or index tensors that leave out the ignored ones."""
         kept = (targets != self.options.ignore_index).nonzero().squeeze(1)
         count = kept.shape[0]
         if count == 0:
             return
-        size = self.options.chunk_size or max(1, budget_bytes(self.device) // self.bytes_per_token)
+        bytes_per_logit = self.sum_dtype.itemsize * (1 + self.has_slope) + self.work_dtype.itemsize * self.is_half
+        bytes_per_token = self.num_mixtures * self.num_classes * bytes_per_logit
+        size = self.options.chunk_size or max(1, budget_bytes(self.device) // bytes_per_token)
         size = -(-count // -(-count // size))  # chunks of equal size, none of them a small rest
         self._allocate(size * self.num_mixtures)
         for start in range(0, count, size):
@@ -245,45 +222,40 @@ class ChunkBuffers:
             yield slice(start, stop) if count == targets.shape[0] else kept[start:stop]
 
     def _allocate(self, rows: int) -> None:
-        shape = (rows, self.width)
+        shape = (rows, self.num_classes)
         self.logits = torch.empty(shape, dtype=self.sum_dtype, device=self.device)
-        if self.work_dtype != self.sum_dtype:
+        if self.is_half:
             self.half = torch.empty(shape, dtype=self.work_dtype, device=self.device)
         if self.has_slope:
             self.slope = torch.empty(shape, dtype=self.sum_dtype, device=self.device)
 
-    def component_logits(self, latent_rows: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Any]:
-        """The capped component logits (rows, V) in fp32 or wider, and the softcap's slope at each of them."""
-        rows = latent_rows.shape[0]
-        assert self.logits is not None
+    def component_logits(
+        self, projection: Any, tokens: Tokens, bias: Tensor | None, rows: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """The capped component logits (rows, V) in `sum_dtype`, and the softcap's slope at each of them."""
         logits = self.logits[:rows]
-        if self.half is None:
-            torch.mm(latent_rows, weight.t(), out=logits)
-        else:
-            logits.copy_(torch.mm(latent_rows, weight.t(), out=self.half[:rows]))
-        if bias is not None:
-            logits.add_(bias)
+        projection.logits(tokens, bias, out=logits, half=self.half[:rows])
         if self.options.softcap is None:
             return logits, None
         logits.div_(self.options.softcap).tanh_()
         slope = None
-        if self.slope is not None:
+        if self.has_slope:
             slope = torch.mul(logits, logits, out=self.slope[:rows]).neg_().add_(1)
         return logits.mul_(self.options.softcap), slope
 
-    def to_work_dtype(self, error: Tensor) -> Tensor:
-        return error if self.half is None else self.half[: error.shape[0]].copy_(error)
+    def in_half(self, error: Tensor, row_weights: Tensor) -> Tensor:
+        return torch.mul(error, row_weights, out=self.half[: error.shape[0]])
 
 
 def softmax_(logits: Tensor) -> Tensor:
-    """Softmax over the last dimension, in place; returns the logarithm of each row's normalizer.
+    """Softmax over the last dimension, in place; returns the logarithm of each row's normalizer, (rows, 1).
 
-    The normalizer is read back from the largest probability, exp(max - log_normalizer), which cannot underflow. That
-    is two passes over the buffer where logsumexp and softmax take five and a copy of it.
+    The normalizer is read back from the largest probability, exp(largest logit - log_normalizer), which cannot
+    underflow: three passes over the buffer, where logsumexp and softmax take six and a copy of it.
     """
-    largest, where = logits.max(dim=-1, keepdim=True)
+    largest = logits.amax(dim=-1, keepdim=True)
     torch.softmax(logits, dim=-1, out=logits)
-    return (largest - logits.gather(-1, where).log()).squeeze(-1)
+    return largest - logits.amax(dim=-1, keepdim=True).log()
 
 
 def budget_bytes(device: torch.device) -> int:
@@ -294,10 +266,9 @@ def budget_bytes(device: torch.device) -> int:
     return CPU_BUDGET_BYTES
 
 
-def tokens_per_chunk(latents: Tensor, num_classes: int, copies: int) -> int:
-    """How many tokens' component logits, held `copies` times in fp32 or wider, fit in the budget."""
-    bytes_per_logit = widen(latents[:0]).dtype.itemsize * copies
-    return max(1, budget_bytes(latents.device) // (latents.shape[-2] * num_classes * bytes_per_logit))
+def tokens_per_chunk(num_mixtures: int, num_classes: int, bytes_per_logit: int, device: torch.device) -> int:
+    """How many tokens' component logits fit in the budget."""
+    return max(1, budget_bytes(device) // (num_mixtures * num_classes * bytes_per_logit))
 
 
 def _work_dtype(latents: Tensor) -> torch.dtype:
@@ -307,50 +278,45 @@ def _work_dtype(latents: Tensor) -> torch.dtype:
     return latents.dtype
 
 
-def _scale(targets: Tensor, options: LossOptions) -> Tensor | float:
-    if options.reduction == "sum":
-        return 1.0
-    return 1.0 / (targets != options.ignore_index).sum().clamp(min=1)
+def _denominator(targets: Tensor, options: LossOptions) -> Tensor | int:
+    return 1 if options.reduction == "sum" else (targets != options.ignore_index).sum().clamp(min=1)
 
 
-def _finish(gradients: Gradients, inputs: tuple[Tensor, ...], scale: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients, scaled where they lie, in the dtypes of their inputs."""
-    for gradient in gradients:
-        if gradient is not None and scale is not None:
-            gradient.mul_(scale)
-    cast = [None if g is None else g.to(x.dtype) for g, x in zip(gradients, inputs, strict=False)]
-    return (*cast, None, None)
+def _finish(gradient: Tensor | None, x: Tensor | None, scale: Tensor | None) -> Tensor | None:
+    """The gradient, scaled where it lies, in the dtype of its input."""
+    if gradient is None or x is None:
+        return None
+    return (gradient if scale is None else gradient.mul_(scale)).to(x.dtype)
 
 
 def _check_arguments(
-    latents: Tensor,
+    latents: Tensor | SubspaceLatents,
     prior_logits: Tensor,
     decoder_weight: Tensor,
     targets: Tensor,
     decoder_bias: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    chunk_size: int | None,
+    options: LossOptions,
 ) -> None:
-    if latents.dim() != 3:
-        raise ValueError(f"latents: expected (N, K, E), given {tuple(latents.shape)}")
+    if prior_logits.dim() != 2:
+        raise ValueError(f"prior_logits: expected (N, K), given {tuple(prior_logits.shape)}")
     check_shapes(latents, prior_logits, decoder_weight, decoder_bias)
-    if targets.shape != latents.shape[:1]:
-        raise ValueError(f"targets: expected ({latents.shape[0]},), given {tuple(targets.shape)}")
+    if targets.shape != prior_logits.shape[:1]:
+        raise ValueError(f"targets: expected ({prior_logits.shape[0]},), given {tuple(targets.shape)}")
     if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise ValueError(f"targets: expected integer class indices, given {targets.dtype}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {REDUCTIONS}, given {reduction!r}")
+    if options.reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {REDUCTIONS}, given {options.reduction!r}")
+    chunk_size = options.chunk_size
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size: expected an int of at least 1, or None, given {chunk_size!r}")
-    autocast = torch.is_autocast_enabled(latents.device.type)
-    if not autocast and latents.dtype != decoder_weight.dtype:
-        raise ValueError(f"latents: expected the decoder's {decoder_weight.dtype}, given {latents.dtype}")
-    if targets.device.type == "cpu" and targets.numel():
+    dtype = latents[0].dtype
+    if dtype != decoder_weight.dtype and not torch.is_autocast_enabled(targets.device.type):
+        raise ValueError(f"latents: expected the decoder's {decoder_weight.dtype}, given {dtype}")
+    if targets.device.type == "cpu":
         num_classes = decoder_weight.shape[0]
-        outside = (targets != ignore_index) & ((targets < 0) | (targets >= num_classes))
+        outside = (targets != options.ignore_index) & ((targets < 0) | (targets >= num_classes))
         if outside.any():
             raise ValueError(
-                f"targets: expected class indices below {num_classes}, or {ignore_index}, "
+                f"targets: expected class indices below {num_classes}, or {options.ignore_index}, "
                 f"given {int(targets[outside][0])}"
             )

@@ -1,0 +1,145 @@
+"""From a chunk of tokens to its component logits, and from their errors back to the gradients.
+
+    n tokens of a chunk, K mixtures, E latent_size, R latent_rank, V classes
+    error       = softmax(component_logits) - onehot(target)      (n K, V)
+    row_weights = responsibilities (times the token's weight)     (n K, 1)
+
+The gradient of the component logits is `row_weights * error`. In fp32 and wider it is never made: the row weights go
+on the narrow side of each product. In half precision they join the error when that is rounded, and are `None` here.
+Gradients that many tokens add to are summed in `sum_dtype`, whatever the dtype of the products.
+"""
+
+import torch
+from torch import Tensor
+
+from .mixture_of_softmaxes import SubspaceLatents
+
+Tokens = slice | Tensor  # which tokens a chunk holds
+
+
+def project(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, half: Tensor) -> Tensor:
+    """Equivalent to: `out.copy_(F.linear(rows, weight, bias))`, by way of `half` where `rows` are half precision."""
+    product = out if rows.dtype == out.dtype else half
+    if bias is None:
+        torch.mm(rows, weight.t(), out=product)
+    else:
+        torch.addmm(bias, rows, weight.t(), out=product)
+    return product if product is out else out.copy_(product)
+
+
+def weighted(rows: Tensor, row_weights: Tensor | None) -> Tensor:
+    return rows if row_weights is None else rows * row_weights
+
+
+class Accumulator:
+    """A gradient (V, E) that products of all chunks add to; absent where it is not wanted."""
+
+    def __init__(self, like: Tensor, wanted: bool, sum_dtype: torch.dtype) -> None:
+        self.total = torch.empty_like(like, dtype=sum_dtype) if wanted else None
+        self.is_empty = True
+
+    def add_product(self, left: Tensor, right: Tensor) -> None:
+        if self.total is None:
+            return
+        if left.dtype == self.total.dtype:
+            self.total.addmm_(left, right, beta=0 if self.is_empty else 1)
+        elif self.is_empty:
+            self.total.copy_(torch.mm(left, right))
+        else:
+            self.total.add_(torch.mm(left, right))
+        self.is_empty = False
+
+    def result(self) -> Tensor | None:
+        if self.total is not None and self.is_empty:
+            self.total.zero_()
+        return self.total
+
+
+class DenseProjection:
+    """`component_logits = latents @ weight.T`, for latents (N, K, E)."""
+
+    def __init__(
+        self, latents: Tensor, weight: Tensor, wanted: tuple[bool, ...], wants_weight: bool, sum_dtype: torch.dtype
+    ) -> None:
+        self.latents, self.weight = latents, weight
+        self.d_latents = torch.zeros_like(latents) if wanted[0] else None
+        self.d_weight = Accumulator(weight, wants_weight, sum_dtype)
+
+    def logits(self, tokens: Tokens, bias: Tensor | None, out: Tensor, half: Tensor) -> None:
+        self.rows = self.latents[tokens].flatten(0, 1)
+        project(self.rows, self.weight, bias, out, half)
+
+    def backward(self, tokens: Tokens, error: Tensor, row_weights: Tensor | None) -> None:
+        if self.d_latents is not None:
+            d_rows = weighted(torch.mm(error, self.weight), row_weights)
+            self.d_latents[tokens] = d_rows.view(-1, *self.latents.shape[1:])
+        self.d_weight.add_product(error.t(), weighted(self.rows, row_weights))
+
+    def gradients(self) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+        return (self.d_latents,), self.d_weight.result()
+
+
+class SubspaceProjection:
+    """`component_logits_k = hidden_states @ weight.T + shifts_k @ (weight @ basis).T`: one wide product for all K."""
+
+    def __init__(
+        self,
+        latents: SubspaceLatents,
+        weight: Tensor,
+        wanted: tuple[bool, ...],
+        wants_weight: bool,
+        sum_dtype: torch.dtype,
+    ) -> None:
+        self.hidden_states, self.shifts, self.basis = latents
+        self.weight, self.wants_weight = weight, wants_weight
+        self.narrow_weight = weight @ self.basis  # (V, R), once per step
+        self.d_hidden = torch.zeros_like(self.hidden_states) if wanted[0] else None
+        self.d_shifts = torch.zeros_like(self.shifts) if wanted[1] else None
+        self.wants_basis = wanted[2]
+        self.d_weight = Accumulator(weight, wants_weight, sum_dtype)
+        self.d_narrow_weight = Accumulator(self.narrow_weight, wants_weight or self.wants_basis, sum_dtype)
+
+    def logits(self, tokens: Tokens, bias: Tensor | None, out: Tensor, half: Tensor) -> None:
+        self.wide_rows, shifts = self.hidden_states[tokens], self.shifts[tokens]
+        self.narrow_rows = shifts.flatten(0, 1)
+        project(self.narrow_rows, self.narrow_weight, bias, out, half)
+        self.shared = torch.mm(self.wide_rows, self.weight.t())  # (n, V); its memory serves the backward pass
+        out.view(*shifts.shape[:2], -1).add_(self.shared.unsqueeze(1))
+
+    def backward(self, tokens: Tokens, error: Tensor, row_weights: Tensor | None) -> None:
+        n, K = self.wide_rows.shape[0], self.shifts.shape[1]
+        if self.d_shifts is not None:
+            d_rows = weighted(torch.mm(error, self.narrow_weight), row_weights)
+            self.d_shifts[tokens] = d_rows.view(n, K, -1)
+        self.d_narrow_weight.add_product(error.t(), weighted(self.narrow_rows, row_weights))
+        if self.d_hidden is None and not self.wants_weight:
+            return
+        if row_weights is None:
+            shared_error = torch.sum(error.view(n, K, -1), dim=1, out=self.shared)
+        else:
+            torch.bmm(row_weights.view(n, 1, K), error.view(n, K, -1), out=self.shared.unsqueeze(1))
+            shared_error = self.shared
+        if self.d_hidden is not None:
+            self.d_hidden[tokens] = torch.mm(shared_error, self.weight)
+        self.d_weight.add_product(shared_error.t(), self.wide_rows)
+
+    def gradients(self) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+        d_narrow, d_weight, d_basis = self.d_narrow_weight.result(), self.d_weight.result(), None
+        if d_narrow is not None:
+            if self.wants_basis:
+                d_basis = self.weight.t().to(d_narrow.dtype) @ d_narrow
+            if d_weight is not None:
+                d_weight.addmm_(d_narrow, self.basis.t().to(d_narrow.dtype))
+        return (self.d_hidden, self.d_shifts, d_basis), d_weight
+
+
+def projection_for(
+    latents: Tensor | SubspaceLatents,
+    weight: Tensor,
+    wanted: tuple[bool, ...],
+    wants_weight: bool,
+    sum_dtype: torch.dtype,
+) -> DenseProjection | SubspaceProjection:
+    if isinstance(latents, SubspaceLatents):
+        return SubspaceProjection(latents, weight, wanted, wants_weight, sum_dtype)
+    return DenseProjection(latents, weight, wanted, wants_weight, sum_dtype)

@@ -1,0 +1,218 @@
+"""The fast loss against the readable reference, in float64 and in the dtypes that people train in."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_mos import mos_cross_entropy, mos_log_probs
+from hf_mos.mixture_of_softmaxes import SubspaceLatents, mix_log_probs
+from hf_mos.mos_inference import infer_log_probs
+
+IGNORED = -100
+
+
+def draw(N=7, K=3, E=5, V=11, rank=None, bias=False, ignored="some", dtype=torch.float64, seed=0):
+    """Leaves named by what they are, and targets."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    leaves = {"prior_logits": normal(N, K), "decoder_weight": normal(V, E)}
+    if rank is None:
+        leaves["latents"] = normal(N, K, E)
+    else:
+        leaves |= {"hidden_states": normal(N, E), "shifts": normal(N, K, rank), "basis": normal(E, rank)}
+    if bias:
+        leaves["decoder_bias"] = normal(V)
+    targets = torch.randint(0, V, (N,), generator=generator)
+    if ignored == "some":
+        targets[::3] = IGNORED
+    elif ignored == "all":
+        targets[:] = IGNORED
+    return leaves, targets
+
+
+def arguments(leaves):
+    latents = leaves.get("latents")
+    if latents is None:
+        latents = SubspaceLatents(leaves["hidden_states"], leaves["shifts"], leaves["basis"])
+    return (latents, leaves["prior_logits"], leaves["decoder_weight"]), leaves.get("decoder_bias")
+
+
+def reference(leaves, targets, softcap=None, reduction="mean"):
+    positional, bias = arguments(leaves)
+    return reduce(mos_log_probs(*positional, decoder_bias=bias, softcap=softcap), targets, reduction)
+
+
+def subspace_reference(leaves, targets, reduction="mean"):
+    """The shared product and the narrow ones in plain torch, to compare rounding with."""
+    weight = leaves["decoder_weight"]
+    shared = F.linear(leaves["hidden_states"], weight, leaves["decoder_bias"]).unsqueeze(1)
+    component_logits = shared + F.linear(leaves["shifts"], weight @ leaves["basis"])
+    return reduce(mix_log_probs(component_logits, leaves["prior_logits"]), targets, reduction)
+
+
+def reduce(log_probs, targets, reduction):
+    nll = F.nll_loss(log_probs, targets, reduction="none")
+    if reduction == "none":
+        return nll
+    return nll.sum() / (1 if reduction == "sum" else (targets != IGNORED).sum().clamp(min=1))
+
+
+def fast(leaves, targets, **options):
+    positional, bias = arguments(leaves)
+    return mos_cross_entropy(*positional, targets, decoder_bias=bias, **options)
+
+
+def run(loss_function, leaves, targets, requires_grad=None, **options):
+    """The loss, and the gradient of every leaf that requires one, of the loss under uneven weights."""
+    names = leaves if requires_grad is None else requires_grad
+    leaves = {name: x.detach().clone().requires_grad_(name in names) for name, x in leaves.items()}
+    loss = loss_function(leaves, targets, **options)
+    weights = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).view(loss.shape)
+    (loss * weights).sum().backward()
+    return {"loss": loss.detach()} | {name: leaves[name].grad for name in names}
+
+
+def assert_same(expected, given, tolerance=1e-12):
+    assert expected.keys() == given.keys()
+    for name, value in expected.items():
+        assert given[name].shape == value.shape, name
+        torch.testing.assert_close(
+            given[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_equals_reference_in_float64(rank, reduction, softcap, bias):
+    for (N, K), chunk_size, ignored in itertools.product(
+        [(1, 1), (7, 3), (8, 2)], [None, 1, 3], ["none", "some", "all"]
+    ):
+        leaves, targets = draw(N=N, K=K, rank=rank, bias=bias, ignored=ignored)
+        expected = run(reference, leaves, targets, softcap=softcap, reduction=reduction)
+        given = run(fast, leaves, targets, softcap=softcap, reduction=reduction, chunk_size=chunk_size)
+        assert_same(expected, given)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_each_gradient_alone(rank, reduction):
+    leaves, targets = draw(rank=rank, bias=True)
+    expected = run(reference, leaves, targets, softcap=3.0, reduction=reduction)
+    for name in leaves:
+        given = run(fast, leaves, targets, requires_grad=[name], softcap=3.0, reduction=reduction, chunk_size=2)
+        assert_same({key: expected[key] for key in ("loss", name)}, given)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradcheck(rank, softcap):
+    leaves, targets = draw(N=3, K=2, E=3, V=5, rank=rank, bias=True)
+    names = list(leaves)
+
+    def loss(*values):
+        return fast(dict(zip(names, values, strict=True)), targets, softcap=softcap, reduction="none")
+
+    assert torch.autograd.gradcheck(loss, [leaves[name].requires_grad_() for name in names])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_half_precision_errs_no_more_than_plain_torch(dtype, rank, reduction):
+    leaves, targets = draw(N=96, K=3, E=16, V=53, rank=rank, bias=True, dtype=dtype)
+    exact = run(reference, {name: x.double() for name, x in leaves.items()}, targets, reduction=reduction)
+    plain = run(reference if rank is None else subspace_reference, leaves, targets, reduction=reduction)
+    given = run(fast, leaves, targets, reduction=reduction, chunk_size=7)
+    for name in exact:
+        plain_error = (plain[name].double() - exact[name]).norm()
+        error = (given[name].double() - exact[name]).norm()
+        rounding = exact[name].norm() * torch.finfo(dtype).eps / 8
+        assert error <= plain_error + rounding, f"{name}: {error:.2e} against {plain_error:.2e}"
+
+
+def test_autocast_runs_products_in_its_dtype_and_keeps_gradients_wide():
+    leaves, targets = draw(N=32, E=16, V=53, dtype=torch.float32)
+    exact = run(fast, leaves, targets)
+
+    def under_autocast(leaves, targets):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return fast(leaves, targets)
+
+    given = run(under_autocast, leaves, targets)
+    for name, value in exact.items():
+        assert given[name].dtype == torch.float32
+        assert not torch.equal(given[name], value), f"{name} was not computed in bfloat16"
+        torch.testing.assert_close(given[name], value, rtol=0.05, atol=0.02)
+
+
+def test_sharp_logits_stay_finite_where_probabilities_underflow():
+    leaves, targets = draw(N=6, V=50, ignored="none", dtype=torch.float32)
+    leaves["latents"] *= 100
+    exact = run(reference, {name: x.double() for name, x in leaves.items()}, targets)
+    given = run(fast, leaves, targets)
+    assert exact["loss"] > 100  # beyond what log(p) can say in fp32
+    for name, value in exact.items():
+        torch.testing.assert_close(given[name].double(), value, rtol=1e-4, atol=1e-4)
+
+
+def test_second_backward_through_a_retained_graph():
+    leaves, targets = draw()
+    leaves = {name: x.requires_grad_() for name, x in leaves.items()}
+    loss = fast(leaves, targets)
+    first = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True)
+    second = torch.autograd.grad(3 * loss, list(leaves.values()))
+    for one, three in zip(first, second, strict=True):
+        torch.testing.assert_close(3 * one, three)
+
+
+def test_non_contiguous_arguments():
+    leaves, targets = draw()
+    strided = {name: x.mT.contiguous().mT if x.dim() > 1 else x for name, x in leaves.items()}
+    assert_same(run(fast, leaves, targets), run(fast, strided, targets))
+
+
+def test_all_ignored_gives_finite_zeros():
+    leaves, targets = draw(ignored="all", bias=True)
+    for value in run(fast, leaves, targets).values():
+        assert torch.equal(value, torch.zeros_like(value))
+
+
+def test_integer_targets_of_any_width():
+    leaves, targets = draw()
+    assert_same(run(fast, leaves, targets), run(fast, leaves, targets.int()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": torch.full((7,), 11)}, "below 11"),
+        ({"targets": torch.zeros(6, dtype=torch.long)}, "targets: expected"),
+        ({"targets": torch.zeros(7)}, "integer class indices"),
+        ({"prior_logits": torch.zeros(7, 4, dtype=torch.float64)}, "prior_logits: expected"),
+        ({"decoder_weight": torch.zeros(11, 4, dtype=torch.float64)}, "decoder_weight: expected"),
+        ({"decoder_weight": torch.zeros(11, 5)}, "latents: expected the decoder's torch.float32"),
+        ({"decoder_bias": torch.zeros(10, dtype=torch.float64)}, "decoder_bias: expected"),
+        ({"reduction": "average"}, "reduction: expected"),
+        ({"chunk_size": 0}, "chunk_size: expected"),
+    ],
+)
+def test_bad_input_names_what_was_expected(change, message):
+    leaves, targets = draw()
+    with pytest.raises(ValueError, match=message):
+        mos_cross_entropy(**{**leaves, "targets": targets, **change})
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("N", [1, 2, 40])
+def test_inference_equals_reference(rank, N):
+    leaves, _ = draw(N=N, K=4, rank=rank, bias=True)
+    positional, bias = arguments(leaves)
+    options = {"decoder_bias": bias, "softcap": 2.0}
+    torch.testing.assert_close(infer_log_probs(*positional, **options), mos_log_probs(*positional, **options))
