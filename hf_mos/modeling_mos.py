@@ -43,7 +43,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
 
     Equivalent to: `backbone` without its vocabulary projection, then [`MoSLMHead`]. `outputs.logits` are the mixture's
     natural log-probabilities in fp32: their softmax is the mixture, so generation, sampling and cross-entropy read
-    them rightly. `temperature` acts on the mixture, not on each component.
+    them rightly. `temperature` and `repetition_penalty` act on the mixture, not on each component.
 
     Use [`~MoSForCausalLM.from_causal_lm`] to convert a model, `from_pretrained` to load a converted one.
 
@@ -59,7 +59,8 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = {"lm_head.prior"}
+    _keep_in_fp32_modules_strict = {"lm_head.prior"}  # in bf16 as in fp16
+    _keep_in_fp32_modules = {"lm_head.prior"}  # what quantizers read
     _no_split_modules = ["MoSLMHead"]
 
     def __init__(self, config: MoSConfig, backbone: PreTrainedModel | None = None) -> None:
