@@ -155,23 +155,31 @@ def _loss_and_gradients(
         d_prior = torch.zeros_like(log_prior) if wants_prior else None
         d_bias = torch.zeros(V, dtype=sum_dtype, device=device) if wants_bias else None
 
-        buffers = ChunkBuffers(K, V, options, work_dtype, sum_dtype, device, wants_logits)
-        for tokens in buffers.chunks(targets):
-            target_rows = targets[tokens].long().repeat_interleave(K).unsqueeze(1)  # (n K, 1)
-            logits, slope = buffers.component_logits(projection, tokens, bias, target_rows.shape[0])  # (n K, V)
-            target_logits = logits.gather(1, target_rows)
-            # softmax_ leaves softmax(component_logits) in the buffer.
-            log_normalizer = softmax_(logits) if wants_logits else torch.logsumexp(logits, dim=1, keepdim=True)
-            component_nll = (log_normalizer - target_logits).view(-1, K)
+        buffers = ChunkBuffers(V, options, work_dtype, sum_dtype, device, wants_logits)
+        kept = (targets != options.ignore_index).nonzero().squeeze(1)
+        size, group_size = buffers.allocate(kept.shape[0], K, projection.shared_share)
+        for group in split(kept, group_size, of=N):
+            projection.open(group, group_size, bias)
+            for tokens, place in split_again(group, size):
+                target_rows = targets[tokens].long().repeat_interleave(K).unsqueeze(1)  # (n K, 1)
+                logits, half, slope = buffers.rows(target_rows.shape[0])  # (n K, V) each
+                projection.logits(tokens, place, logits, half)
+                if options.softcap is not None:
+                    cap_(logits, options.softcap, slope)
+                target_logits = logits.gather(1, target_rows)
+                # softmax_ leaves softmax(component_logits) in the buffer.
+                log_normalizer = softmax_(logits) if wants_logits else torch.logsumexp(logits, dim=1, keepdim=True)
+                component_nll = (log_normalizer - target_logits).view(-1, K)
 
-            log_joint = log_prior[tokens] - component_nll
-            chunk_nll = -torch.logsumexp(log_joint, dim=-1, keepdim=True)
-            nll[tokens] = chunk_nll.squeeze(1)
-            responsibilities = torch.exp(log_joint + chunk_nll)  # (n, K)
-            token_weight = 1.0 if token_weights is None else token_weights[tokens].to(sum_dtype).unsqueeze(1)
-            if d_prior is not None:
-                d_prior[tokens] = (log_prior[tokens].exp() - responsibilities) * token_weight
-            if wants_logits:
+                log_joint = log_prior[tokens] - component_nll
+                chunk_nll = -torch.logsumexp(log_joint, dim=-1, keepdim=True)
+                nll[tokens] = chunk_nll.squeeze(1)
+                responsibilities = torch.exp(log_joint + chunk_nll)  # (n, K)
+                token_weight = 1.0 if token_weights is None else token_weights[tokens].to(sum_dtype).unsqueeze(1)
+                if d_prior is not None:
+                    d_prior[tokens] = (log_prior[tokens].exp() - responsibilities) * token_weight
+                if not wants_logits:
+                    continue
                 error = logits.scatter_add_(1, target_rows, logits.new_full((), -1.0).expand_as(target_rows))
                 if slope is not None:
                     error.mul_(slope)
@@ -179,19 +187,20 @@ def _loss_and_gradients(
                 if d_bias is not None:
                     d_bias.addmv_(error.t(), row_weights.squeeze(1))
                 if work_dtype == sum_dtype:
-                    projection.backward(tokens, error, row_weights)
+                    projection.backward(tokens, place, error, row_weights)
                 else:
-                    projection.backward(tokens, buffers.in_half(error, row_weights), None)
+                    projection.backward(tokens, place, torch.mul(error, row_weights, out=half), None)
+            if wants_logits:
+                projection.close(group)
         d_latents, d_weight = projection.gradients()
         return nll, (d_prior, d_weight, d_bias, *d_latents)
 
 
 class ChunkBuffers:
-    """The reused buffers of (chunk_size * K, V), and the chunks of tokens that fit in them."""
+    """The reused buffers of (chunk_size * K, V), as large as the budget allows."""
 
     def __init__(
         self,
-        num_mixtures: int,
         num_classes: int,
         options: LossOptions,
         work_dtype: torch.dtype,
@@ -199,52 +208,68 @@ class ChunkBuffers:
         device: torch.device,
         wants_logits: bool,
     ) -> None:
-        self.options, self.device = options, device
-        self.num_mixtures, self.num_classes = num_mixtures, num_classes
+        self.num_classes, self.chunk_size, self.device = num_classes, options.chunk_size, device
         self.work_dtype, self.sum_dtype = work_dtype, sum_dtype
+        self.has_half = work_dtype != sum_dtype
         self.has_slope = options.softcap is not None and wants_logits
-        self.is_half = work_dtype != sum_dtype
-        self.logits = self.half = self.slope = torch.empty(0)
+        self.logits = self.half = torch.empty(0)
+        self.slope: Tensor | None = None
 
-    def chunks(self, targets: Tensor) -> Iterator[Tokens]:
-        """Slices of the tokens, or index tensors that leave out the ignored ones."""
-        kept = (targets != self.options.ignore_index).nonzero().squeeze(1)
-        count = kept.shape[0]
-        if count == 0:
-            return
-        bytes_per_logit = self.sum_dtype.itemsize * (1 + self.has_slope) + self.work_dtype.itemsize * self.is_half
-        bytes_per_token = self.num_mixtures * self.num_classes * bytes_per_logit
-        size = self.options.chunk_size or max(1, budget_bytes(self.device) // bytes_per_token)
-        size = -(-count // -(-count // size))  # chunks of equal size, none of them a small rest
-        self._allocate(size * self.num_mixtures)
-        for start in range(0, count, size):
-            stop = min(start + size, count)
-            yield slice(start, stop) if count == targets.shape[0] else kept[start:stop]
-
-    def _allocate(self, rows: int) -> None:
-        shape = (rows, self.num_classes)
+    def allocate(self, num_tokens: int, num_mixtures: int, shared_share: float) -> tuple[int, int]:
+        """Makes the buffers; returns how many tokens are in work at a time, and how many share the wide products."""
+        bytes_per_logit = self.sum_dtype.itemsize * (1 + self.has_slope) + self.work_dtype.itemsize * self.has_half
+        budget = budget_bytes(self.device)
+        size = self.chunk_size
+        if size is None:
+            size = int(budget * (1 - shared_share)) // (num_mixtures * self.num_classes * bytes_per_logit)
+        group_size = num_tokens
+        if shared_share:
+            group_size = max(size, int(budget * shared_share) // (self.num_classes * self.work_dtype.itemsize))
+        group_size = even(num_tokens, group_size)
+        size = even(group_size, size)
+        shape = (size * num_mixtures, self.num_classes)
         self.logits = torch.empty(shape, dtype=self.sum_dtype, device=self.device)
-        if self.is_half:
+        if self.has_half:
             self.half = torch.empty(shape, dtype=self.work_dtype, device=self.device)
         if self.has_slope:
             self.slope = torch.empty(shape, dtype=self.sum_dtype, device=self.device)
+        return size, group_size
 
-    def component_logits(
-        self, projection: Any, tokens: Tokens, bias: Tensor | None, rows: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """The capped component logits (rows, V) in `sum_dtype`, and the softcap's slope at each of them."""
-        logits = self.logits[:rows]
-        projection.logits(tokens, bias, out=logits, half=self.half[:rows])
-        if self.options.softcap is None:
-            return logits, None
-        logits.div_(self.options.softcap).tanh_()
-        slope = None
-        if self.has_slope:
-            slope = torch.mul(logits, logits, out=self.slope[:rows]).neg_().add_(1)
-        return logits.mul_(self.options.softcap), slope
+    def rows(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.logits[:count], self.half[:count], None if self.slope is None else self.slope[:count]
 
-    def in_half(self, error: Tensor, row_weights: Tensor) -> Tensor:
-        return torch.mul(error, row_weights, out=self.half[: error.shape[0]])
+
+def even(count: int, size: int) -> int:
+    """The size of parts of at most `size` that share `count` evenly, so that none is a small rest."""
+    count, size = max(1, count), max(1, size)
+    return -(-count // -(-count // size))
+
+
+def split(kept: Tensor, size: int, of: int) -> Iterator[Tokens]:
+    """The kept tokens in parts: slices where all `of` them are kept, else index tensors."""
+    count = kept.shape[0]
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        yield slice(start, stop) if count == of else kept[start:stop]
+
+
+def split_again(group: Tokens, size: int) -> Iterator[tuple[Tokens, slice]]:
+    """The tokens of a group in parts, and each part's place in the group."""
+    count = group.stop - group.start if isinstance(group, slice) else group.shape[0]
+    for start in range(0, count, size):
+        place = slice(start, min(start + size, count))
+        if isinstance(group, slice):
+            yield slice(group.start + place.start, group.start + place.stop), place
+        else:
+            yield group[place], place
+
+
+def cap_(logits: Tensor, softcap: float, slope: Tensor | None) -> None:
+    """Equivalent to: `cap_logits` in place; writes its derivative at each logit to `slope`, if there is one."""
+    logits.div_(softcap).tanh_()
+    if slope is not None:
+        torch.mul(logits, logits, out=slope).neg_().add_(1)
+    logits.mul_(softcap)
 
 
 def softmax_(logits: Tensor) -> Tensor:

@@ -58,6 +58,8 @@ class Accumulator:
 class DenseProjection:
     """`component_logits = latents @ weight.T`, for latents (N, K, E)."""
 
+    shared_share = 0.0  # of the working memory, beside the component logits
+
     def __init__(
         self, latents: Tensor, weight: Tensor, wanted: tuple[bool, ...], wants_weight: bool, sum_dtype: torch.dtype
     ) -> None:
@@ -65,22 +67,34 @@ class DenseProjection:
         self.d_latents = torch.zeros_like(latents) if wanted[0] else None
         self.d_weight = Accumulator(weight, wants_weight, sum_dtype)
 
-    def logits(self, tokens: Tokens, bias: Tensor | None, out: Tensor, half: Tensor) -> None:
-        self.rows = self.latents[tokens].flatten(0, 1)
-        project(self.rows, self.weight, bias, out, half)
+    def open(self, group: Tokens, size: int, bias: Tensor | None) -> None:
+        self.bias = bias
 
-    def backward(self, tokens: Tokens, error: Tensor, row_weights: Tensor | None) -> None:
+    def logits(self, tokens: Tokens, place: slice, out: Tensor, half: Tensor) -> None:
+        self.rows = self.latents[tokens].flatten(0, 1)
+        project(self.rows, self.weight, self.bias, out, half)
+
+    def backward(self, tokens: Tokens, place: slice, error: Tensor, row_weights: Tensor | None) -> None:
         if self.d_latents is not None:
             d_rows = weighted(torch.mm(error, self.weight), row_weights)
             self.d_latents[tokens] = d_rows.view(-1, *self.latents.shape[1:])
         self.d_weight.add_product(error.t(), weighted(self.rows, row_weights))
+
+    def close(self, group: Tokens) -> None:
+        pass
 
     def gradients(self) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
         return (self.d_latents,), self.d_weight.result()
 
 
 class SubspaceProjection:
-    """`component_logits_k = hidden_states @ weight.T + shifts_k @ (weight @ basis).T`: one wide product for all K."""
+    """`component_logits_k = hidden_states @ weight.T + shifts_k @ (weight @ basis).T`: one wide product for all K.
+
+    A group of tokens shares the wide products: their shared logits are made when it is opened, chunk by chunk the
+    errors, summed over the mixture, take their places, and what they send back is made when it is closed.
+    """
+
+    shared_share = 0.5
 
     def __init__(
         self,
@@ -91,37 +105,46 @@ class SubspaceProjection:
         sum_dtype: torch.dtype,
     ) -> None:
         self.hidden_states, self.shifts, self.basis = latents
-        self.weight, self.wants_weight = weight, wants_weight
+        self.weight = weight
         self.narrow_weight = weight @ self.basis  # (V, R), once per step
         self.d_hidden = torch.zeros_like(self.hidden_states) if wanted[0] else None
         self.d_shifts = torch.zeros_like(self.shifts) if wanted[1] else None
-        self.wants_basis = wanted[2]
+        self.wants_basis, self.wants_shared = wanted[2], wanted[0] or wants_weight
         self.d_weight = Accumulator(weight, wants_weight, sum_dtype)
         self.d_narrow_weight = Accumulator(self.narrow_weight, wants_weight or self.wants_basis, sum_dtype)
+        self.buffer = weight[:0]
 
-    def logits(self, tokens: Tokens, bias: Tensor | None, out: Tensor, half: Tensor) -> None:
-        self.wide_rows, shifts = self.hidden_states[tokens], self.shifts[tokens]
-        self.narrow_rows = shifts.flatten(0, 1)
-        project(self.narrow_rows, self.narrow_weight, bias, out, half)
-        self.shared = torch.mm(self.wide_rows, self.weight.t())  # (n, V); its memory serves the backward pass
-        out.view(*shifts.shape[:2], -1).add_(self.shared.unsqueeze(1))
+    def open(self, group: Tokens, size: int, bias: Tensor | None) -> None:
+        if self.buffer.shape[0] < size:
+            self.buffer = self.weight.new_empty(size, self.weight.shape[0])
+        self.group_rows = self.hidden_states[group]
+        self.shared = self.buffer[: self.group_rows.shape[0]]
+        project(self.group_rows, self.weight, bias, self.shared, self.shared)
 
-    def backward(self, tokens: Tokens, error: Tensor, row_weights: Tensor | None) -> None:
-        n, K = self.wide_rows.shape[0], self.shifts.shape[1]
+    def logits(self, tokens: Tokens, place: slice, out: Tensor, half: Tensor) -> None:
+        shifts = self.shifts[tokens]
+        self.rows = shifts.flatten(0, 1)
+        project(self.rows, self.narrow_weight, None, out, half)
+        out.view(*shifts.shape[:2], -1).add_(self.shared[place].unsqueeze(1))
+
+    def backward(self, tokens: Tokens, place: slice, error: Tensor, row_weights: Tensor | None) -> None:
+        K = self.shifts.shape[1]
         if self.d_shifts is not None:
             d_rows = weighted(torch.mm(error, self.narrow_weight), row_weights)
-            self.d_shifts[tokens] = d_rows.view(n, K, -1)
-        self.d_narrow_weight.add_product(error.t(), weighted(self.narrow_rows, row_weights))
-        if self.d_hidden is None and not self.wants_weight:
+            self.d_shifts[tokens] = d_rows.view(-1, *self.shifts.shape[1:])
+        self.d_narrow_weight.add_product(error.t(), weighted(self.rows, row_weights))
+        if not self.wants_shared:
             return
+        by_token, summed = error.unflatten(0, (-1, K)), self.shared[place]
         if row_weights is None:
-            shared_error = torch.sum(error.view(n, K, -1), dim=1, out=self.shared)
+            torch.sum(by_token, dim=1, out=summed)
         else:
-            torch.bmm(row_weights.view(n, 1, K), error.view(n, K, -1), out=self.shared.unsqueeze(1))
-            shared_error = self.shared
+            torch.bmm(row_weights.view(-1, 1, K), by_token, out=summed.unsqueeze(1))
+
+    def close(self, group: Tokens) -> None:
         if self.d_hidden is not None:
-            self.d_hidden[tokens] = torch.mm(shared_error, self.weight)
-        self.d_weight.add_product(shared_error.t(), self.wide_rows)
+            self.d_hidden[group] = torch.mm(self.shared, self.weight)
+        self.d_weight.add_product(self.shared.t(), self.group_rows)
 
     def gradients(self) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
         d_narrow, d_weight, d_basis = self.d_narrow_weight.result(), self.d_weight.result(), None
