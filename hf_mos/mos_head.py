@@ -8,8 +8,9 @@ from transformers import initialization as init
 
 from .configuration_mos import MoSConfig
 from .mixture_of_softmaxes import SubspaceLatents, cap_logits, mix_log_probs, mos_log_probs
+from .mos_chunks import tokens_per_chunk
 from .mos_inference import infer_log_probs
-from .mos_loss import mos_cross_entropy, tokens_per_chunk
+from .mos_loss import mos_cross_entropy
 
 ACTIVATIONS = {"identity": nn.Identity, "tanh": nn.Tanh}
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .mixture_of_softmaxes import SubspaceLatents, cap_logits, widen
-from .mos_loss import tokens_per_chunk
+from .mos_chunks import tokens_per_chunk
 
 # Up to this many rows a product is bound by reading the decoder, and `weight @ rows.T` reads it at full speed where
 # `rows @ weight.T` does not: 0.4 against 1.6 of the one-row product at 4 rows of 768, 2 CPU threads.

@@ -1,11 +1,15 @@
 """The fast loss against the readable reference, in float64 and in the dtypes that people train in."""
 
+import importlib
 import itertools
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import hf_mos
 from hf_mos import mos_cross_entropy, mos_log_probs
 from hf_mos.mixture_of_softmaxes import SubspaceLatents, mix_log_probs
 from hf_mos.mos_inference import infer_log_probs
@@ -216,3 +220,35 @@ def test_inference_equals_reference(rank, N):
     positional, bias = arguments(leaves)
     options = {"decoder_bias": bias, "softcap": 2.0}
     torch.testing.assert_close(infer_log_probs(*positional, **options), mos_log_probs(*positional, **options))
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_whole_without_recompiling(rank, reduction):
+    torch.compiler.reset()
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    for seed in range(3):  # another number of ignored targets each time
+        leaves, targets = draw(rank=rank, bias=True, seed=seed)
+        targets[:seed] = IGNORED
+        expected = run(fast, leaves, targets, reduction=reduction, softcap=2.0)
+        with torch._dynamo.config.patch(error_on_recompile=seed > 0):
+            given = run(compiled, leaves, targets, reduction=reduction, softcap=2.0)
+        assert_same(expected, given)
+
+
+def test_operator_can_be_defined_twice(tmp_path):
+    """A process may load the package and, as remote code, its copy."""
+    for path in Path(hf_mos.__file__).parent.glob("*.py"):
+        (tmp_path / "copy_of_mos" / path.name).parent.mkdir(exist_ok=True)
+        (tmp_path / "copy_of_mos" / path.name).write_text(path.read_text() if path.name != "__init__.py" else "")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        copied = importlib.import_module("copy_of_mos.mos_loss").mos_cross_entropy
+    finally:
+        sys.path.remove(str(tmp_path))
+    leaves, targets = draw()
+    positional, _ = arguments(leaves)
+    for function in (copied, mos_cross_entropy):
+        torch.compiler.reset()
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*positional, targets), mos_cross_entropy(*positional, targets))
