@@ -1,0 +1,44 @@
+# Two commands for a newcomer: `make quickstart` and `make test`. Each makes .venv if it is missing.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+CANDIDATES := python3 python3.13 python3.12 python3.11
+# The first Python on the path that is new enough; used only to make the virtual environment.
+HOST_PYTHON = $(shell for python in $(CANDIDATES); do \
+	$$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+export HF_HUB_OFFLINE := 1
+
+.PHONY: quickstart test test-package lint format install clean
+
+quickstart: install
+	$(PYTHON) examples/quickstart.py
+
+# One thread in each of a few workers: the models are tiny, and more threads make them slower.
+test: install
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4
+
+# The wheel with its dependencies in an empty environment. Needs the package index.
+test-package: install
+	$(PYTHON) -m pytest -m slow tests/test_package.py
+
+lint: install
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m mypy
+
+format: install
+	$(PYTHON) -m ruff format
+	$(PYTHON) -m ruff check --fix
+
+install: $(INSTALLED)
+
+# The stamp is written last, so an interrupted installation is taken up again.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(HOST_PYTHON)" || { echo "expected Python 3.11 or later with venv, found none of: $(CANDIDATES)"; exit 1; }
+	$(PYTHON) -m pip --version >/dev/null 2>&1 || $(HOST_PYTHON) -m venv --clear $(VENV)
+	$(PYTHON) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info quickstart-out
