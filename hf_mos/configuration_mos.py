@@ -1,6 +1,7 @@
 """MoSConfig: the backbone's config plus the options of the mixture head."""
 
 import copy
+import dataclasses
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -10,6 +11,8 @@ LATENT_ACTIVATIONS = ("identity", "tanh")
 # What the architectures of transformers call the softcap that they apply to their logits. It belongs inside each
 # component of the mixture, so it is taken out of the backbone's config and kept in ours.
 SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# Where such a field may not be None: `tanh(h / 2^64) * 2^64` is h, to the bit, in fp32 and in bf16.
+NO_SOFTCAP = 2.0**64
 
 
 def _delegated(name: str) -> property:
@@ -148,6 +151,15 @@ class MoSConfig(PreTrainedConfig):
                     f"or tie_word_embeddings=False, given {size}"
                 )
 
+    def validate(self) -> None:
+        """Of this config its own fields, and of the backbone's what its own class checks.
+
+        The base class's checks would read the delegated fields, which an architecture may define in its own way, or
+        for each layer.
+        """
+        self._check_fields()
+        self.text_config.validate()
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         return self.text_config.get_text_config(decoder=decoder, encoder=encoder)
 
@@ -167,14 +179,7 @@ def _read_text_config(text_config: Any) -> PreTrainedConfig:
         has_softcap = any(_holder(text_config, field) is not None for field in SOFTCAP_FIELDS)
         return copy.deepcopy(text_config) if has_softcap else text_config  # the caller's own object keeps its softcap
     if isinstance(text_config, dict) and text_config.get("model_type"):
-        # Where the softcap was taken out, None was written; a config whose field may not be None gets its default
-        # here, and take_softcap removes it again.
-        fields = {k: v for k, v in text_config.items() if not (k in SOFTCAP_FIELDS and v is None)}
-        config = AutoConfig.for_model(**fields)
-        for field in SOFTCAP_FIELDS:
-            if field in text_config and text_config[field] is None:
-                vars(config)[field] = None
-        return config
+        return AutoConfig.for_model(**text_config)
     raise ValueError(
         "text_config: expected the config of a causal LM, or its dict with a 'model_type', "
         f"given {text_config if text_config is None else type(text_config).__name__!r}"
@@ -184,7 +189,7 @@ def _read_text_config(text_config: Any) -> PreTrainedConfig:
 def _holder(text_config: PreTrainedConfig, field: str) -> PreTrainedConfig | None:
     """The config, top or text part, that sets `field`."""
     for config in (text_config, text_config.get_text_config()):
-        if vars(config).get(field) is not None:
+        if vars(config).get(field) not in (None, NO_SOFTCAP):
             return config
     return None
 
@@ -196,7 +201,8 @@ def take_softcap(text_config: PreTrainedConfig) -> float | None:
         holder = _holder(text_config, field)
         if holder is not None:
             softcap = float(vars(holder)[field])
-            vars(holder)[field] = None  # past validation: some configs type the field as float and still test for None
+            types = {declared.name: declared.type for declared in dataclasses.fields(holder)}
+            setattr(holder, field, None if isinstance(None, types.get(field, object)) else NO_SOFTCAP)
     return softcap
 
 

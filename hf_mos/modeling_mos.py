@@ -4,12 +4,13 @@ import copy
 import dataclasses
 import inspect
 import os
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -26,7 +27,7 @@ class HeadlessProjection(nn.Module):
     """Equivalent to: the identity, in the place of the backbone's vocabulary projection.
 
     The backbone then returns hidden states where it returned logits. Some architectures read the projection's dtype
-    and bias.
+    and bias. fp16 is widened, as it does not hold what some do to their logits next (`NO_SOFTCAP`).
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -35,7 +36,7 @@ class HeadlessProjection(nn.Module):
         self.bias = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states
+        return hidden_states.float() if hidden_states.dtype == torch.float16 else hidden_states
 
 
 class MoSForCausalLM(PreTrainedModel, GenerationMixin):
@@ -66,20 +67,16 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MoSConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         if backbone is None:
-            backbone = AutoModelForCausalLM.from_config(config.text_config)
+            backbone = new_backbone(config.text_config)
         config.text_config = backbone.config
-        projection = backbone.get_output_embeddings()
-        behead(backbone, projection)
+        decoder, tied_to = behead(backbone)
         self.backbone = backbone
-        self.lm_head = MoSLMHead(config, decoder=projection)
+        self.lm_head = MoSLMHead(config, decoder=decoder)
         config.decoder_bias = self.lm_head.decoder.bias is not None
-        self._tied_weights_keys = {"lm_head.decoder.weight": f"{self._path_of(self.get_input_embeddings())}.weight"}
+        self._tied_weights_keys = {"lm_head.decoder.weight": f"backbone.{tied_to}"}
         self._backbone_arguments = frozenset(inspect.signature(backbone.forward).parameters)
         self.main_input_name = backbone.main_input_name
         self.post_init()
-
-    def _path_of(self, module: nn.Module) -> str:
-        return next(name for name, candidate in self.named_modules() if candidate is module)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -87,6 +84,15 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             module.reset_parameters()
         elif module is self.lm_head.decoder:
             super()._init_weights(module)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: initialisation here and in the backbones is by transformers' own functions, which spare what is loaded.
+
+        Else a backbone's module without weights of its own is taken for loaded, and with it the buffers that it
+        initialises in others.
+        """
+        return False
 
     # ---------------------------------------------------------------------------------------------------- conversion
 
@@ -208,6 +214,8 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             arguments["logits_to_keep"] = logits_to_keep
         outputs = self.backbone(**arguments, **kwargs, return_dict=True)
         hidden_states = outputs.logits
+        if has_labels and input_ids is not None:
+            hidden_states = hidden_states[:, -input_ids.shape[1] :]  # past an image that the backbone put in front
 
         kept = hidden_states if slices_itself else keep_positions(hidden_states, logits_to_keep)
         logits = None if skip_logits else self.lm_head(kept)
@@ -221,7 +229,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             loss = total / count_items(targets, num_items_in_batch)
             aux_loss = getattr(outputs, "aux_loss", None)
             if isinstance(aux_loss, Tensor):
-                loss = loss + self.backbone.router_aux_loss_coef * aux_loss.to(loss.device)
+                loss = loss + aux_loss_coefficient(self.backbone) * aux_loss.to(loss.device)
         outputs = dataclasses.replace(outputs, loss=loss, logits=logits)
         if return_dict is None:
             return_dict = self.config.return_dict
@@ -258,6 +266,9 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
     def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return self.backbone._update_model_kwargs_for_generation(*args, **kwargs)
 
+    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.backbone._prepare_position_ids_for_generation(*args, **kwargs)
+
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         self.backbone._validate_model_kwargs(model_kwargs)
 
@@ -274,37 +285,100 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         return self.backbone.supports_gradient_checkpointing
 
 
+def new_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    """A causal LM of random weights."""
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM.from_config(config)
+    return backbone_class(config)._from_config(config)
+
+
+def backbone_class(config: PreTrainedConfig) -> Any:
+    """The class that `new_backbone` makes of this config, `None` if there is none.
+
+    It is the one that transformers maps the config to; else, as for the text model of a composite one, the one that
+    the config names.
+    """
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    if type(config) in mapping:
+        return mapping[type(config)]
+    return getattr(transformers, (config.architectures or [""])[0], None)
+
+
 def output_projection(model: PreTrainedModel) -> nn.Linear:
     """The model's vocabulary projection; ValueError where there is none that can be taken off."""
+
+    def refuse(expected: str, given: str) -> NoReturn:
+        raise ValueError(f"model: expected a causal LM {expected}, given {type(model).__name__} {given}")
+
+    if model.config.is_encoder_decoder:
+        refuse("without an encoder", "that has one")
+    if "labels" not in inspect.signature(model.forward).parameters:
+        refuse("whose forward takes labels", "that is no language model by itself")
     projection = model.get_output_embeddings()
     if not isinstance(projection, nn.Linear):
-        found = "none" if projection is None else type(projection).__name__
-        raise ValueError(
-            f"model: expected a causal LM whose output embeddings are one nn.Linear, given {type(model).__name__} "
-            f"with {found}"
-        )
+        found = "none" if projection is None else f"{type(projection).__name__}"
+        refuse("whose output embeddings are one nn.Linear", f"with {found}")
+    model.config.architectures = [type(model).__name__]
+    expected = backbone_class(model.config)
+    if expected is None or not isinstance(model, expected):
+        name = "a class of transformers" if expected is None else expected.__name__
+        refuse(f"that is loaded from its own config, {name}", "that is not")
     return projection
 
 
-def behead(backbone: PreTrainedModel, projection: nn.Linear) -> None:
-    """Puts a pass-through where the projection was, and removes what the backbone says of its weights."""
-    path = next(name for name, module in backbone.named_modules() if module is projection)
-    backbone.set_output_embeddings(HeadlessProjection(projection.weight.dtype, projection.weight.device))
+def behead(backbone: PreTrainedModel) -> tuple[nn.Linear, str]:
+    """Puts a pass-through where the vocabulary projection was, and removes what the backbone says of its weights.
 
-    def others(entries: Any) -> Any:
-        if entries is None:
-            return None
-        kept = {key for key in entries if not key.startswith(path)}
-        return {key: entries[key] for key in entries if key in kept} if isinstance(entries, dict) else kept
+    Returns:
+        The projection, as the decoder of the mixture, and the path of the weight in the backbone that it is tied to
+        where it is tied.
+    """
+    projection = backbone.get_output_embeddings()
+    path = _path_of(projection, backbone)
+    own_ties = backbone._tied_weights_keys or {}
+    tied_to = own_ties.get(f"{path}.weight") or f"{_path_of(backbone.get_input_embeddings(), backbone)}.weight"
+    backbone.set_output_embeddings(HeadlessProjection(projection.weight.dtype, projection.weight.device))
+    if f"{path}.bias" in own_ties:  # some BERT-like heads hold the projection's bias a second time
+        owner_path, _, name = own_ties[f"{path}.bias"].rpartition(".")
+        owner = backbone.get_submodule(owner_path)
+        setattr(owner, name, None)
+        owner._is_hf_initialized = True  # its initialisation would ask for the bias
+    if hasattr(backbone, "logit_softcap"):  # what others read from their config (see take_softcap), inkling2 builds in
+        backbone.logit_softcap = nn.Identity()
 
     for name in ("_tied_weights_keys", "all_tied_weights_keys", "_tp_plan", "_pp_plan"):
-        if getattr(backbone, name, None):
-            setattr(backbone, name, others(getattr(backbone, name)))
+        entries = getattr(backbone, name, None)
+        if entries:
+            setattr(backbone, name, {key: entries[key] for key in entries if not key.startswith(path)})
+    return _without_padding(projection, backbone.config), tied_to
+
+
+def _path_of(module: nn.Module, root: nn.Module) -> str:
+    return next(name for name, candidate in root.named_modules() if candidate is module)
+
+
+def _without_padding(projection: nn.Linear, config: PreTrainedConfig) -> nn.Linear:
+    """The projection, without the rows beyond the vocabulary that some backbones cut off their logits."""
+    classes = getattr(config.get_text_config(), "unpadded_vocab_size", None)
+    if classes is None or classes >= projection.out_features:
+        return projection
+    decoder = nn.Linear(projection.in_features, classes, bias=False, device="meta")
+    decoder.weight = nn.Parameter(projection.weight[:classes], requires_grad=projection.weight.requires_grad)
+    decoder._is_hf_initialized = getattr(projection, "_is_hf_initialized", False)
+    return decoder
+
+
+def aux_loss_coefficient(backbone: PreTrainedModel) -> float:
+    """What a mixture-of-experts backbone multiplies its balancing loss by."""
+    name = "router_aux_loss_coef" if hasattr(backbone, "router_aux_loss_coef") else "aux_loss_coef"
+    return getattr(backbone, name)
 
 
 def share_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the model's modules and configs around the very same parameters and buffers."""
-    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    """A copy of the model's modules and configs around the very same tensors."""
+    modules = [*model.modules()]
+    kept = (value for module in modules for value in vars(module).values() if isinstance(value, Tensor))
+    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers(), *kept)}
     return copy.deepcopy(model, memo)
 
 
