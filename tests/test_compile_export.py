@@ -1,0 +1,123 @@
+"""A compiled or exported model gives what the eager one gives."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import BACKBONES, VOCAB_SIZE, greedy, random_tokens, tiny_mos
+from torch import Tensor, nn
+
+from hf_mos import MoSForCausalLM
+
+pytestmark = [  # torch's compiler on itself, and on the backbones
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache.:UserWarning"),
+    pytest.mark.filterwarnings("ignore:# The axis name. length will not be used:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning"),
+]
+
+WITH_DYNAMIC_LENGTH = [name for name in BACKBONES if name != "mamba"]  # its scan is unrolled when exported
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch.compiler.reset()
+
+
+class LogProbs(nn.Module):
+    """The model as a function of tensors alone."""
+
+    def __init__(self, model: MoSForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+        self.eval()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+def inputs(batch: int = 2, length: int = 12) -> tuple[Tensor, Tensor]:
+    tokens = random_tokens(batch, length)
+    return tokens, torch.ones_like(tokens)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_compiled_logits(name: str) -> None:
+    model = tiny_mos(name)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    tokens = random_tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            compiled(input_ids=tokens).logits, model(input_ids=tokens).logits, atol=1e-5, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "gemma2"])
+def test_compiled_training_step(name: str) -> None:
+    tokens = random_tokens()
+    results = []
+    for compile_it in (False, True):
+        model = tiny_mos(name).train()
+        function = torch.compile(model, fullgraph=True, backend="aot_eager") if compile_it else model
+        loss = function(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        results.append((loss.detach(), {key: weight.grad for key, weight in model.named_parameters()}))
+    (eager_loss, eager), (compiled_loss, compiled) = results
+    torch.testing.assert_close(compiled_loss, eager_loss)
+    for key, gradient in eager.items():
+        torch.testing.assert_close(compiled[key], gradient, atol=1e-5, rtol=1e-4, msg=key)
+
+
+def test_compiled_with_inductor() -> None:
+    model = tiny_mos()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for length in (12, 9):
+            tokens = random_tokens(2, length)
+            torch.testing.assert_close(
+                compiled(input_ids=tokens).logits, model(input_ids=tokens).logits, atol=1e-5, rtol=1e-5
+            )
+
+
+def test_compiled_decoding_with_a_static_cache() -> None:
+    model = tiny_mos("gemma2")
+    tokens = random_tokens()
+    expected = greedy(model, tokens)
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    assert torch.equal(greedy(model, tokens, cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize("name", WITH_DYNAMIC_LENGTH)
+def test_exported_with_dynamic_shapes(name: str) -> None:
+    model = LogProbs(tiny_mos(name))
+    dynamic = {0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("length", min=4, max=96)}
+    with torch.no_grad():
+        program = torch.export.export(model, inputs(), dynamic_shapes=(dynamic, dynamic))
+        for batch, length in ((2, 12), (3, 7), (5, 30)):
+            example = inputs(batch, length)
+            exported = program.module()(*example)
+            assert exported.shape == (batch, length, VOCAB_SIZE)
+            torch.testing.assert_close(exported, model(*example), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gemma2"])
+def test_onnx(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = LogProbs(tiny_mos(name))
+    dynamic = {0: "batch", 1: "length"}
+    with torch.no_grad():
+        torch.onnx.export(
+            model,
+            inputs(),
+            tmp_path / "model.onnx",
+            dynamo=True,
+            dynamic_shapes=(dynamic, dynamic),
+            input_names=["input_ids", "attention_mask"],
+            verbose=False,
+        )
+        session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+        for batch, length in ((2, 12), (3, 7)):
+            tokens, mask = inputs(batch, length)
+            (log_probs,) = session.run(None, {"input_ids": tokens.numpy(), "attention_mask": mask.numpy()})
+            torch.testing.assert_close(torch.from_numpy(log_probs), model(tokens, mask), atol=1e-4, rtol=1e-4)
