@@ -501,7 +501,7 @@ def check_apart(model_type: str, folder: Path) -> Row:
 
 
 def sweep(model_types: list[str], folder: Path, workers: int) -> list[Row]:
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["__main__"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["hf_mos"])
     console = Console(stderr=True)
     with ThreadPoolExecutor(workers) as pool:
         checks = [pool.submit(check_apart, model_type, folder / model_type) for model_type in model_types]
