@@ -91,6 +91,7 @@ class MoSConfig(PreTrainedConfig):
     layer_types = _delegated("layer_types")
     sliding_window = _delegated("sliding_window")
     initializer_range = _delegated("initializer_range")
+    use_cache = _delegated("use_cache")
     bos_token_id = _delegated("bos_token_id")
     eos_token_id = _delegated("eos_token_id")
     pad_token_id = _delegated("pad_token_id")

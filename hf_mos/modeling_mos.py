@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from .configuration_mos import MoSConfig, take_softcap
+from .configuration_mos import NO_SOFTCAP, SOFTCAP_FIELDS, MoSConfig, take_softcap
 from .mos_head import MoSLMHead
 
 logger = logging.get_logger(__name__)
@@ -61,7 +61,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = {"lm_head.prior"}  # in bf16 as in fp16
-    _keep_in_fp32_modules = {"lm_head.prior"}  # what quantizers read
+    _keep_in_fp32_modules = {"prior"}  # the same module, as quantizers look for it: by the end of its name
     _no_split_modules = ["MoSLMHead"]
 
     def __init__(self, config: MoSConfig, backbone: PreTrainedModel | None = None) -> None:
@@ -69,11 +69,14 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         if backbone is None:
             backbone = new_backbone(config.text_config)
         config.text_config = backbone.config
+        config.text_config.architectures = [type(backbone).__name__]
         decoder, tied_to = behead(backbone)
         self.backbone = backbone
         self.lm_head = MoSLMHead(config, decoder=decoder)
         config.decoder_bias = self.lm_head.decoder.bias is not None
         self._tied_weights_keys = {"lm_head.decoder.weight": f"backbone.{tied_to}"}
+        if backbone.tp_plan:
+            self._tp_plan = {"lm_head.decoder": "colwise_gather_output"}
         self._backbone_arguments = frozenset(inspect.signature(backbone.forward).parameters)
         self.main_input_name = backbone.main_input_name
         self.post_init()
@@ -150,10 +153,11 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As for every model of transformers, but a checkpoint that lacks a part of the head is a ValueError."""
+        """As for every model of transformers, but a checkpoint of the backbone without the head is a ValueError."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         missing = sorted(key for key in info["missing_keys"] if key.startswith("lm_head."))
-        if missing:
+        has_backbone = any(key not in info["missing_keys"] for key, _ in model.backbone.named_parameters("backbone"))
+        if missing and has_backbone:
             raise ValueError(f"expected the checkpoint of a {cls.__name__}, given one without {', '.join(missing)}")
         return (model, info) if output_loading_info else model
 
@@ -198,6 +202,8 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         has_labels = targets is not None
         if skip_logits is None:
             skip_logits = has_labels and self.training and self.config.skip_logits_in_training
+        if has_labels and self.training and use_cache is None and past_key_values is None:
+            use_cache = False  # a cache that nobody reads, and gradient checkpointing cannot have
         arguments = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -207,8 +213,9 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             "use_cache": use_cache,
         }
         arguments = {name: value for name, value in arguments.items() if value is not None}
-        if "position_ids" not in self._backbone_arguments:
-            arguments.pop("position_ids", None)
+        for name in ("position_ids", "use_cache"):
+            if name not in self._backbone_arguments:
+                arguments.pop(name, None)
         slices_itself = "logits_to_keep" in self._backbone_arguments and not has_labels
         if slices_itself:
             arguments["logits_to_keep"] = logits_to_keep
@@ -248,6 +255,9 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head.decoder = new_embeddings
+        text_config = self.config.get_text_config()
+        if hasattr(text_config, "unpadded_vocab_size"):  # see _without_padding
+            text_config.unpadded_vocab_size = new_embeddings.out_features
 
     def get_decoder(self) -> nn.Module:
         return self.backbone.get_decoder()
@@ -286,22 +296,13 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def new_backbone(config: PreTrainedConfig) -> PreTrainedModel:
-    """A causal LM of random weights."""
+    """A causal LM of random weights: of the class that transformers maps the config to, else that the config names.
+
+    It names the one that was converted, see `MoSForCausalLM.__init__`. The text model of a composite one needs that.
+    """
     if type(config) in AutoModelForCausalLM._model_mapping:
         return AutoModelForCausalLM.from_config(config)
-    return backbone_class(config)._from_config(config)
-
-
-def backbone_class(config: PreTrainedConfig) -> Any:
-    """The class that `new_backbone` makes of this config, `None` if there is none.
-
-    It is the one that transformers maps the config to; else, as for the text model of a composite one, the one that
-    the config names.
-    """
-    mapping: Any = AutoModelForCausalLM._model_mapping
-    if type(config) in mapping:
-        return mapping[type(config)]
-    return getattr(transformers, (config.architectures or [""])[0], None)
+    return getattr(transformers, config.architectures[0])._from_config(config)
 
 
 def output_projection(model: PreTrainedModel) -> nn.Linear:
@@ -316,13 +317,14 @@ def output_projection(model: PreTrainedModel) -> nn.Linear:
         refuse("whose forward takes labels", "that is no language model by itself")
     projection = model.get_output_embeddings()
     if not isinstance(projection, nn.Linear):
-        found = "none" if projection is None else f"{type(projection).__name__}"
+        found = "none" if projection is None else type(projection).__name__
         refuse("whose output embeddings are one nn.Linear", f"with {found}")
-    model.config.architectures = [type(model).__name__]
-    expected = backbone_class(model.config)
-    if expected is None or not isinstance(model, expected):
-        name = "a class of transformers" if expected is None else expected.__name__
-        refuse(f"that is loaded from its own config, {name}", "that is not")
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    mapped = type(model.config) in mapping
+    loaded = mapping[type(model.config)] if mapped else getattr(transformers, type(model).__name__, None)
+    if loaded is None or not isinstance(model, loaded):
+        name = "no class of transformers" if loaded is None else loaded.__name__
+        refuse("of the class that its config is loaded as", f"for which that is {name}")
     return projection
 
 
@@ -343,9 +345,11 @@ def behead(backbone: PreTrainedModel) -> tuple[nn.Linear, str]:
         owner = backbone.get_submodule(owner_path)
         setattr(owner, name, None)
         owner._is_hf_initialized = True  # its initialisation would ask for the bias
-    if hasattr(backbone, "logit_softcap"):  # what others read from their config (see take_softcap), inkling2 builds in
+    for field in SOFTCAP_FIELDS:  # most read it from their config at each call (see take_softcap), some have copied it
+        if hasattr(backbone, field):
+            setattr(backbone, field, NO_SOFTCAP)
+    if hasattr(backbone, "logit_softcap"):
         backbone.logit_softcap = nn.Identity()
-
     for name in ("_tied_weights_keys", "all_tied_weights_keys", "_tp_plan", "_pp_plan"):
         entries = getattr(backbone, name, None)
         if entries:
@@ -370,8 +374,9 @@ def _without_padding(projection: nn.Linear, config: PreTrainedConfig) -> nn.Line
 
 def aux_loss_coefficient(backbone: PreTrainedModel) -> float:
     """What a mixture-of-experts backbone multiplies its balancing loss by."""
-    name = "router_aux_loss_coef" if hasattr(backbone, "router_aux_loss_coef") else "aux_loss_coef"
-    return getattr(backbone, name)
+    holders = (backbone, backbone.config.get_text_config())
+    names = ("router_aux_loss_coef", "aux_loss_coef")
+    return next(getattr(holder, name) for holder in holders for name in names if hasattr(holder, name))
 
 
 def share_weights(model: PreTrainedModel) -> PreTrainedModel:
