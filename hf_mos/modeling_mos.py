@@ -71,15 +71,17 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         config.text_config = backbone.config
         config.text_config.architectures = [type(backbone).__name__]
         decoder, tied_to = behead(backbone)
+        if not config.tie_word_embeddings and decoder.weight is backbone.get_input_embeddings().weight:
+            decoder.weight = copy.deepcopy(decoder.weight)
         self.backbone = backbone
         self.lm_head = MoSLMHead(config, decoder=decoder)
         config.decoder_bias = self.lm_head.decoder.bias is not None
         self._tied_weights_keys = {"lm_head.decoder.weight": f"backbone.{tied_to}"}
-        if backbone.tp_plan:
-            self._tp_plan = {"lm_head.decoder": "colwise_gather_output"}
         self._backbone_arguments = frozenset(inspect.signature(backbone.forward).parameters)
         self.main_input_name = backbone.main_input_name
         self.post_init()
+        if self._tp_plan:  # the backbone's
+            self._tp_plan["lm_head.decoder"] = "colwise_gather_output"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -142,8 +144,6 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"model: expected a path, a Hub id or a causal LM, given {type(model).__name__}")
         projection = output_projection(backbone)
         config = _config_for(backbone, projection, num_mixtures, options)
-        if not config.tie_word_embeddings and projection.weight is backbone.get_input_embeddings().weight:
-            projection.weight = copy.deepcopy(projection.weight)
         for module in backbone.modules():
             module._is_hf_initialized = True  # post_init must not draw its weights again
         result = cls(config, backbone=backbone)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,13 +36,20 @@ def test_loss_is_that_of_the_causal_lm(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
-def test_an_untied_decoder_can_be_given_to_a_tied_model(name: str) -> None:
+def test_an_untied_decoder_can_be_given_to_a_tied_model(name: str, tmp_path: Path) -> None:
     original = tiny_causal_lm("llama-tied" if name == "llama" else name)
     model = MoSForCausalLM.from_causal_lm(original, tie_word_embeddings=False)
     assert log_prob_gap(model, original, input_ids=random_tokens()) <= 1e-5
     assert model.lm_head.decoder.weight is not model.get_input_embeddings().weight
     assert model.config.tie_word_embeddings is False
     assert not model.all_tied_weights_keys
+    with torch.no_grad():
+        model.lm_head.decoder.weight.mul_(2)
+    model.save_pretrained(tmp_path)
+    loaded = MoSForCausalLM.from_pretrained(tmp_path)
+    assert log_prob_gap(loaded, model, input_ids=random_tokens()) == 0
+    for untied in (loaded, MoSForCausalLM(loaded.config)):
+        assert untied.lm_head.decoder.weight is not untied.get_input_embeddings().weight
 
 
 def test_the_control_with_one_mixture_is_the_softmax() -> None:
@@ -120,7 +128,7 @@ def test_weights_are_shared_not_copied(name: str) -> None:
     assert ours - theirs == added
 
 
-def test_a_path_is_loaded_once(tmp_path) -> None:
+def test_a_path_is_loaded_once(tmp_path: Path) -> None:
     tiny_causal_lm("llama").save_pretrained(tmp_path)
     gc.collect()
     before = {id(value) for value in gc.get_objects() if issubclass(type(value), Tensor)}
@@ -132,7 +140,7 @@ def test_a_path_is_loaded_once(tmp_path) -> None:
     assert {tensor.data_ptr() for tensor in wide} == owned
 
 
-def test_a_path_takes_the_arguments_of_from_pretrained(tmp_path) -> None:
+def test_a_path_takes_the_arguments_of_from_pretrained(tmp_path: Path) -> None:
     original = tiny_causal_lm("gpt2")
     original.generation_config = GenerationConfig(max_new_tokens=7, temperature=0.5, do_sample=True)
     original.save_pretrained(tmp_path)
@@ -199,7 +207,7 @@ def test_options_that_cannot_be_are_refused(options: dict, message: str) -> None
         MoSForCausalLM.from_causal_lm(tiny_causal_lm("llama"), **options)
 
 
-def test_unknown_options_are_refused_with_a_path(tmp_path) -> None:
+def test_unknown_options_are_refused_with_a_path(tmp_path: Path) -> None:
     tiny_causal_lm("llama").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="num_mixture"):
         MoSForCausalLM.from_causal_lm(tmp_path, num_mixture=4)
