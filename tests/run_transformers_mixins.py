@@ -103,7 +103,9 @@ if "tests.test_modeling_common" in sys.modules:
 
         def test_config(self) -> None:
             text_config = json.loads(self.model_tester.get_config().to_json_string())["text_config"]
-            ConfigTester(self, config_class=MoSConfig, text_config=text_config).run_common_tests()
+            ConfigTester(self, config_class=MoSConfig, text_config=text_config).run_common_tests(
+                can_init_without_params=False
+            )
 
     class TiedTester(Tester):
         backbone = "llama-tied"
