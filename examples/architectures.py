@@ -7,15 +7,15 @@
 For each model type of transformers' causal-LM mapping: build a tiny original, convert it with
 `MoSForCausalLM.from_causal_lm`, and ask of the result
 
-    gap       largest difference of log-probability to the original, loaded in memory and from a folder, in fp32
-    loss gap  difference of the loss to the original's own, with an mixture-of-experts backbone's `aux_loss`
+    gap       largest difference of log-probability to the original in fp32, converted in memory and from a folder
+    loss gap  difference of the loss to the original's own, with and without a mixture-of-experts backbone's `aux_loss`
     tokens    greedy generation with the cache gives the original's tokens
     trains    the loss falls, every parameter of the head gets a finite gradient, and the backbone's get theirs
     reloads   saved and loaded by `AutoModelForCausalLM.from_pretrained`, the logits are equal, bit for bit
     alone     the same in a process that cannot import hf_mos (`trust_remote_code=True`)
 
-A property is asked only where the original has it: the original is run first, and its own failure is the reason in
-the table. The exit status is 1 where a property is asked and missing.
+A property is asked only where the original has it: the original is run first, and its own failure is the note in the
+table. A gap of more than 1e-5, and a property that is asked and missing, make the exit status 1.
 """
 
 import dataclasses
@@ -85,7 +85,17 @@ SIZES = {field: value for value, fields in SIZES.items() for field in fields.spl
 # Fields with one entry per layer: each kind that the default config has is given a layer.
 PER_LAYER = ("layer_types", "layers_block_type", "mlp_layer_types", "indexer_types")
 
-# What the generic sizes do not make whole.
+# What an architecture does to its logits, so strong that it cannot be overlooked.
+LOGITS = {
+    "final_logit_softcapping": 5.0,
+    "logits_soft_cap": 5.0,
+    "output_logit_soft_cap": 5.0,
+    "logit_scale": 0.5,
+    "logits_scaling": 2.0,
+    "lm_head_multiplier": 0.5,
+    "lm_head_bias": True,
+}
+
 DOTS3 = {
     "swa_num_attention_heads": 4,
     "swa_num_key_value_heads": 4,
@@ -108,6 +118,7 @@ QWEN4 = {
     "indexer_budget": 8,
     "indexer_compress_ratio": 2,
 }
+# What the generic sizes do not make whole.
 PECULIAR: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "blt": {"num_hidden_layers": 2, "encoder_hash_byte_group_vocab": 50},
@@ -121,6 +132,7 @@ PECULIAR: dict[str, dict[str, Any]] = {
         "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
     },
     "dots3_note_text": DOTS3,
+    "electra": {"embedding_size": 24},
     "gemma3n": {"text_config": GEMMA3N},
     "gemma3n_text": GEMMA3N,
     "gemma4": {"text_config": {"global_head_dim": 16}},
@@ -147,6 +159,7 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": QWEN4,
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_embds": False},
+    "roformer": {"embedding_size": 24},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
@@ -171,6 +184,8 @@ def tiny_fields(config: PreTrainedConfig, peculiar: dict[str, Any]) -> dict[str,
             fields[name] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}.get(name, 3)
         elif name in SIZES and isinstance(value, int) and value > SIZES[name]:
             fields[name] = SIZES[name]
+        elif name in LOGITS:
+            fields[name] = LOGITS[name]
     kinds = {name: list(dict.fromkeys(default[name])) for name in PER_LAYER if isinstance(default.get(name), list)}
     layers = max([2, *map(len, kinds.values())])
     for name, values in kinds.items():
@@ -209,10 +224,23 @@ def tiny_original(model_type: str) -> PreTrainedModel:
 # ------------------------------------------------------------------------------------------------------------- checks
 
 # Decoders of encoder-decoder models and others whose own loss does not shift the labels. The mixture's does, for all.
-UNSHIFTED = {
-    *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "cpmant", "marian", "mbart", "mvp", "pegasus"),
-    *("plbart", "prophetnet", "trocr", "whisper", "xlm", "xlnet"),
-}
+UNSHIFTED = [
+    "bart",
+    "bigbird_pegasus",
+    "blenderbot",
+    "blenderbot-small",
+    "cpmant",
+    "marian",
+    "mbart",
+    "mvp",
+    "pegasus",
+    "plbart",
+    "prophetnet",
+    "trocr",
+    "whisper",
+    "xlm",
+    "xlnet",
+]
 
 
 @dataclasses.dataclass
@@ -298,7 +326,7 @@ def train(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[list[float]
 def reason(error: BaseException) -> str:
     """One line of an error, and where it was raised."""
     where = traceback.extract_tb(error.__traceback__)[-1]
-    text = " ".join(str(error).split())[:200]
+    text = " ".join(str(error).split())[:120]
     return f"{type(error).__name__}: {text} ({Path(where.filename).name}:{where.lineno})"
 
 
@@ -503,7 +531,8 @@ def check_apart(model_type: str, folder: Path) -> Row:
 def sweep(model_types: list[str], folder: Path, workers: int) -> list[Row]:
     multiprocessing.get_context("forkserver").set_forkserver_preload(["hf_mos"])
     console = Console(stderr=True)
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    try:
         checks = [pool.submit(check_apart, model_type, folder / model_type) for model_type in model_types]
         rows = [done.result() for done in track(as_completed(checks), "Checking", len(checks), console=console)]
         rows.sort(key=lambda row: row.model_type)
@@ -512,6 +541,8 @@ def sweep(model_types: list[str], folder: Path, workers: int) -> list[Row]:
         alone: dict[Path, bool | str] = {}
         for outcomes in track(pool.map(load_alone, parts), "Loading without hf_mos", len(parts), console=console):
             alone.update(outcomes)
+    finally:
+        pool.shutdown(cancel_futures=True)
     for row in saved:
         outcome = alone.get(folder / row.model_type / "mos", "the process ended before")
         row.alone = outcome is True
@@ -551,10 +582,22 @@ def closing_line(rows: list[Row]) -> str:
     )
 
 
-def markdown(rows: list[Row], model_types_given: bool) -> str:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "| " + " | ".join("---" for _ in COLUMNS) + " |"]
-    lines += ["| " + " | ".join(cell.replace("|", "/") for cell in cells(row)) + " |" for row in rows]
-    return "\n".join(lines)
+def markdown(rows: list[Row]) -> str:
+    """The document, with the command that reprints it."""
+    table = [COLUMNS, ["---"] * len(COLUMNS), *(cells(row) for row in rows)]
+    lines = ["| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in table]
+    about = __doc__.split("\n\n")
+    return "\n\n".join(
+        [
+            "# Architectures",
+            closing_line(rows),
+            "Reprinted by `python examples/architectures.py --markdown examples/architectures.md`. Each model type of "
+            "transformers' causal-LM mapping is built tiny with random weights and converted.",
+            f"```text\n{about[3]}\n```",
+            about[4].strip(),
+            "\n".join(lines) + "\n",
+        ]
+    )
 
 
 def main(
@@ -576,7 +619,7 @@ def main(
     Console(width=220).print(table)
     print(closing_line(rows))
     if markdown_file:
-        markdown_file.write_text(markdown(rows, only))
+        markdown_file.write_text(markdown(rows))
     if json_file:
         json_file.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     raise typer.Exit(any(not row.is_whole for row in rows if row.is_built))

@@ -372,6 +372,13 @@ def _without_padding(projection: nn.Linear, config: PreTrainedConfig) -> nn.Line
     return decoder
 
 
+def reads_softcap(backbone: PreTrainedModel) -> bool:
+    """Whether a softcap in the config is applied; some vision-language models do not do what their text model does."""
+    forwards = [vars(base)["forward"] for base in type(backbone).__mro__ if "forward" in vars(base)]
+    names = {name for forward in forwards for name in inspect.unwrap(forward).__code__.co_names}
+    return not names.isdisjoint({*SOFTCAP_FIELDS, "logit_softcap"})
+
+
 def aux_loss_coefficient(backbone: PreTrainedModel) -> float:
     """What a mixture-of-experts backbone multiplies its balancing loss by."""
     holders = (backbone, backbone.config.get_text_config())
@@ -411,6 +418,7 @@ def _config_for(
     """The config of the conversion; ValueError where an option would change the model's predictions."""
     tied = projection.weight is backbone.get_input_embeddings().weight
     softcap = take_softcap(backbone.config)
+    softcap = softcap if reads_softcap(backbone) else None
     own = {"tie_word_embeddings": tied, "softcap": softcap, "decoder_bias": projection.bias is not None}
     for name in ("softcap", "decoder_bias"):
         if options.get(name) not in (None, own[name]):
