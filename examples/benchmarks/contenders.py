@@ -1,0 +1,139 @@
+"""What the loss is measured against. Each takes the same leaves and targets and returns a scalar, mean over tokens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_mos import mos_cross_entropy
+from hf_mos.mixture_of_softmaxes import SubspaceLatents, mos_log_probs
+
+Leaves = dict[str, Tensor]
+
+
+@dataclass
+class Contender:
+    name: str
+    loss: Callable[[Leaves, Tensor], Tensor]
+    leaves: tuple[str, ...]
+    gate: str | None  # the reference whose gradients it must have; None: it is another function
+
+
+def make_leaves(
+    num_tokens: int,
+    num_mixtures: int,
+    latent_size: int,
+    vocab_size: int,
+    latent_rank: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> tuple[Leaves, Tensor]:
+    torch.manual_seed(0)
+    options = {"dtype": dtype, "device": device}
+    leaves = {
+        "hidden_states": torch.randn(num_tokens, latent_size, **options),
+        "latents": torch.randn(num_tokens, num_mixtures, latent_size, **options),
+        "shifts": torch.randn(num_tokens, num_mixtures, latent_rank, **options),
+        "basis": torch.randn(latent_size, latent_rank, **options) * latent_size**-0.5,
+        "prior_logits": torch.randn(num_tokens, num_mixtures, **options),
+        "decoder_weight": torch.randn(vocab_size, latent_size, **options) * latent_size**-0.5,
+    }
+    targets = torch.randint(0, vocab_size, (num_tokens,), device=device)
+    return {name: leaf.requires_grad_() for name, leaf in leaves.items()}, targets
+
+
+def ours(leaves: Leaves, targets: Tensor) -> Tensor:
+    return mos_cross_entropy(leaves["latents"], leaves["prior_logits"], leaves["decoder_weight"], targets)
+
+
+def ours_frozen_decoder(leaves: Leaves, targets: Tensor) -> Tensor:
+    return mos_cross_entropy(leaves["latents"], leaves["prior_logits"], leaves["decoder_weight"].detach(), targets)
+
+
+def subspace_latents(leaves: Leaves) -> SubspaceLatents:
+    return SubspaceLatents(leaves["hidden_states"], leaves["shifts"], leaves["basis"])
+
+
+def ours_subspace(leaves: Leaves, targets: Tensor) -> Tensor:
+    return mos_cross_entropy(subspace_latents(leaves), leaves["prior_logits"], leaves["decoder_weight"], targets)
+
+
+def log_space_autograd(leaves: Leaves, targets: Tensor) -> Tensor:
+    return F.nll_loss(mos_log_probs(leaves["latents"], leaves["prior_logits"], leaves["decoder_weight"]), targets)
+
+
+def subspace_autograd(leaves: Leaves, targets: Tensor) -> Tensor:
+    return F.nll_loss(
+        mos_log_probs(subspace_latents(leaves), leaves["prior_logits"], leaves["decoder_weight"]), targets
+    )
+
+
+def paper(leaves: Leaves, targets: Tensor) -> Tensor:
+    """In probability space with an epsilon, as in the code that Yang et al. published."""
+    prior = F.softmax(leaves["prior_logits"], dim=-1)
+    component_probs = F.softmax(F.linear(leaves["latents"], leaves["decoder_weight"]), dim=-1)
+    probs = (component_probs * prior.unsqueeze(2)).sum(1)
+    return F.nll_loss(torch.log(probs + 1e-8), targets)
+
+
+def torch_linear_cross_entropy(leaves: Leaves, targets: Tensor) -> Tensor:
+    """torch's own chunked loss on the K N rows, mixed by a logsumexp."""
+    K = leaves["latents"].shape[1]
+    nll = F.linear_cross_entropy(
+        leaves["latents"].flatten(0, 1),
+        leaves["decoder_weight"],
+        targets.repeat_interleave(K),
+        reduction="none",
+        options=torch.nn.LinearCrossEntropyOptions(),
+    )
+    log_prior = F.log_softmax(leaves["prior_logits"], dim=-1)
+    return -torch.logsumexp(log_prior - nll.view(-1, K), dim=-1).mean()
+
+
+def softmax_heads(leaves: Leaves, targets: Tensor) -> Tensor:
+    """K separate softmax heads, as `cross_entropy(h @ W.T)`."""
+    losses = [F.cross_entropy(h @ leaves["decoder_weight"].T, targets) for h in leaves["latents"].unbind(1)]
+    return torch.stack(losses).mean()
+
+
+def one_softmax_head(leaves: Leaves, targets: Tensor) -> Tensor:
+    return F.cross_entropy(leaves["hidden_states"] @ leaves["decoder_weight"].T, targets)
+
+
+DENSE = ("latents", "prior_logits", "decoder_weight")
+SUBSPACE = ("hidden_states", "shifts", "basis", "prior_logits", "decoder_weight")
+
+CONTENDERS = {
+    contender.name: contender
+    for contender in (
+        Contender("mos_cross_entropy", ours, DENSE, "log_space_autograd"),
+        Contender("mos_cross_entropy, frozen decoder", ours_frozen_decoder, DENSE[:2], "log_space_autograd"),
+        Contender("mos_cross_entropy, latent_rank", ours_subspace, SUBSPACE, "subspace_autograd"),
+        Contender("log_space_autograd", log_space_autograd, DENSE, "log_space_autograd"),
+        Contender("paper", paper, DENSE, "log_space_autograd"),
+        Contender("linear_cross_entropy", torch_linear_cross_entropy, DENSE, "log_space_autograd"),
+        Contender("K softmax heads", softmax_heads, ("latents", "decoder_weight"), None),
+        Contender("one softmax head", one_softmax_head, ("hidden_states", "decoder_weight"), None),
+    )
+}
+REFERENCES = {"log_space_autograd": log_space_autograd, "subspace_autograd": subspace_autograd}
+
+
+def gradients(loss: Callable[[Leaves, Tensor], Tensor], leaves: Leaves, targets: Tensor, names: tuple[str, ...]):
+    """The loss and the gradients of the named leaves; every other leaf gets none."""
+    wanted = [leaves[name] for name in names]
+    value = loss(leaves, targets)
+    return value.detach(), torch.autograd.grad(value, wanted)
+
+
+def largest_error(contender: Contender, leaves: Leaves, targets: Tensor) -> float:
+    """The largest relative error of loss and gradients against autograd in float64."""
+    if contender.gate is None:
+        return 0.0
+    exact_leaves = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
+    exact = gradients(REFERENCES[contender.gate], exact_leaves, targets, contender.leaves)
+    given = gradients(contender.loss, leaves, targets, contender.leaves)
+    pairs = zip((given[0], *given[1]), (exact[0], *exact[1]), strict=True)
+    return max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)

@@ -1,0 +1,111 @@
+"""Decoding: what one token costs in the mixture's head, against one softmax, and in `generate` from end to end.
+
+    python examples/benchmarks/decode.py
+    python examples/benchmarks/decode.py --hidden-size 768 --vocab-size 50257 --json
+
+Times are medians of calls in turn. Needs: pip install "hf_mos[examples]".
+"""
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from measure import report, time_in_turn
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+from hf_mos import MoSForCausalLM, MoSLMHead
+
+HEADS = ({"num_mixtures": 4}, {"num_mixtures": 16}, {"num_mixtures": 8, "latent_rank": 32})
+
+
+def backbone_config(hidden_size: int, vocab_size: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=hidden_size // 64,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+
+
+def away_from_its_start(head: MoSLMHead) -> MoSLMHead:
+    """At its start every component is the same, which is no fair work for generate."""
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            if not name.startswith("decoder"):
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    return head
+
+
+def name_of(options: dict[str, int]) -> str:
+    return "mixture, " + ", ".join(f"{key} {value}" for key, value in options.items())
+
+
+def main(
+    hidden_size: int = 768,
+    vocab_size: int = 50257,
+    new_tokens: int = 32,
+    prompt_tokens: int = 128,
+    rounds: int = 15,
+    threads: int = 2,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    logging.set_verbosity_error()
+    config = backbone_config(hidden_size, vocab_size)
+    softmax = LlamaForCausalLM(config).eval()
+    decoder: nn.Linear = softmax.lm_head
+    settings = {"hidden_size": hidden_size, "vocab_size": vocab_size, "prompt_tokens": prompt_tokens}
+
+    hidden_states = torch.randn(1, hidden_size)
+    base = "log_softmax(h @ W.T)"
+    calls = {base: lambda: F.log_softmax(hidden_states @ decoder.weight.T, dim=-1)}
+    models = {"softmax": softmax}
+    for options in HEADS:
+        model = MoSForCausalLM.from_causal_lm(softmax, **options).eval()
+        head = away_from_its_start(model.lm_head)
+        models[name_of(options)] = model
+        calls[name_of(options)] = lambda head=head: head(hidden_states)
+        check(head, hidden_states)
+    with torch.inference_mode():
+        seconds = time_in_turn(calls, 3 * rounds)
+    rows = [{"head, one token": n, "ms": 1e3 * s, "of a softmax": s / seconds[base]} for n, s in seconds.items()]
+
+    prompt = torch.randint(1, vocab_size, (1, prompt_tokens))
+    with torch.inference_mode():
+        prefill = time_in_turn({n: lambda m=m: m(prompt, logits_to_keep=1) for n, m in models.items()}, rounds)
+        ends = {"do_sample": False, "min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+        runs = {n: lambda m=m: m.generate(prompt, **ends) for n, m in models.items()}
+        generation = time_in_turn(runs, max(3, rounds // 3))
+    whole = [
+        {
+            "2-layer model": name,
+            "prefill ms": 1e3 * prefill[name],
+            "of the softmax model's": prefill[name] / prefill["softmax"],
+            "tokens per second": new_tokens / generation[name],
+            "of the softmax model": generation["softmax"] / generation[name],
+        }
+        for name in models
+    ]
+    report("Decoding: the head alone, batch of 1", rows, settings, json_)
+    report("Decoding: prefill with logits_to_keep=1, and generate", whole, settings, json_)
+
+
+def check(head: MoSLMHead, hidden_states: torch.Tensor) -> None:
+    """No time is printed of a wrong head."""
+    with torch.inference_mode():
+        fast = head(hidden_states)
+    error = (fast - head(hidden_states).detach()).abs().max().item()
+    if not error < 1e-3:
+        raise SystemExit(f"inference differs from the reference by {error:.1e}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

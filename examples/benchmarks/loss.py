@@ -1,0 +1,105 @@
+"""The loss against its floor and its peers: time, and memory beyond inputs and gradients.
+
+    python examples/benchmarks/loss.py
+    python examples/benchmarks/loss.py --num-tokens 256 --latent-size 768 --vocab-size 50257 --json
+
+Before anything is timed, every contender's loss and gradients are compared with autograd in float64; a wrong one ends
+the run. Times are medians of calls in turn, forward and backward. Needs: pip install "hf_mos[examples]".
+"""
+
+import json
+import subprocess
+import sys
+from typing import Annotated
+
+import torch
+import typer
+from contenders import CONTENDERS, gradients, largest_error, make_leaves
+from measure import peak_bytes, report, time_in_turn
+
+FLOOR = "three bare products"
+TOLERANCE = 1e-3  # of the gate, in fp32; the paper's epsilon alone is an error of that order where p is small
+
+
+def bare_products(leaves, keep):
+    """The products (N K) x E x V of a training step, into tensors that are there already."""
+    rows, weight = leaves["latents"].detach().flatten(0, 1), leaves["decoder_weight"].detach()
+    logits, d_rows, d_weight = keep
+    torch.mm(rows, weight.t(), out=logits)
+    torch.mm(logits, weight, out=d_rows)
+    torch.mm(logits.t(), rows, out=d_weight)
+
+
+def main(
+    num_tokens: int = 512,
+    num_mixtures: int = 4,
+    latent_size: int = 256,
+    vocab_size: int = 32000,
+    latent_rank: int = 32,
+    rounds: int = 7,
+    threads: int = 2,
+    device: str = "cpu",
+    dtype: str = "float32",
+    only: Annotated[list[str] | None, typer.Option(help="Time these contenders alone.")] = None,
+    memory_of: Annotated[str | None, typer.Option(hidden=True)] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    torch.set_num_threads(threads)
+    sizes = (num_tokens, num_mixtures, latent_size, vocab_size, latent_rank)
+    torch_dtype = getattr(torch, dtype)
+    contenders = {name: c for name, c in CONTENDERS.items() if not only or name in only}
+
+    if memory_of is not None:
+        contender = CONTENDERS[memory_of]
+        gradients(contender.loss, *make_leaves(2, num_mixtures, 8, 16, 2, torch_dtype, device), contender.leaves)
+        leaves, targets = make_leaves(*sizes, torch_dtype, device)
+        print(peak_bytes(lambda: gradients(contender.loss, leaves, targets, contender.leaves)[1], device))
+        return
+
+    small, small_targets = make_leaves(min(num_tokens, 32), *sizes[1:], torch_dtype, device)
+    tolerance = TOLERANCE if torch_dtype == torch.float32 else 32 * torch.finfo(torch_dtype).eps
+    for name, contender in contenders.items():
+        error = largest_error(contender, small, small_targets)
+        if not error <= tolerance:
+            raise SystemExit(f"{name}: wrong by {error:.1e} of the loss or a gradient, more than {tolerance:.0e}")
+
+    leaves, targets = make_leaves(*sizes, torch_dtype, device)
+    rows = num_tokens * num_mixtures
+    shapes = [(rows, vocab_size), (rows, latent_size), (vocab_size, latent_size)]
+    keep = [torch.zeros(shape, dtype=torch_dtype, device=device) for shape in shapes]
+    calls = {FLOOR: lambda: bare_products(leaves, keep)}
+    for name, contender in contenders.items():
+        calls[name] = lambda c=contender: gradients(c.loss, leaves, targets, c.leaves)
+    if not only:
+        calls["mos_cross_entropy, evaluation"] = lambda: torch.no_grad()(CONTENDERS["mos_cross_entropy"].loss)(
+            leaves, targets
+        )
+    seconds = time_in_turn(calls, rounds, device)
+
+    table = []
+    own = seconds.get("mos_cross_entropy", seconds[FLOOR])
+    for name, value in seconds.items():
+        row = {"": name, "seconds": value, "of the products": value / seconds[FLOOR], "of ours": value / own}
+        row["extra MB"] = memory(name) / 1e6 if name in contenders else "-"
+        table.append(row)
+    settings = {
+        "num_tokens": num_tokens,
+        "num_mixtures": num_mixtures,
+        "latent_size": latent_size,
+        "vocab_size": vocab_size,
+        "latent_rank": latent_rank,
+        "dtype": dtype,
+        "device": device,
+    }
+    title = "Loss, forward and backward: " + ", ".join(f"{key} {value}" for key, value in settings.items())
+    report(title, table, settings, json_)
+
+
+def memory(name: str) -> int:
+    """Measured in a fresh process, by this script's own hidden flag."""
+    command = [sys.executable, *sys.argv, "--memory-of", name]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+if __name__ == "__main__":
+    typer.run(main)
