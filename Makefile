@@ -14,9 +14,10 @@ export HF_HUB_OFFLINE := 1
 quickstart: install
 	$(PYTHON) examples/quickstart.py
 
-# One thread in each of a few workers: the models are tiny, and more threads make them slower.
+# One thread in each of a few workers: the models are tiny, and more threads make them slower. A file stays with one
+# worker, so that what its tests share is made once.
 test: install
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # The wheel with its dependencies in an empty environment. Needs the package index.
 test-package: install

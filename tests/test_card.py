@@ -1,0 +1,65 @@
+"""The model card says what the model is, what was measured, and how to load it."""
+
+from pathlib import Path
+
+import pytest
+from helpers import VOCAB_SIZE, tiny_causal_lm, tiny_mos
+from huggingface_hub import EvalResult, ModelCard
+
+from hf_mos import MoSForCausalLM
+from hf_mos.tools.card import model_card
+
+TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"
+
+
+def perplexity(value: float) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type="wikitext",
+        dataset_name="WikiText-2",
+        dataset_split="test",
+        metric_type="perplexity",
+        metric_value=value,
+    )
+
+
+def test_measurements_are_in_the_metadata_and_in_the_text(tmp_path: Path) -> None:
+    card = model_card(
+        tiny_mos("llama-tied", num_mixtures=3),
+        model_id="someone/llama-mos",
+        eval_results=[perplexity(12.5)],
+        command="hf-mos evaluate someone/llama-mos",
+        machine="a laptop",
+        base_model="someone/llama",
+        revision="0123abc",
+        limits=["It has read nothing."],
+    )
+    card.save(tmp_path / "README.md")
+    read = ModelCard.load(tmp_path / "README.md")
+    assert read.data.model_name == "llama-mos"
+    assert read.data.base_model == "someone/llama"
+    assert read.data.eval_results == [perplexity(12.5)]
+    assert "| WikiText-2 | test | perplexity | 12.5 |" in read.text
+    assert "Measured by `hf-mos evaluate someone/llama-mos` on a laptop." in read.text
+    assert "mixture of 3 softmaxes" in read.text
+    assert f"{VOCAB_SIZE} x 32, tied to the input embedding" in read.text
+    assert '"revision": "0123abc", "code_revision": "0123abc"' in read.text
+    assert "- It has read nothing.\n" in read.text
+    assert "\n\n\n" not in read.text
+
+
+def test_a_card_without_measurements_says_so() -> None:
+    card = model_card(MoSForCausalLM.from_causal_lm(tiny_causal_lm(), num_mixtures=3, latent_rank=4), model_id="plain")
+    assert card.data.eval_results is None
+    assert "None measured." in card.text
+    assert "shared subspace of rank 4" in card.text
+    assert "costs 1.38 times" in card.text  # 1 + 3 * 4 / 32
+
+
+def test_a_figure_needs_its_command() -> None:
+    with pytest.raises(ValueError, match="command: expected the command"):
+        model_card(tiny_mos(), model_id="plain", eval_results=[perplexity(12.5)])
+
+
+def test_the_template_is_found_under_its_own_name() -> None:
+    assert TEMPLATE.read_text().startswith("---\n{{ card_data }}\n---")
