@@ -338,7 +338,8 @@ def behead(backbone: PreTrainedModel) -> tuple[nn.Linear, str]:
     projection = backbone.get_output_embeddings()
     path = _path_of(projection, backbone)
     own_ties = backbone._tied_weights_keys or {}
-    tied_to = own_ties.get(f"{path}.weight") or f"{_path_of(backbone.get_input_embeddings(), backbone)}.weight"
+    partners = {**{source: target for target, source in own_ties.items()}, **own_ties}  # some tie the embedding to it
+    tied_to = partners.get(f"{path}.weight") or f"{_path_of(backbone.get_input_embeddings(), backbone)}.weight"
     backbone.set_output_embeddings(HeadlessProjection(projection.weight.dtype, projection.weight.device))
     if f"{path}.bias" in own_ties:  # some BERT-like heads hold the projection's bias a second time
         owner_path, _, name = own_ties[f"{path}.bias"].rpartition(".")
@@ -353,7 +354,8 @@ def behead(backbone: PreTrainedModel) -> tuple[nn.Linear, str]:
     for name in ("_tied_weights_keys", "all_tied_weights_keys", "_tp_plan", "_pp_plan"):
         entries = getattr(backbone, name, None)
         if entries:
-            setattr(backbone, name, {key: entries[key] for key in entries if not key.startswith(path)})
+            others = {k: v for k, v in entries.items() if not (k.startswith(path) or str(v).startswith(path))}
+            setattr(backbone, name, others)
     return _without_padding(projection, backbone.config), tied_to
 
 
