@@ -1,0 +1,283 @@
+"""A sample of architectures through the checks of `examples/architectures.py`, and each peculiarity by itself."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    Gemma3ForConditionalGeneration,
+    GPT2Config,
+    GPT2DoubleHeadsModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MusicgenDecoderConfig,
+    MusicgenForCausalLM,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hf_mos import MoSConfig, MoSForCausalLM
+
+
+def _load_sweep() -> Any:
+    path = Path(__file__).parents[1] / "examples" / "architectures.py"
+    spec = importlib.util.spec_from_file_location("architectures", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["architectures"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+sweep = _load_sweep()
+
+# Each for what it alone has: see the comments.
+SAMPLE = [
+    "bart",  # a decoder whose config says encoder-decoder
+    "blt",  # states its tie the other way round, and embeds bytes by hashes
+    "falcon_h1",  # buffers that one module initialises in others
+    "gemma4_text",  # fields that differ from layer to layer
+    "git",  # an image before the text
+    "inkling2_text",  # a softcap built in, a padded vocabulary
+    "jetmoe",  # a balancing coefficient by another name
+    "mllama",  # the text model of a composite one
+    "nemotron_h",  # kinds of layers that only its own class knows
+    "prophetnet",  # an embedding that is itself tied
+    "recurrent_gemma",  # a softcap that may not be None, a state kept in the modules
+    "roberta",  # the decoder's bias a second time
+    "rwkv",  # a state in place of a cache
+    "xlstm",  # a softcap in chunks
+]
+
+
+SAMPLE = [model_type for model_type in SAMPLE if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+needs = {
+    model_type: pytest.mark.skipif(model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, reason="a newer transformers")
+    for model_type in ("gemma4_unified_assistant", "inkling_text")
+}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("architectures")
+    rows = {model_type: sweep.check(model_type, folder / model_type) for model_type in SAMPLE}
+    alone = sweep.load_alone(folder / model_type / "mos" for model_type in SAMPLE)
+    for model_type, row in rows.items():
+        row.alone = alone[folder / model_type / "mos"]
+    return rows
+
+
+@pytest.mark.filterwarnings("default")  # transformers' and torch's own, about these architectures
+@pytest.mark.parametrize("model_type", SAMPLE)
+def test_architecture_is_whole(rows: dict[str, Any], model_type: str) -> None:
+    row = rows[model_type]
+    assert row.is_whole, row
+    assert None not in (row.gap, row.loss_gap, row.tokens, row.trains, row.reloads), row
+    assert row.alone is True, row
+
+
+def test_the_checks_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoilt(*args: Any, **kwargs: Any) -> MoSForCausalLM:
+        model = from_causal_lm(*args, **kwargs)
+        with torch.no_grad():
+            model.lm_head.latent.weight.mul_(1.5)
+        model.lm_head.prior.requires_grad_(False)
+        return model
+
+    from_causal_lm = MoSForCausalLM.from_causal_lm
+    monkeypatch.setattr(sweep.MoSForCausalLM, "from_causal_lm", spoilt)
+    row = sweep.check("llama", tmp_path)
+    assert min(row.gap, row.loss_gap) > 0.01
+    assert row.trains is False
+    assert not row.is_whole
+    assert any("no finite gradient: lm_head.prior.weight" in note for note in row.notes)
+
+
+def tiny_gpt2(model_class: type) -> Any:
+    return model_class(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=40, n_positions=32))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: MusicgenForCausalLM(
+                MusicgenDecoderConfig(
+                    vocab_size=40, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2
+                )
+            ),
+            "one nn.Linear, given MusicgenForCausalLM with ModuleList",
+        ),
+        (
+            lambda: BartForConditionalGeneration(
+                BartConfig(
+                    vocab_size=40,
+                    d_model=16,
+                    encoder_layers=1,
+                    decoder_layers=1,
+                    encoder_attention_heads=2,
+                    decoder_attention_heads=2,
+                    encoder_ffn_dim=16,
+                    decoder_ffn_dim=16,
+                )
+            ),
+            "without an encoder, given BartForConditionalGeneration",
+        ),
+        (
+            lambda: BertForMaskedLM(
+                BertConfig(
+                    vocab_size=40,
+                    hidden_size=16,
+                    num_hidden_layers=1,
+                    num_attention_heads=2,
+                    intermediate_size=16,
+                )
+            ),
+            "given BertForMaskedLM for which that is BertLMHeadModel",
+        ),
+        (lambda: tiny_gpt2(GPT2DoubleHeadsModel), "given GPT2DoubleHeadsModel for which that is GPT2LMHeadModel"),
+    ],
+)
+def test_what_has_no_one_head_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MoSForCausalLM.from_causal_lm(make())
+
+
+@needs["gemma4_unified_assistant"]
+def test_a_drafter_is_refused() -> None:
+    config = AutoConfig.for_model("gemma4_unified_assistant")
+    drafter_class = AutoModelForCausalLM._model_mapping[type(config)]
+    drafter = drafter_class.__new__(drafter_class)  # transformers cannot make a tiny one
+    torch.nn.Module.__init__(drafter)
+    drafter.config = config
+    with pytest.raises(ValueError, match="forward takes labels, given Gemma4UnifiedAssistantForCausalLM"):
+        MoSForCausalLM.from_causal_lm(drafter)
+
+
+@pytest.fixture
+def llava() -> LlavaForConditionalGeneration:
+    """A vision-language model that is not in the causal-LM mapping."""
+    text = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 16,
+        "patch_size": 8,
+        "projection_dim": 16,
+    }
+    torch.manual_seed(0)
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_id=60, image_seq_length=4)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def with_image() -> dict[str, torch.Tensor]:
+    """Four image tokens between text tokens, and the image."""
+    torch.manual_seed(1)
+    input_ids = torch.tensor([[5, 6, 60, 60, 60, 60, 7, 8, 9]])
+    return {"input_ids": input_ids, "pixel_values": torch.randn(1, 3, 16, 16)}
+
+
+@torch.no_grad()
+def test_images_pass_through_and_the_class_survives(llava: LlavaForConditionalGeneration, tmp_path: Path) -> None:
+    batch = with_image()
+    own = llava(**batch, labels=batch["input_ids"])
+    model = MoSForCausalLM.from_causal_lm(llava, num_mixtures=3)
+    ours = model(**batch, labels=batch["input_ids"])
+    torch.testing.assert_close(ours.logits, own.logits.log_softmax(-1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.loss, own.loss, rtol=0, atol=1e-5)
+    another = {**batch, "pixel_values": batch["pixel_values"] + 1}
+    assert not torch.equal(model(**another).logits, ours.logits)
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(model.generate(**batch, **options), llava.generate(**batch, **options))
+
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded.backbone) is LlavaForConditionalGeneration
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+@torch.no_grad()
+def test_a_softcap_that_the_backbone_leaves_unread_is_left_out() -> None:
+    original = sweep.tiny_original("gemma3")
+    assert isinstance(original, Gemma3ForConditionalGeneration)
+    assert original.config.text_config.final_logit_softcapping == 5.0
+    assert MoSForCausalLM.from_causal_lm(original).config.softcap is None
+
+
+@torch.no_grad()
+def test_a_softcap_that_may_not_be_none_in_half_precision() -> None:
+    original = sweep.tiny_original("recurrent_gemma").to(torch.float16)
+    batch = sweep.batch_for(original)
+    expected = sweep.log_probs(original, batch)
+    model = MoSForCausalLM.from_causal_lm(original)
+    assert sweep.largest_gap(sweep.log_probs(model, batch), expected) < 0.05
+
+
+@needs["inkling_text"]
+def test_a_padded_vocabulary_is_cut_and_can_be_resized(tmp_path: Path) -> None:
+    original = sweep.tiny_original("inkling_text")
+    batch = sweep.batch_for(original)
+    model = MoSForCausalLM.from_causal_lm(original)
+    assert original.get_output_embeddings().out_features == sweep.VOCAB
+    assert model.get_output_embeddings().out_features == 90
+    model.resize_token_embeddings(104, mean_resizing=False)
+    expected = sweep.log_probs(model, batch)
+    assert expected.shape[-1] == 104
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(sweep.log_probs(loaded, batch), expected)
+
+
+def test_a_new_model_of_a_composite_config_reloads(tmp_path: Path) -> None:
+    model = MoSForCausalLM(MoSConfig(text_config=sweep.tiny_config("mllama"), num_mixtures=2)).eval()
+    batch = sweep.batch_for(model)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(sweep.log_probs(loaded, batch), sweep.log_probs(model, batch))
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")  # the word of all versions
+def test_no_cache_is_built_in_training_and_checkpointing_agrees() -> None:
+    model = MoSForCausalLM.from_causal_lm(sweep.tiny_original("git"), num_mixtures=2).train()
+    batch = sweep.batch_for(model.backbone)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        outputs = model(**batch, labels=batch["input_ids"])
+        assert outputs.past_key_values is None
+        outputs.loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    model.gradient_checkpointing_enable()
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
+def test_the_configs_use_cache_is_the_backbones() -> None:
+    model = MoSForCausalLM.from_causal_lm(sweep.tiny_original("llama"), num_mixtures=2)
+    model.config.use_cache = False
+    assert model(torch.tensor([[5, 6]])).past_key_values is None
