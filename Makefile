@@ -9,7 +9,7 @@ HOST_PYTHON = $(shell for python in $(CANDIDATES); do \
 	$$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: quickstart test test-package lint format install clean
+.PHONY: quickstart test test-package test-versions lint format install clean
 
 quickstart: install
 	$(PYTHON) examples/quickstart.py
@@ -22,6 +22,10 @@ test: install
 # The wheel with its dependencies in an empty environment. Needs the package index.
 test-package: install
 	$(PYTHON) -m pytest -m slow tests/test_package.py
+
+# The suite on the oldest and the newest transformers, and checkpoints from one to the other. Needs the package index.
+test-versions:
+	tests/run_versions.sh
 
 lint: install
 	$(PYTHON) -m ruff format --check

@@ -199,6 +199,9 @@ def test_device_map(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.filterwarnings(
+    "ignore:You are calling .generate:UserWarning"
+)  # older transformers, of any offloaded model
 @pytest.mark.parametrize("device_map", [{"": "disk"}, "auto"])
 def test_disk_offload(name: str, device_map: Any, tmp_path: Path) -> None:
     model = tiny_mos(name)
