@@ -202,7 +202,7 @@ def take_softcap(text_config: PreTrainedConfig) -> float | None:
         holder = _holder(text_config, field)
         if holder is not None:
             softcap = float(vars(holder)[field])
-            types = {declared.name: declared.type for declared in dataclasses.fields(holder)}
+            types: dict[str, Any] = {declared.name: declared.type for declared in dataclasses.fields(holder)}
             setattr(holder, field, None if isinstance(None, types.get(field, object)) else NO_SOFTCAP)
     return softcap
 

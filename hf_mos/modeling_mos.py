@@ -2,25 +2,31 @@
 
 import copy
 import dataclasses
+import functools
 import inspect
 import os
+from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from .configuration_mos import NO_SOFTCAP, SOFTCAP_FIELDS, MoSConfig, take_softcap
+from .mos_checkpoint import SavedCheckpoint, check_files, check_loaded, replace_checkpoint
 from .mos_head import MoSLMHead
 
 logger = logging.get_logger(__name__)
 
 # The Trainer shifts the labels for label smoothing, and pipelines accept a model, only where its class is named here.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["mos"] = "MoSForCausalLM"
+
+# What save_pretrained passes on to push_to_hub.
+HUB_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
 
 
 class HeadlessProjection(nn.Module):
@@ -63,6 +69,8 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
     _keep_in_fp32_modules_strict = {"lm_head.prior"}  # in bf16 as in fp16
     _keep_in_fp32_modules = {"prior"}  # the same module, as quantizers look for it: by the end of its name
     _no_split_modules = ["MoSLMHead"]
+    backbone: Any
+    lm_head: Any
 
     def __init__(self, config: MoSConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -144,6 +152,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"model: expected a path, a Hub id or a causal LM, given {type(model).__name__}")
         projection = output_projection(backbone)
         config = _config_for(backbone, projection, num_mixtures, options)
+        module: Any
         for module in backbone.modules():
             module._is_hf_initialized = True  # post_init must not draw its weights again
         result = cls(config, backbone=backbone)
@@ -151,14 +160,78 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         result.name_or_path = config.name_or_path = backbone.name_or_path
         return result.train(backbone.training)
 
+    # ----------------------------------------------------------------------------------------------- save and load
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        token: str | bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As for every model of transformers, but at each moment the old checkpoint or the new one loads, whole.
+
+        It needs room for both. Files that are no part of the checkpoint stay, and weights of another layout go. See
+        `mos_checkpoint.py`. Adapters and a `distributed_checkpoint` are saved as transformers saves them.
+        """
+        write = functools.partial(
+            super().save_pretrained, state_dict=state_dict, max_shard_size=max_shard_size, variant=variant, token=token
+        )
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        is_writer = is_main_process and not (torch.distributed.is_initialized() and torch.distributed.get_rank())
+        is_special = getattr(self, "_hf_peft_config_loaded", False) or kwargs.get("distributed_checkpoint")
+        if not is_writer or is_special or os.path.isfile(save_directory):
+            write(save_directory, is_main_process=is_main_process, push_to_hub=push_to_hub, **hub, **kwargs)
+            return
+        folder = Path(save_directory)
+        names = replace_checkpoint(folder, variant, functools.partial(write, **kwargs))
+        if push_to_hub:
+            repo_id = hub.pop("repo_id", folder.name)
+            SavedCheckpoint(folder, names).push_to_hub(repo_id, token=token, tags=self.model_tags, **hub)
+
     @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As for every model of transformers, but a checkpoint of the backbone without the head is a ValueError."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        missing = sorted(key for key in info["missing_keys"] if key.startswith("lm_head."))
-        has_backbone = any(key not in info["missing_keys"] for key, _ in model.backbone.named_parameters("backbone"))
-        if missing and has_backbone:
-            raise ValueError(f"expected the checkpoint of a {cls.__name__}, given one without {', '.join(missing)}")
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *args: Any,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        use_safetensors: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As for every model of transformers, but strict: no layer of the head is left to chance, no pickle is read.
+
+        Raises:
+            OSError: a file is missing, cut short or not what its name says.
+            ValueError: a tensor of the head is missing, of another shape than the config says (unless
+                `ignore_mismatched_sizes`) or not finite; the checkpoint is not one of this class; its weights are
+                pickled; or its index names a file outside its folder.
+        """
+        if use_safetensors is False:
+            raise ValueError("use_safetensors: expected True or None, as pickled weights are not read, given False")
+        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder", ""))
+        headers = {}
+        if pretrained_model_name_or_path is not None and folder.is_dir() and kwargs.get("gguf_file") is None:
+            named = getattr(kwargs.get("config"), "transformers_weights", None)
+            headers = check_files(folder, kwargs.get("variant"), named)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *args,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, in words
+            use_safetensors=True,
+            **kwargs,
+        )
+        check_loaded(model, info, pretrained_model_name_or_path, headers, ignore_mismatched_sizes)
+        staged = vars(model.config).pop("transformers_weights", None)
+        if staged is not None and kwargs.get("generation_config") is None:
+            generation_file = PurePosixPath(staged).with_name("generation_config.json")
+            if (folder / generation_file).is_file():  # of a save that was cut off when its weights were already valid
+                model.generation_config = GenerationConfig.from_pretrained(folder, str(generation_file))
         return (model, info) if output_loading_info else model
 
     # ------------------------------------------------------------------------------------------------------- forward
@@ -283,15 +356,15 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         self.backbone._validate_model_kwargs(model_kwargs)
 
     @property
-    def _is_stateful(self) -> bool:
+    def _is_stateful(self) -> bool:  # type: ignore[override]
         return self.backbone._is_stateful
 
     @property
-    def _can_compile_fullgraph(self) -> bool:
+    def _can_compile_fullgraph(self) -> bool:  # type: ignore[override]
         return self.backbone._can_compile_fullgraph
 
     @property
-    def supports_gradient_checkpointing(self) -> bool:
+    def supports_gradient_checkpointing(self) -> bool:  # type: ignore[override]
         return self.backbone.supports_gradient_checkpointing
 
 
@@ -300,9 +373,10 @@ def new_backbone(config: PreTrainedConfig) -> PreTrainedModel:
 
     It names the one that was converted, see `MoSForCausalLM.__init__`. The text model of a composite one needs that.
     """
-    if type(config) in AutoModelForCausalLM._model_mapping:
+    named: Any = getattr(transformers, (config.architectures or [""])[0], None)
+    if named is None or type(config) in AutoModelForCausalLM._model_mapping:
         return AutoModelForCausalLM.from_config(config)
-    return getattr(transformers, config.architectures[0])._from_config(config)
+    return named._from_config(config)
 
 
 def output_projection(model: PreTrainedModel) -> nn.Linear:
@@ -343,7 +417,7 @@ def behead(backbone: PreTrainedModel) -> tuple[nn.Linear, str]:
     backbone.set_output_embeddings(HeadlessProjection(projection.weight.dtype, projection.weight.device))
     if f"{path}.bias" in own_ties:  # some BERT-like heads hold the projection's bias a second time
         owner_path, _, name = own_ties[f"{path}.bias"].rpartition(".")
-        owner = backbone.get_submodule(owner_path)
+        owner: Any = backbone.get_submodule(owner_path)
         setattr(owner, name, None)
         owner._is_hf_initialized = True  # its initialisation would ask for the bias
     for field in SOFTCAP_FIELDS:  # most read it from their config at each call (see take_softcap), some have copied it
@@ -368,7 +442,7 @@ def _without_padding(projection: nn.Linear, config: PreTrainedConfig) -> nn.Line
     classes = getattr(config.get_text_config(), "unpadded_vocab_size", None)
     if classes is None or classes >= projection.out_features:
         return projection
-    decoder = nn.Linear(projection.in_features, classes, bias=False, device="meta")
+    decoder: Any = nn.Linear(projection.in_features, classes, bias=False, device="meta")
     decoder.weight = nn.Parameter(projection.weight[:classes], requires_grad=projection.weight.requires_grad)
     decoder._is_hf_initialized = getattr(projection, "_is_hf_initialized", False)
     return decoder
