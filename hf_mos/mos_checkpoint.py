@@ -1,0 +1,298 @@
+"""Saving that leaves the old checkpoint or the new one, and loading that takes no file on trust.
+
+A checkpoint is many files, and no single call of the operating system replaces them all. But `config.json` decides
+which of them are read: its `transformers_weights` names the weights and its `auto_map` the code, in a subfolder if
+need be. So a save writes everything to a subfolder first and then goes on in steps, at each of which one whole
+checkpoint loads with transformers' own `from_pretrained`:
+
+    1. the new checkpoint is written to `_saving_*/`                                 the old one loads
+    2. `os.replace` puts a `config.json` that names the files in `_saving_*/`        from here on the new one
+    3. weights of another layout go, and the new files get their usual names too
+    4. `os.replace` puts the usual `config.json`; `_saving_*/` goes
+
+Files that are no part of the checkpoint stay: a tokenizer, the state of a Trainer, a README.
+"""
+
+import json
+import os
+import re
+import shutil
+import struct
+import uuid
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import PushToHubMixin
+
+CONFIG_FILE = "config.json"
+STAGING_PREFIX = "_saving_"  # the Trainer does not upload what begins with an underscore
+STAGED_CONFIG, STAGED_INDEX = "staged.json", "staged.safetensors.index.json"
+DISTRIBUTED_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # loaded before all else
+
+Header = dict[str, tuple[int, ...]]  # the tensors of a safetensors file and their shapes
+
+
+# ---------------------------------------------------------------------------------------------------------------- save
+
+
+def replace_checkpoint(folder: Path, variant: str | None, write: Callable[[Path], None]) -> list[str]:
+    """What `write` puts into the empty folder that it is given takes the place of the checkpoint in `folder`.
+
+    Args:
+        folder: made if it does not exist.
+        variant: as in `save_pretrained`; weights of other variants stay.
+        write: writes a checkpoint as `save_pretrained` does. If it fails, nothing has changed.
+
+    Returns:
+        The names of the checkpoint's files.
+    """
+    staging = folder / f"{STAGING_PREFIX}{uuid.uuid4().hex[:12]}"
+    staging.mkdir(parents=True)
+    try:
+        write(staging)
+        names = sorted(path.name for path in staging.iterdir())
+        _point_into(staging, names)
+        for path in staging.iterdir():
+            _flush(path)
+        _flush(staging)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    if (staging / STAGED_CONFIG).exists():
+        os.replace(staging / STAGED_CONFIG, folder / CONFIG_FILE)
+        _flush(folder)
+    _install(staging, folder, names, variant)
+    for leftover in folder.glob(f"{STAGING_PREFIX}*"):
+        shutil.rmtree(leftover)
+    return names
+
+
+def _point_into(staging: Path, names: list[str]) -> None:
+    """Writes the config, and of shards the index, that name the files where they lie now, seen from one level up."""
+    weights = [name for name in names if name.endswith(".safetensors")]
+    if CONFIG_FILE not in names or not weights:
+        return
+    indices = [name for name in names if _is_index(name)]
+    if indices:
+        index = json.loads((staging / indices[0]).read_text(encoding="utf-8"))
+        index["weight_map"] = {key: f"{staging.name}/{file}" for key, file in index["weight_map"].items()}
+        (staging / STAGED_INDEX).write_text(json.dumps(index), encoding="utf-8")
+    config = json.loads((staging / CONFIG_FILE).read_text(encoding="utf-8"))
+    config["transformers_weights"] = f"{staging.name}/{STAGED_INDEX if indices else weights[0]}"
+    for name, place in config.get("auto_map", {}).items():
+        if isinstance(place, str) and f"{place.partition('.')[0]}.py" in names:
+            config["auto_map"][name] = f"{staging.name}/{place}"
+    (staging / STAGED_CONFIG).write_text(json.dumps(config), encoding="utf-8")
+
+
+def _install(staging: Path, folder: Path, names: list[str], variant: str | None) -> None:
+    """Gives the files their usual names, so that no mixture of old and new ones can be read under these either."""
+    old = [path for path in folder.iterdir() if _is_weights(path.name, variant)]
+    old_shards = [path for path in old if re.search(r"-of-\d{5}\.", path.name)]
+    for path in old:
+        if _is_index(path.name) or DISTRIBUTED_SHARD.fullmatch(path.name):
+            path.unlink()
+    for path in old:
+        if path.name not in names and path not in old_shards and path.exists():
+            path.unlink()  # before an index is put there: transformers prefers the single file
+    for name in sorted(names, key=_is_index):  # an index after its shards
+        if name != CONFIG_FILE:
+            _place(staging / name, folder / name)
+    _flush(folder)
+    if CONFIG_FILE in names:
+        os.replace(staging / CONFIG_FILE, folder / CONFIG_FILE)
+        _flush(folder)
+    for path in old_shards:
+        if path.name not in names and path.exists():
+            path.unlink()
+
+
+def _place(source: Path, target: Path) -> None:
+    """A second name for a file, in the place of what had that name."""
+    spare = source.with_name("placing")
+    try:
+        os.link(source, spare)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, spare)
+        _flush(spare)
+    os.replace(spare, target)
+
+
+def _flush(path: Path) -> None:
+    """To the disk, so that a power cut keeps the order of the steps too."""
+    if path.is_dir() and os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_index(name: str) -> bool:
+    return re.fullmatch(r".+\.safetensors\.index(\..+)?\.json", name) is not None
+
+
+def _is_weights(name: str, variant: str | None) -> bool:
+    v = "" if variant is None else re.escape(f".{variant}")
+    pattern = rf"model{v}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{v}\.json"
+    return re.fullmatch(pattern, name) is not None or DISTRIBUTED_SHARD.fullmatch(name) is not None
+
+
+class SavedCheckpoint(PushToHubMixin):
+    """The files of a checkpoint on disk, as something that `push_to_hub` can upload."""
+
+    def __init__(self, folder: Path, names: list[str]) -> None:
+        self.folder, self.names = folder, names
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        for name in self.names:
+            shutil.copyfile(self.folder / name, Path(save_directory, name))
+
+
+# ---------------------------------------------------------------------------------------------------------------- load
+
+
+def check_files(folder: Path, variant: str | None, weights: str | None = None) -> dict[str, Header]:
+    """The tensors of a checkpoint on disk, file by file, read from the headers alone.
+
+    Args:
+        folder: holds the weights.
+        variant: as in `from_pretrained`.
+        weights: the file that a config names; `None`: what the folder's own `config.json` names, or the usual names.
+
+    Returns:
+        The headers by file name; empty where the folder holds no weights that this function knows.
+
+    Raises:
+        OSError: a file is missing, cut short or no JSON.
+        ValueError: the weights are pickled, or an index names a file outside the folder.
+    """
+    if weights is None and (folder / CONFIG_FILE).is_file():
+        weights = _read_json(folder / CONFIG_FILE).get("transformers_weights")
+    if any(DISTRIBUTED_SHARD.fullmatch(path.name) for path in folder.iterdir()):
+        if weights is not None:
+            raise OSError(
+                f"{folder}: expected one checkpoint, given a distributed one and the unfinished save of another, "
+                f"{weights}. Delete the shard-*.safetensors files to load the latter."
+            )
+        return {}
+    v = "" if variant is None else f".{variant}"
+    usual = [f"model{v}.safetensors", f"model.safetensors.index{v}.json"]
+    found = [name for name in ([weights] if weights else usual) if _inside(folder, name, CONFIG_FILE).is_file()]
+    if not found:
+        _refuse_pickles(folder)
+        return {}
+    if not _is_index(found[0]):
+        return {found[0]: read_header(folder / found[0])}
+    return _check_shards(folder, found[0])
+
+
+def _check_shards(folder: Path, index_file: str) -> dict[str, Header]:
+    index = _read_json(folder / index_file)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise OSError(f"{folder / index_file}: expected a weight_map of tensors and their files, given {weight_map!r}")
+    headers = {}
+    for file in sorted(set(weight_map.values())):
+        path = _inside(folder, file, index_file)
+        if not path.is_file():
+            raise OSError(f"{folder / index_file}: expected {file} beside it, given no such file")
+        headers[file] = read_header(path)
+    for key, file in weight_map.items():
+        if key not in headers[file]:
+            raise OSError(f"{folder / file}: expected {key}, as {index_file} says, given no such tensor")
+    return headers
+
+
+def _inside(folder: Path, name: Any, source: str) -> Path:
+    """The path of a file that `source` names, which must not lead out of the folder."""
+    if not isinstance(name, str) or PurePosixPath(name).is_absolute() or re.search(r"\\|:|(^|/)\.\.(/|$)", name):
+        raise ValueError(f"{folder / source}: expected the name of a file in this folder, given {name!r}")
+    return folder / name
+
+
+def _refuse_pickles(folder: Path) -> None:
+    pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    if pickles:
+        raise ValueError(
+            f"{folder}: expected safetensors, given {', '.join(pickles)}, pickled. If you trust where it is from, "
+            "convert it: model = MoSForCausalLM(MoSConfig.from_pretrained(folder)); for each file "
+            "model.load_state_dict(torch.load(file, weights_only=True), strict=False); model.save_pretrained(folder)"
+        )
+
+
+def read_header(path: Path) -> Header:
+    """The shapes in a safetensors file; OSError if the file is not as long as its header says, or has none."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if 8 + length > size:
+            raise OSError(f"{path}: expected a safetensors file, given {size} bytes that end within the header")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise OSError(f"{path}: expected a safetensors file, given a header that is none: {error}") from error
+    if end != size:
+        raise OSError(f"{path}: expected {end} bytes, as its header says, given {size}")
+    return shapes
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError both
+        raise OSError(f"{path}: expected JSON, given a file that is none: {error}") from error
+    if not isinstance(content, dict):
+        raise OSError(f"{path}: expected a JSON object, given {type(content).__name__}")
+    return content
+
+
+def check_loaded(
+    model: nn.Module, info: dict[str, Any], source: Any, headers: dict[str, Header], allow_mismatched: bool
+) -> None:
+    """ValueError if a weight was not in the checkpoint, had another shape there, or, of the head, is not finite.
+
+    Args:
+        model: as loaded.
+        info: the loading info of `from_pretrained`.
+        source: what was loaded, for the message.
+        headers: of [`check_files`], for the message; empty where nothing was read from a local folder.
+        allow_mismatched: weights of another shape are drawn anew, as the caller asked for.
+    """
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    files = {key: Path(source, file) for file, header in headers.items() for key in header}
+    where = ", ".join(str(Path(source, file)) for file in headers) or (source or "state_dict")
+    missing = sorted(info["missing_keys"])
+    if missing and len(missing) < len(shapes):
+        expected = ", ".join(f"{key} of shape {shapes.get(key)}" for key in missing)
+        raise ValueError(f"{where}: expected the checkpoint of a {type(model).__name__}, given one without {expected}")
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched and not allow_mismatched:
+        lines = [
+            f"{files.get(key, where)}: {key}: expected {tuple(expected)}, as the config says, given {tuple(given)}"
+            for key, given, expected in mismatched
+        ]
+        raise MismatchedWeights("\n".join(lines))
+    for key, tensor in model.lm_head.named_parameters(prefix="lm_head"):
+        readable = tensor.is_floating_point() and not tensor.is_meta and type(tensor) is nn.Parameter
+        bad = _non_finite(tensor.detach()) if readable and tensor.numel() else None
+        if bad is not None:
+            raise ValueError(f"{files.get(key, where)}: {key}: expected finite values, given {bad}")
+
+
+class MismatchedWeights(ValueError, RuntimeError):
+    """Weights of another shape than the config says; a RuntimeError too, as transformers raises."""
+
+
+def _non_finite(tensor: Tensor) -> float | None:
+    """One of the values that are not finite, if there are any, without a tensor of the same size."""
+    extremes = torch.stack(tensor.aminmax())  # NaN comes through
+    return None if extremes.isfinite().all() else float(extremes[~extremes.isfinite()][0])
