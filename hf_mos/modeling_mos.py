@@ -162,7 +162,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
 
     # ----------------------------------------------------------------------------------------------- save and load
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # the rest of its arguments are among the kwargs
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
@@ -218,7 +218,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         if pretrained_model_name_or_path is not None and folder.is_dir() and kwargs.get("gguf_file") is None:
             named = getattr(kwargs.get("config"), "transformers_weights", None)
             headers = check_files(folder, kwargs.get("variant"), named)
-        model, info = super().from_pretrained(
+        loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path,
             *args,
             output_loading_info=True,
@@ -226,6 +226,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             use_safetensors=True,
             **kwargs,
         )
+        model, info = loaded
         check_loaded(model, info, pretrained_model_name_or_path, headers, ignore_mismatched_sizes)
         staged = vars(model.config).pop("transformers_weights", None)
         if staged is not None and kwargs.get("generation_config") is None:

@@ -256,7 +256,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def check_loaded(
-    model: nn.Module, info: dict[str, Any], source: Any, headers: dict[str, Header], allow_mismatched: bool
+    model: Any, info: dict[str, Any], source: Any, headers: dict[str, Header], allow_mismatched: bool
 ) -> None:
     """ValueError if a weight was not in the checkpoint, had another shape there, or, of the head, is not finite.
 
