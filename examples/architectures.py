@@ -587,6 +587,13 @@ def markdown(rows: list[Row]) -> str:
     )
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Writes the file as a whole or not at all."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text)
+    part.replace(file)
+
+
 def main(
     only: Annotated[list[str] | None, typer.Option(help="A model type; may be given more than once.")] = None,
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Writes the table there.")] = None,
@@ -606,9 +613,9 @@ def main(
     Console(width=220).print(table)
     print(closing_line(rows))
     if markdown_file:
-        markdown_file.write_text(markdown(rows))
+        write_whole(markdown_file, markdown(rows))
     if json_file:
-        json_file.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+        write_whole(json_file, json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     raise typer.Exit(any(not row.is_whole for row in rows if row.is_built))
 
 
