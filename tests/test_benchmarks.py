@@ -1,0 +1,55 @@
+"""The benchmarks run, and print no time where a gradient is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
+SIZES = ["--num-tokens", "16", "--latent-size", "16", "--vocab-size", "64", "--latent-rank", "4"]
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(BENCHMARKS / script), *arguments, "--threads", "1"]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+
+
+def test_loss_prints_time_and_memory_of_every_contender():
+    result = run("loss.py", *SIZES, "--rounds", "1", "--only", "mos_cross_entropy", "--only", "paper", "--json")
+    assert result.returncode == 0, result.stderr
+    rows = {row[""]: row for row in json.loads(result.stdout)["rows"]}
+    assert rows.keys() == {"three bare products", "mos_cross_entropy", "paper"}
+    assert all(row["seconds"] > 0 for row in rows.values())
+
+
+def test_a_wrong_gradient_ends_the_run_before_anything_is_timed(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import contenders
+    import loss
+
+    wrong = contenders.CONTENDERS["mos_cross_entropy"]
+    monkeypatch.setattr(wrong, "loss", lambda leaves, targets: 1.01 * contenders.ours(leaves, targets))
+    monkeypatch.setattr(loss, "time_in_turn", lambda *_: pytest.fail("timed"))
+    with pytest.raises(SystemExit, match="mos_cross_entropy: wrong by"):
+        loss.main(16, 2, 16, 64, 4, threads=1, only=["mos_cross_entropy"])
+
+
+def test_decoding():
+    sizes = [
+        "--hidden-size",
+        "64",
+        "--vocab-size",
+        "100",
+        "--prompt-tokens",
+        "8",
+        "--new-tokens",
+        "2",
+        "--rounds",
+        "1",
+    ]
+    result = run("decode.py", *sizes)
+    assert result.returncode == 0, result.stderr
+    assert "tokens per second" in " ".join(result.stdout.split())
