@@ -71,9 +71,7 @@ def loss_and_gradients(
                 if options.softcap is not None:
                     cap_(logits, options.softcap, slope)
                 target_logits = logits.gather(1, target_rows)
-                # softmax_ leaves softmax(component_logits) in the buffer.
-                log_normalizer = softmax_(logits) if wants_logits else torch.logsumexp(logits, dim=1, keepdim=True)
-                component_nll = (log_normalizer - target_logits).view(-1, K)
+                component_nll = (softmax_(logits) - target_logits).view(-1, K)  # the buffer now holds the softmax
 
                 log_joint = log_prior[tokens] - component_nll
                 chunk_nll = -torch.logsumexp(log_joint, dim=-1, keepdim=True)
