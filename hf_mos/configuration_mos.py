@@ -48,6 +48,10 @@ class MoSConfig(PreTrainedConfig):
             Whether the latent projection and the prior have a bias.
         latent_dropout (`float`, defaults to 0.0):
             Dropout probability on the latents, with `latent_rank` on the shifts, in training, in [0, 1).
+        balance_coefficient (`float`, defaults to 0.0):
+            In training, the loss of each token gets this times the squared coefficient of variation of the mean
+            mixture weights: 0 where the components are used alike, K - 1 where one is used alone. It revives
+            components that starve; 0.01 is mild.
         decoder_bias (`bool`, *optional*):
             Whether the decoder has a bias. `None`: as the backbone's own head.
         softcap (`float`, *optional*):
@@ -76,6 +80,7 @@ class MoSConfig(PreTrainedConfig):
     latent_bias: bool = False
     prior_bias: bool = False
     latent_dropout: float = 0.0
+    balance_coefficient: float = 0.0
     decoder_bias: bool | None = None
     softcap: float | None = None
     tie_word_embeddings: bool | None = None
@@ -141,6 +146,9 @@ class MoSConfig(PreTrainedConfig):
         dropout = self.latent_dropout
         is_number = isinstance(dropout, (int, float)) and not isinstance(dropout, bool)
         require("latent_dropout", is_number and 0 <= dropout < 1, "a number in [0, 1)")
+        balance = self.balance_coefficient
+        is_number = isinstance(balance, (int, float)) and not isinstance(balance, bool)
+        require("balance_coefficient", is_number and 0 <= balance < float("inf"), "a finite number of at least 0")
         cap = self.softcap
         is_number = isinstance(cap, (int, float)) and not isinstance(cap, bool)
         require("softcap", cap is None or (is_number and 0 < cap < float("inf")), "a finite number above 0, or None")

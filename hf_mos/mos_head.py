@@ -55,6 +55,7 @@ class MoSLMHead(nn.Module):
         self.latent_size = decoder.in_features
         self.latent_rank = config.latent_rank
         self.softcap = config.softcap
+        self.balance_coefficient = config.balance_coefficient
         dtype, device = decoder.weight.dtype, decoder.weight.device
         prior_dtype = torch.promote_types(dtype, torch.float32)
         self.prior = nn.Linear(input_size, K, bias=config.prior_bias, dtype=prior_dtype, device=device)
@@ -129,7 +130,19 @@ class MoSLMHead(nn.Module):
             loss = self._loss_through_decoder(
                 latents, prior_logits, targets.flatten(), reduction, ignore_index, chunk_size
             )
+        if self.training and self.balance_coefficient:
+            loss = loss + self._balance_loss(prior_logits, targets.flatten() != ignore_index, reduction)
         return loss.view(leading) if reduction == "none" else loss
+
+    def _balance_loss(self, prior_logits: Tensor, counts: Tensor, reduction: str) -> Tensor:
+        """What each token that counts adds to the loss, reduced as the loss is."""
+        weights = F.softmax(prior_logits, dim=-1) * counts.unsqueeze(-1)
+        mean_weights = weights.sum(0) / counts.sum().clamp(min=1)
+        variation = self.num_mixtures * mean_weights.square().sum() - 1  # variance / mean^2, as the mean is 1 / K
+        balance = self.balance_coefficient * variation * counts
+        if reduction == "none":
+            return balance
+        return balance.sum() if reduction == "sum" else balance.sum() / counts.sum().clamp(min=1)
 
     def prior_logits(self, hidden_states: Tensor) -> Tensor:
         """The prior's raw output (..., K) for hidden states (..., D); in the prior's own dtype under autocast too."""
