@@ -1,0 +1,265 @@
+"""Callbacks for the Trainer: a run that has gone wrong stops, and what the mixture does is seen.
+
+```python
+trainer = Trainer(model, arguments, callbacks=[StopOnNonFiniteLoss()], ...)
+MixtureUsage().add_to(trainer)
+trainer.train(resume_from_checkpoint=last_whole_checkpoint(arguments.output_dir))
+```
+"""
+
+import json
+import math
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from ..mixture_of_softmaxes import SubspaceLatents, cap_logits, widen
+from ..mos_checkpoint import STAGING_PREFIX, check_files, read_header
+from ..mos_head import MoSLMHead
+
+logger = logging.get_logger(__name__)
+
+
+# ------------------------------------------------------------------------------------------------------------ the loss
+
+
+class StopOnNonFiniteLoss(TrainerCallback):
+    """Ends a run whose loss is NaN or infinite, before that step changes a weight.
+
+    The Trainer by itself logs such a loss as the average of those before it and goes on. A loss that the model returns
+    is looked at before each step of the optimizer, on all processes together; one that is computed outside of the
+    model when it is logged.
+
+    Raises:
+        FloatingPointError: from `trainer.train()`; it names the step and the last whole checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.is_bad: Tensor | None = None
+        self.hook: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        args.logging_nan_inf_filter = False  # so that a log shows what the loss is
+        self.is_bad = None
+        self.hook = model.register_forward_hook(self.look)
+
+    def look(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, dict) else None
+        if model.training and isinstance(loss, Tensor):
+            is_bad = ~loss.detach().isfinite().all()
+            self.is_bad = is_bad if self.is_bad is None else self.is_bad | is_bad
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.is_bad is None:
+            return
+        is_bad, self.is_bad = self.is_bad.int(), None
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(is_bad, torch.distributed.ReduceOp.MAX)
+        if is_bad:
+            self.stop(args, f"the loss of step {state.global_step + 1} is not finite; the weights are those before it")
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if not math.isfinite(logs.get("loss", 0.0)):
+            self.stop(args, f"the loss that was logged at step {state.global_step} is {logs['loss']}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.hook.remove()
+
+    def stop(self, args: TrainingArguments, fault: str) -> None:
+        self.hook.remove()
+        last = last_whole_checkpoint(args.output_dir) if args.output_dir else None
+        raise FloatingPointError(f"{fault}. Last whole checkpoint: {last}")
+
+
+# --------------------------------------------------------------------------------------------------------- the mixture
+
+
+class MixtureStatistics(NamedTuple):
+    """What the mixture does on some tokens; entropies and divergences in nats."""
+
+    mean_weights: Tensor  # (K,), of the prior
+    entropy: float  # of the mixture weights, the mean over tokens; at most log K
+    responsibilities: Tensor  # (K,), the share of the targets that each component accounts for
+    divergence: Tensor  # (K, K), Jensen-Shannon, the mean over tokens; at most log 2; zero for clones
+
+
+@torch.no_grad()
+def mixture_statistics(head: MoSLMHead, hidden_states: Tensor, targets: Tensor) -> MixtureStatistics:
+    """What the head's mixture does on tokens, one token's component distributions in memory at a time.
+
+    Args:
+        head: in any mode; dropout acts in training mode.
+        hidden_states: (N, D).
+        targets: (N,), class indices aligned with the hidden states; none that is ignored.
+    """
+    log_prior = F.log_softmax(widen(head.prior_logits(hidden_states)), dim=-1)
+    latents = head.latents(hidden_states)
+    dense = latents.dense() if isinstance(latents, SubspaceLatents) else latents
+    K = head.num_mixtures
+    divergence = torch.zeros(K, K, device=hidden_states.device)
+    responsibilities = torch.zeros(K, device=hidden_states.device)
+    for latent, prior, target in zip(dense, log_prior, targets, strict=True):
+        log_probs = F.log_softmax(widen(cap_logits(head.decoder(latent), head.softcap)), dim=-1)  # (K, V)
+        responsibilities += F.softmax(prior + log_probs[:, target], dim=0)
+        entropies = torch.special.entr(log_probs.exp()).sum(-1)
+        for j in range(K):
+            for k in range(j):
+                middle = torch.special.entr((log_probs[j].exp() + log_probs[k].exp()) / 2).sum()
+                divergence[j, k] += middle - (entropies[j] + entropies[k]) / 2
+    count = max(len(targets), 1)
+    divergence = (divergence + divergence.T).clamp(min=0) / count
+    entropy = float(torch.special.entr(log_prior.exp()).sum(-1).mean())
+    return MixtureStatistics(log_prior.exp().mean(0), entropy, responsibilities / count, divergence)
+
+
+class MixtureUsage(TrainerCallback):
+    """Logs with the loss what the mixture does, and warns when one of its components starves.
+
+    The logs are `mixture_entropy` (nats), `smallest_mixture_weight` (the mean over tokens), `responsibility_0` ...
+    (the share of the targets that each component accounts for) and `divergence_0_1` ... (Jensen-Shannon, nats), on a
+    sample of the last batch before the log. `balance_coefficient` of [`MoSConfig`] revives a component that starves.
+
+    Args:
+        max_tokens: how many tokens are looked at. The cost of a log is `max_tokens` rows of K softmaxes.
+        starved_below: the mean weight under which a component starves, as a share of 1 / K.
+
+    Raises:
+        ValueError: on training, the model has no mixture.
+    """
+
+    def __init__(self, max_tokens: int = 128, starved_below: float = 0.1) -> None:
+        if max_tokens < 1 or not 0 <= starved_below <= 1:
+            raise ValueError(
+                "expected max_tokens of at least 1 and starved_below in [0, 1], "
+                f"given {max_tokens!r} and {starved_below!r}"
+            )
+        self.max_tokens, self.starved_below = max_tokens, starved_below
+        self.head: MoSLMHead | None = None
+        self.sample: tuple[Tensor, Tensor] | None = None
+        self.starved: set[int] = set()
+
+    def add_to(self, trainer: Trainer) -> None:
+        """Puts it before the callbacks that report to a tracker, which would report without it otherwise."""
+        trainer.callback_handler.callbacks.insert(0, self)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        heads = [module for module in model.modules() if type(module).__name__ == MoSLMHead.__name__]
+        if not heads:
+            raise ValueError(f"model: expected a mixture of softmaxes, given {type(model).__name__}")
+        self.head = heads[0]
+        self.starved = set()
+        self.hook = self.head.register_forward_pre_hook(self.keep, with_kwargs=True)
+
+    def keep(self, head: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> None:
+        targets = arguments.get("targets")
+        if not head.training or targets is None:
+            return
+        hidden_states, targets = inputs[0].detach().flatten(0, -2), targets.flatten()
+        kept = (targets != arguments.get("ignore_index", -100)).nonzero().flatten()
+        if len(kept):
+            kept = kept[:: math.ceil(len(kept) / self.max_tokens)]
+            self.sample = hidden_states[kept], targets[kept]
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if "loss" not in logs or self.sample is None or self.head is None:
+            return
+        was_training = self.head.training
+        self.head.eval()  # without dropout
+        statistics = mixture_statistics(self.head, *self.sample)
+        self.head.train(was_training)
+        self.sample = None
+        entries = usage_logs(statistics)
+        logs.update(entries)
+        state.log_history[-1].update(entries)
+        self.warn_of_starved(statistics.mean_weights, state.global_step)
+
+    def warn_of_starved(self, mean_weights: Tensor, step: int) -> None:
+        threshold = self.starved_below / len(mean_weights)
+        starved = {k for k, weight in enumerate(mean_weights.tolist()) if weight < threshold}
+        for k in sorted(starved - self.starved):
+            logger.warning(
+                f"step {step}: component {k} of the mixture starves: its mean weight is {mean_weights[k]:.2e}, "
+                f"below {threshold:.2e}. MoSConfig(balance_coefficient=0.01) revives it."
+            )
+        self.starved = starved
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.hook.remove()
+
+
+def usage_logs(statistics: MixtureStatistics) -> dict[str, float]:
+    K = len(statistics.mean_weights)
+    return {
+        "mixture_entropy": statistics.entropy,
+        "smallest_mixture_weight": float(statistics.mean_weights.min()),
+        **{f"responsibility_{k}": float(statistics.responsibilities[k]) for k in range(K)},
+        **{f"divergence_{j}_{k}": float(statistics.divergence[j, k]) for k in range(K) for j in range(k)},
+    }
+
+
+# ----------------------------------------------------------------------------------------------------- the checkpoints
+
+
+def last_whole_checkpoint(output_dir: str | Path) -> str | None:
+    """Equivalent to: `transformers.trainer_utils.get_last_checkpoint`, without the checkpoints that were cut short.
+
+    Those are skipped with a warning that says what is wrong with them. `None`: there is no whole one.
+    """
+    pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+    folders = [path for path in Path(output_dir).glob("*") if pattern.fullmatch(path.name) and path.is_dir()]
+    for folder in sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        fault = next(faults_of(folder), None)
+        if fault is None:
+            return str(folder)
+        logger.warning(f"{folder} is skipped: {fault}")
+    return None
+
+
+def faults_of(folder: Path) -> Iterator[str]:
+    """What shows that the Trainer's saving of a checkpoint was cut off; it writes the state last."""
+    try:
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        if state["global_step"] != int(folder.name.rpartition("-")[2]):
+            yield f"trainer_state.json: expected the step of the folder's name, given {state['global_step']}"
+    except FileNotFoundError:
+        yield "it has no trainer_state.json, which is written last"
+    except (ValueError, KeyError, TypeError) as error:
+        yield f"trainer_state.json cannot be read: {error!r}"
+    if any(folder.glob(f"{STAGING_PREFIX}*")):
+        yield "the saving of its model was cut off"
+    try:
+        check_files(folder, None)
+        for path in folder.rglob("*.safetensors"):
+            read_header(path)
+    except (OSError, ValueError) as error:
+        yield str(error)
+    for path in folder.glob("*.pt*"):
+        if path.is_file() and not zipfile.is_zipfile(path):
+            yield f"{path.name} is cut short"
+    if not any(
+        True for pattern in ("*.safetensors", "*/*.safetensors", "*/*.distcp", "*/*.pt") for _ in folder.glob(pattern)
+    ):
+        yield "it holds no weights"
