@@ -21,6 +21,7 @@ import os
 import platform
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -28,8 +29,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,14 @@ class Settings:
     steps: int  # of each training: the checkpoint's, and each fine-tuning
     num_mixtures: int
     seed: int
-    vocab_size: int = 4096
+    vocab_size: int = 2048
     block_size: int = 64  # tokens
     batch_size: int = 32  # blocks
-    learning_rate: float = 8e-3
-    hidden_size: int = 64
+    checkpoint_learning_rate: float = 5e-3
+    learning_rate: float = 2e-2  # of both fine-tunings: near the best for the softmax
+    hidden_size: int = 32
     num_hidden_layers: int = 2
+    num_attention_heads: int = 2
     validation_share: int = 20  # every 20th document
 
 
@@ -92,20 +95,23 @@ class Run:
 
 def main() -> None:
     arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated, nothing is left behind"))
+    # Threads that spin while they wait for each other bring a machine that has other work to a crawl.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     out = arguments.out.resolve()
     check_output_folder(out)
     settings = Settings(steps=arguments.steps, num_mixtures=arguments.num_mixtures, seed=arguments.seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{out.name}-unfinished-", dir=out.parent) as work:
         make_everything(Path(work), settings, arguments, Console())
-        put_in_place(Path(work, "result"), out)
+        put_in_place(Path(work, "mixture"), out)
     print(f"\nEverything is in {out}: the checkpoint, its card (README.md), {RESULTS_FILE} and loss.png.")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("quickstart-out"), help="folder for the results")
-    parser.add_argument("--steps", type=positive_int, default=600, help="optimizer steps of each training")
+    parser.add_argument("--steps", type=positive_int, default=800, help="optimizer steps of each training")
     parser.add_argument("--num-mixtures", type=positive_int, default=4, help="softmaxes in the mixture")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the data")
     parser.add_argument("--max-documents", type=positive_int, help="use fewer documents (default: all)")
@@ -140,7 +146,7 @@ def make_everything(work: Path, settings: Settings, arguments: argparse.Namespac
         console.rule(f"The checkpoint fine-tuned with {title}")
         runs[head] = in_fresh_process(finetune, work, settings, head)
         print(f"validation perplexity {runs[head].perplexity:.2f}")
-    result = work / "result"
+    result = work / "mixture"
     console.rule("Loaded in a fresh process through AutoModelForCausalLM")
     paragraph = generate_paragraph(result)
     print(paragraph)
@@ -207,8 +213,25 @@ def tokenize(documents: list[str], work: Path, settings: Settings) -> tuple[np.n
 
 
 def in_fresh_process(function: Callable[..., Run], *arguments: Any) -> Run:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=send_result, args=(sender, function, *arguments))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:  # it has printed why
+        raise SystemExit(f"{function.__name__} failed") from None
+    except BaseException:
+        process.terminate()
+        raise
+    finally:
+        process.join()
+
+
+def send_result(sender: Connection, function: Callable[..., Run], *arguments: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt reaches the parent too, which ends this process
+    sender.send(function(*arguments))
 
 
 def train_checkpoint(work: Path, settings: Settings) -> Run:
@@ -217,14 +240,13 @@ def train_checkpoint(work: Path, settings: Settings) -> Run:
 
     with PeakMemory() as memory:
         set_seed(settings.seed)
-        heads = max(1, settings.hidden_size // 32)
         config = LlamaConfig(
             vocab_size=settings.vocab_size,
             hidden_size=settings.hidden_size,
             intermediate_size=3 * settings.hidden_size,
             num_hidden_layers=settings.num_hidden_layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
+            num_attention_heads=settings.num_attention_heads,
+            num_key_value_heads=settings.num_attention_heads,
             max_position_embeddings=256,
             tie_word_embeddings=True,
             bos_token_id=0,
@@ -232,7 +254,7 @@ def train_checkpoint(work: Path, settings: Settings) -> Run:
             pad_token_id=0,
         )
         model = LlamaForCausalLM(config)
-        return train("checkpoint", model, work, settings, settings.seed, memory, work / "checkpoint")
+        return train("checkpoint", model, work, settings, settings.checkpoint_learning_rate, memory)
 
 
 def finetune(work: Path, settings: Settings, head: str) -> Run:
@@ -248,14 +270,11 @@ def finetune(work: Path, settings: Settings, head: str) -> Run:
             model = MoSForCausalLM.from_causal_lm(checkpoint, num_mixtures=settings.num_mixtures)
         else:
             model = AutoModelForCausalLM.from_pretrained(checkpoint)
-        save_to = work / "result" if head == "mixture" else work / head
-        return train(head, model, work, settings, settings.seed + 1, memory, save_to)
+        return train(head, model, work, settings, settings.learning_rate, memory)
 
 
-def train(
-    name: str, model: Any, work: Path, settings: Settings, data_seed: int, memory: "PeakMemory", save_to: Path
-) -> Run:
-    """Trains the model with the Trainer, measures it on the validation text and saves it with its tokenizer."""
+def train(name: str, model: Any, work: Path, settings: Settings, learning_rate: float, memory: "PeakMemory") -> Run:
+    """Trains the model with the Trainer, measures it on the validation text, saves it with its tokenizer as `name`."""
     from transformers import AutoTokenizer, ProgressCallback, Trainer, TrainingArguments
     from transformers.utils.logging import disable_progress_bar
 
@@ -272,12 +291,11 @@ def train(
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
+        learning_rate=learning_rate,
         warmup_steps=max(1, settings.steps // 20),
         lr_scheduler_type="cosine",
         weight_decay=0.01,
         seed=settings.seed,
-        data_seed=data_seed,
         logging_steps=max(1, settings.steps // 50),
         save_strategy="no",
         report_to="none",
@@ -296,16 +314,16 @@ def train(
     trainer.add_callback(Progress)
     started = time.perf_counter()
     trainer.train()
-    seconds = time.perf_counter() - started
+    seconds, peak_memory_mb = time.perf_counter() - started, memory.peak_mb()
     nats_per_token = trainer.evaluate()["eval_loss"]
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    model.save_pretrained(save_to)
-    tokenizer.save_pretrained(save_to)
+    model.save_pretrained(work / name)
+    tokenizer.save_pretrained(work / name)
     return Run(
         name=name,
         perplexity=math.exp(nats_per_token),
         seconds=seconds,
-        peak_memory_mb=memory.peak_mb(),
+        peak_memory_mb=peak_memory_mb,
         parameters=model.num_parameters(),
         steps=[entry["step"] for entry in logs],
         losses=[entry["loss"] for entry in logs],
@@ -470,4 +488,7 @@ def put_in_place(result: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted, nothing is left behind")

@@ -84,15 +84,20 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["interrupt", "terminate"])
+def test_a_stopped_run_leaves_nothing(tmp_path: Path, how: str) -> None:
     process = start(tmp_path / "out", "--steps", "100000")
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("out-unfinished-*/train.npy")):  # the trainings come after the tokens
+    while not list(tmp_path.glob("out-unfinished-*/validation.npy")):  # the trainings come after the tokens
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.1)
     time.sleep(2)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    process.communicate(timeout=60)
+    if how == "interrupt":
+        os.killpg(process.pid, signal.SIGINT)  # a terminal interrupts the children as well
+    else:
+        process.terminate()
+    _, stderr = process.communicate(timeout=60)  # the pipes close when no child is left
     assert process.returncode != 0
+    assert "nothing is left behind" in stderr
     assert not list(tmp_path.glob("out*"))
