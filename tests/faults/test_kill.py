@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 from hf_mos import MoSForCausalLM
 
+pytestmark = pytest.mark.slow
+
 SHARDED, OTHERWISE_SHARDED, SINGLE = "25KB", "12KB", "50GB"
 OTHER_FILES = ("README.md", "tokenizer.json", "trainer_state.json", "inner/notes.txt")
 

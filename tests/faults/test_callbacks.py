@@ -1,0 +1,256 @@
+"""Runs that go wrong stop and can be taken up again; components that starve are seen and revived."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import VOCAB_SIZE, random_tokens, run_python, tiny_causal_lm, tiny_mos
+from killing import kill_at_every_change
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_mos import MoSConfig, MoSForCausalLM
+from hf_mos.tools.callbacks import MixtureUsage, StopOnNonFiniteLoss, last_whole_checkpoint, mixture_statistics
+
+ROWS = [{"input_ids": row, "labels": row} for row in random_tokens(16, 8)]
+
+
+class Poison(TrainerCallback):
+    """Makes the loss of one step NaN: a weight that is read is, and then is not."""
+
+    def __init__(self, step: int, value: float = float("nan")) -> None:
+        self.step, self.value = step, value
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            model.lm_head.prior.weight.data[0, 0] = self.value
+
+
+def trainer(folder: Path, model: MoSForCausalLM, callbacks: list[TrainerCallback], **options: Any) -> Trainer:
+    options = {"max_steps": 6, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-3} | options
+    arguments = TrainingArguments(
+        str(folder), per_device_train_batch_size=4, report_to="none", use_cpu=True, disable_tqdm=True, **options
+    )
+    return Trainer(model, arguments, train_dataset=ROWS, callbacks=callbacks)
+
+
+# ------------------------------------------------------------------------------------------- a loss that is not finite
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"logging_steps": 100}])
+def test_a_loss_that_is_not_finite_stops_the_run(options: dict[str, Any], tmp_path: Path) -> None:
+    run = trainer(tmp_path, tiny_mos(), [StopOnNonFiniteLoss(), Poison(5)], **options)
+    with pytest.raises(FloatingPointError, match=r"loss of step 5 is not finite.*checkpoint-4"):
+        run.train()
+    assert run.state.global_step == 4
+    weights = run.model.lm_head.latent.weight
+    assert weights.isfinite().all()  # step 5 has changed nothing
+    assert get_last_checkpoint(str(tmp_path)).endswith("checkpoint-4")
+    assert MoSForCausalLM.from_pretrained(tmp_path / "checkpoint-4").lm_head.prior.weight.isfinite().all()
+    # The same model can be trained on, without the callback's hook.
+    assert not run.model._forward_hooks
+
+
+def test_a_loss_computed_outside_the_model_stops_the_run_when_logged(tmp_path: Path) -> None:
+    run = trainer(tmp_path, tiny_mos(), [StopOnNonFiniteLoss()])
+    run.compute_loss_func = lambda outputs, labels, **kwargs: torch.tensor(math.inf, requires_grad=True) * 1
+    with pytest.raises(FloatingPointError, match=r"logged at step 1 is (inf|nan)"):
+        run.train()
+
+
+def test_the_stock_trainer_goes_on(tmp_path: Path) -> None:
+    run = trainer(tmp_path, tiny_mos(), [Poison(3)])
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert run.state.global_step == 6
+    assert losses[2:] == [0.0] * 4
+    assert not run.model.lm_head.prior.weight.isfinite().all()
+
+
+def test_a_sound_run_is_left_alone(tmp_path: Path) -> None:
+    losses = []
+    for callbacks in ([], [StopOnNonFiniteLoss(), MixtureUsage()]):
+        run = trainer(tmp_path / str(len(losses)), tiny_mos(), callbacks)
+        run.train()
+        losses.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
+    assert losses[0] == losses[1]
+
+
+def test_the_process_ends_with_an_error(tmp_path: Path) -> None:
+    code = f"""
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
+from pathlib import Path
+from test_callbacks import Poison, StopOnNonFiniteLoss, tiny_mos, trainer
+trainer(Path(sys.argv[1]), tiny_mos(), [StopOnNonFiniteLoss(), Poison(3)]).train()
+"""
+    with pytest.raises(AssertionError, match="FloatingPointError: the loss of step 3 is not finite"):
+        run_python(code, tmp_path / "out", cache=tmp_path, without_hf_mos=False)
+
+
+# ------------------------------------------------------------------------------------------------------------ resuming
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    trainer(folder, tiny_mos(), []).train()
+    return folder
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no state": (lambda folder: (folder / "trainer_state.json").unlink(), "no trainer_state.json"),
+    "half a state": (lambda folder: truncate(folder / "trainer_state.json"), "trainer_state.json cannot be read"),
+    "half the weights": (lambda folder: truncate(folder / "model.safetensors"), "model.safetensors: expected"),
+    "half the optimizer": (lambda folder: truncate(folder / "optimizer.pt"), "optimizer.pt is cut short"),
+    "half the random state": (lambda folder: truncate(folder / "rng_state.pth"), "rng_state.pth is cut short"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
+    "a save cut off": (lambda folder: (folder / "_saving_1").mkdir(), "saving of its model was cut off"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_resuming_skips_a_checkpoint_cut_short(
+    fault: str, run_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    assert last_whole_checkpoint(folder) == str(folder / "checkpoint-6") == get_last_checkpoint(str(folder))
+    assert not caplog.records
+    spoil, words = FAULTS[fault]
+    spoil(folder / "checkpoint-6")
+    assert last_whole_checkpoint(folder) == str(folder / "checkpoint-4")
+    assert "checkpoint-6 is skipped" in caplog.text
+    assert words in caplog.text
+    run = trainer(folder, tiny_mos(), [])
+    run.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+    again, first = (MoSForCausalLM.from_pretrained(f / "checkpoint-6").state_dict() for f in (folder, run_folder))
+    assert all(torch.equal(again[key], first[key]) for key in first)
+
+
+def test_no_whole_checkpoint(tmp_path: Path) -> None:
+    assert last_whole_checkpoint(tmp_path / "none") is None
+    (tmp_path / "checkpoint-7").mkdir()
+    assert last_whole_checkpoint(tmp_path) is None
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_saving_resumes_from_a_whole_checkpoint(run_folder: Path, tmp_path: Path) -> None:
+    """Killed at every write of checkpoint-6; the files of each are judged, and a few are resumed from."""
+
+    def fresh() -> Path:
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(run_folder, folder, ignore=shutil.ignore_patterns("checkpoint-6"))
+        return folder
+
+    def resume(folder: Path) -> None:
+        trainer(folder, tiny_mos(), []).train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+
+    found = []
+    for folder in kill_at_every_change(resume, fresh):
+        checkpoint = last_whole_checkpoint(folder)
+        found.append(Path(checkpoint).name)
+        MoSForCausalLM.from_pretrained(checkpoint)
+        json.loads(Path(checkpoint, "trainer_state.json").read_text())
+    assert found == sorted(found)
+    assert found[-1] == "checkpoint-6"
+    assert found.count("checkpoint-4") > 20
+
+
+# ------------------------------------------------------------------------------------------------------------ starving
+
+
+def starve(model: MoSForCausalLM, component: int = 1) -> MoSForCausalLM:
+    """A component that gets next to nothing on every token."""
+    with torch.no_grad():
+        model.lm_head.prior.weight.mul_(0.1)
+        model.lm_head.prior.bias[component] = -6
+    return model
+
+
+def test_usage_is_logged_and_a_starved_component_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = trainer(tmp_path, starve(tiny_mos(prior_bias=True)), [])
+    MixtureUsage().add_to(run)
+    run.train()
+    entries = [entry for entry in run.state.log_history if "loss" in entry]
+    assert len(entries) == 6
+    for entry in entries:
+        assert 0 <= entry["mixture_entropy"] <= math.log(3)
+        assert entry["smallest_mixture_weight"] < 0.02
+        assert sum(entry[f"responsibility_{k}"] for k in range(3)) == pytest.approx(1, abs=1e-5)
+        assert all(0 < entry[f"divergence_{j}_{k}"] < math.log(2) for j, k in ((0, 1), (0, 2), (1, 2)))
+    assert caplog.text.count("component 1 of the mixture starves") == 1  # once, not at each log
+    assert "component 0 " not in caplog.text
+
+
+def test_statistics_are_those_of_the_definition() -> None:
+    model = tiny_mos(num_mixtures=2).double()
+    head, hidden = model.lm_head, torch.randn(5, 32, dtype=torch.float64)
+    targets = torch.randint(0, VOCAB_SIZE, (5,))
+    weights = head.prior(hidden).softmax(-1)
+    p = head.decoder(head.latent(hidden).view(5, 2, 32)).softmax(-1)
+    joint = weights * p[torch.arange(5), :, targets]
+    middle = p.mean(1)
+    kl = [(p[:, k] * (p[:, k] / middle).log()).sum(-1) for k in range(2)]
+    statistics = mixture_statistics(head, hidden, targets)
+    assert torch.allclose(statistics.mean_weights, weights.mean(0))
+    assert statistics.entropy == pytest.approx((-weights * weights.log()).sum(-1).mean().item())
+    assert torch.allclose(
+        statistics.responsibilities.double(), (joint / joint.sum(-1, keepdim=True)).mean(0), atol=1e-6
+    )
+    assert statistics.divergence[0, 1].item() == pytest.approx((sum(kl) / 2).mean().item(), abs=1e-6)
+
+
+def mean_weights(model: MoSForCausalLM) -> torch.Tensor:
+    caught = []
+    handle = model.lm_head.register_forward_pre_hook(lambda head, inputs: caught.append(inputs[0]))
+    with torch.no_grad():
+        model.eval()(random_tokens(16, 8))
+        handle.remove()
+        return model.lm_head.prior_logits(caught[0]).softmax(-1).mean((0, 1))
+
+
+@pytest.mark.parametrize(("coefficient", "revives"), [(0.0, False), (0.5, True)])
+def test_the_balance_term_revives_a_starved_component(coefficient: float, revives: bool) -> None:
+    """Of components that are clones, so that no token prefers any of them."""
+    options = {"num_mixtures": 3, "prior_bias": True, "balance_coefficient": coefficient}
+    model = starve(MoSForCausalLM.from_causal_lm(tiny_causal_lm(), **options))
+    assert mean_weights(model)[1] < 0.005
+    optimizer = torch.optim.Adam(model.lm_head.prior.parameters(), lr=0.05)
+    tokens = random_tokens(16, 8)
+    model.train()
+    for _ in range(150):
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (mean_weights(model)[1] > 0.5 / 3) == revives
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_balance_term_is_the_squared_coefficient_of_variation(reduction: str) -> None:
+    plain, balanced = tiny_mos(), tiny_mos(balance_coefficient=0.7)
+    hidden, targets = torch.randn(2, 6, 32), random_tokens(2, 6)
+    targets[0, 2:] = -100
+    weights = plain.lm_head.prior(hidden).softmax(-1)[targets != -100].mean(0)
+    variation = weights.var(correction=0) / weights.mean() ** 2
+    losses = [model.train().lm_head(hidden, targets=targets, reduction=reduction) for model in (plain, balanced)]
+    counts = {"mean": torch.ones(()), "sum": (targets != -100).sum(), "none": targets != -100}[reduction]
+    assert torch.allclose(losses[1] - losses[0], 0.7 * variation * counts, atol=1e-5)
+    evaluated = [model.eval().lm_head(hidden, targets=targets, reduction=reduction) for model in (plain, balanced)]
+    assert torch.equal(*evaluated)
+    nothing = balanced.train().lm_head(hidden, targets=torch.full_like(targets, -100), reduction=reduction)
+    assert torch.equal(nothing, torch.zeros_like(nothing))
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), "much", True])
+def test_a_balance_coefficient_out_of_range(value: Any) -> None:
+    with pytest.raises(ValueError, match="balance_coefficient: expected a finite number of at least 0"):
+        MoSConfig(text_config={"model_type": "llama"}, balance_coefficient=value)
