@@ -35,9 +35,9 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_mos import MoSConfig, MoSForCausalLM
+from hf_mos.tools.callbacks import MixtureUsage, StopOnNonFiniteLoss, last_whole_checkpoint
 from hf_mos.tools.card import model_card
 
 FILE_READERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -63,6 +63,9 @@ class ModelOptions:
     )
     latent_bias: bool | None = field(default=None, metadata={"help": "Give the latent projection a bias."})
     latent_dropout: float | None = field(default=None, metadata={"help": "Dropout probability on the latents."})
+    balance_coefficient: float | None = field(
+        default=None, metadata={"help": "Of the loss that keeps the mixture weights balanced; 0.01 is mild."}
+    )
     prior_bias: bool | None = field(default=None, metadata={"help": "Give the prior a bias."})
     tie_word_embeddings: bool | None = field(default=None, metadata={"help": "false: untie the decoder."})
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
@@ -78,6 +81,7 @@ class ModelOptions:
         "latent_activation",
         "latent_bias",
         "latent_dropout",
+        "balance_coefficient",
         "prior_bias",
         "tie_word_embeddings",
     )
@@ -193,7 +197,10 @@ def main() -> None:
         eval_dataset=blocks.get("validation"),
         processing_class=tokenizer,
         data_collator=default_data_collator,
+        callbacks=[StopOnNonFiniteLoss()],
     )
+    if isinstance(model, MoSForCausalLM):
+        MixtureUsage().add_to(trainer)
     trainer.dataset_name = data_options.dataset_name or Path(data_options.train_file).name
     metrics = trainer.train(resume_from_checkpoint=resume_from).metrics
     trainer.log_metrics("train", metrics)
@@ -212,16 +219,16 @@ def main() -> None:
 
 
 def checkpoint_to_resume(training_arguments: TrainingArguments) -> str | None:
-    """The checkpoint's folder; `last` (or `true`) names the last one in the output folder."""
+    """The checkpoint's folder; `last` (or `true`) names the last whole one in the output folder."""
     asked = training_arguments.resume_from_checkpoint
     if asked is None:
         return None
     folder = Path(training_arguments.output_dir)
     checkpoint = asked
     if asked.lower() in ("last", "true"):
-        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        checkpoint = last_whole_checkpoint(folder)
         if checkpoint is None:
-            raise ValueError(f"--resume-from-checkpoint {asked}: expected a checkpoint in {folder}, found none")
+            raise ValueError(f"--resume-from-checkpoint {asked}: expected a whole checkpoint in {folder}, found none")
     if not Path(checkpoint).is_dir():
         raise ValueError(f"--resume-from-checkpoint: expected a folder, given {checkpoint!r}")
     training_arguments.resume_from_checkpoint = checkpoint
