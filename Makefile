@@ -9,7 +9,7 @@ HOST_PYTHON = $(shell for python in $(CANDIDATES); do \
 	$$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: quickstart test test-package test-versions lint format install clean
+.PHONY: quickstart test test-faults test-package test-versions lint format install clean
 
 quickstart: install
 	$(PYTHON) examples/quickstart.py
@@ -18,6 +18,10 @@ quickstart: install
 # worker, so that what its tests share is made once.
 test: install
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# What a kill at every write, a broken file, a loss that is not finite and a starved component do.
+test-faults: install
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 -m 'slow or not slow' tests/faults
 
 # The wheel with its dependencies in an empty environment. Needs the package index.
 test-package: install
