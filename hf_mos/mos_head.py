@@ -172,7 +172,7 @@ class MoSLMHead(nn.Module):
     def _log_probs(self, latents: Tensor | SubspaceLatents, prior_logits: Tensor) -> Tensor:
         if not self._reads_decoder():
             return self._log_probs_through_decoder(latents, prior_logits)
-        weight = self.decoder.weight.to(latents[0].dtype)
+        weight = self.decoder.weight.to((latents if isinstance(latents, Tensor) else latents.hidden_states).dtype)
         differentiable = torch.is_grad_enabled() or torch.compiler.is_compiling()
         log_probs = mos_log_probs if differentiable else infer_log_probs
         return log_probs(latents, prior_logits, weight, decoder_bias=self.decoder.bias, softcap=self.softcap)

@@ -201,7 +201,7 @@ def _check_tensors(
         raise ValueError(f"targets: expected ({prior_logits.shape[0]},), given {tuple(targets.shape)}")
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(f"targets: expected integer class indices, given {targets.dtype}")
-    dtype = latents[0].dtype
+    dtype = (latents if isinstance(latents, Tensor) else latents.hidden_states).dtype
     if dtype != decoder_weight.dtype and not torch.is_autocast_enabled(targets.device.type):
         raise ValueError(f"latents: expected the decoder's {decoder_weight.dtype}, given {dtype}")
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
