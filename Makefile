@@ -9,7 +9,7 @@ HOST_PYTHON = $(shell for python in $(CANDIDATES); do \
 	$$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: quickstart test test-faults test-package test-versions lint format install clean
+.PHONY: quickstart test test-faults test-package test-versions test-mixins lint format install clean
 
 quickstart: install
 	$(PYTHON) examples/quickstart.py
@@ -30,6 +30,13 @@ test-package: install
 # The suite on the oldest and the newest transformers, and checkpoints from one to the other. Needs the package index.
 test-versions:
 	tests/run_versions.sh
+
+# transformers' own model tests, out of its source distribution. Needs the package index.
+test-mixins: install
+	version=$$($(PYTHON) -c 'import transformers; print(transformers.__version__)') && \
+	$(PYTHON) -m pip download --quiet --no-deps --no-binary :all: --no-build-isolation -d build/transformers \
+		transformers==$$version && \
+	OMP_NUM_THREADS=1 $(PYTHON) tests/run_transformers_mixins.py build/transformers/transformers-$$version.tar.gz
 
 lint: install
 	$(PYTHON) -m ruff format --check

@@ -1,11 +1,11 @@
 """Runs MoSForCausalLM through the model tests that transformers publishes in its source distribution.
 
-    pip download --no-deps --no-binary :all: --no-build-isolation transformers==VERSION -d build/transformers
+    make test-mixins
     python tests/run_transformers_mixins.py build/transformers/transformers-VERSION.tar.gz [arguments of pytest]
 
-VERSION is the installed one. The distribution holds the common tests (modeling, configuration, training), and not the
-modules beside them that they import; those are stood in for by empty classes, so their tests are not run:
-generation is tested in test_generation.py and exporting in test_compile_export.py.
+VERSION is the installed one; `make` downloads it. The distribution holds the common tests (modeling, configuration,
+training), and not the modules beside them that they import; those are stood in for by empty classes, so their tests
+are not run: generation is tested in test_generation.py and exporting in test_compile_export.py.
 """
 
 import importlib
