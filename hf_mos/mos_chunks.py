@@ -71,7 +71,8 @@ def loss_and_gradients(
                 if options.softcap is not None:
                     cap_(logits, options.softcap, slope)
                 target_logits = logits.gather(1, target_rows)
-                component_nll = (softmax_(logits) - target_logits).view(-1, K)  # the buffer now holds the softmax
+                largest, log_total = softmax_(logits)  # the buffer now holds the softmax
+                component_nll = ((largest - target_logits) + log_total).view(-1, K)
 
                 log_joint = log_prior[tokens] - component_nll
                 chunk_nll = -torch.logsumexp(log_joint, dim=-1, keepdim=True)
@@ -173,15 +174,15 @@ def cap_(logits: Tensor, softcap: float, slope: Tensor | None) -> None:
     logits.mul_(softcap)
 
 
-def softmax_(logits: Tensor) -> Tensor:
-    """Softmax over the last dimension, in place; returns the logarithm of each row's normalizer, (rows, 1).
+def softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over the last dimension, in place; returns each row's largest logit and `logsumexp(logits - largest)`.
 
-    The normalizer is read back from the largest probability, exp(largest logit - log_normalizer), which cannot
-    underflow: three passes over the buffer, where logsumexp and softmax take six and a copy of it.
+    The latter is read back from the largest probability, its negative exponential, which cannot underflow: three
+    passes over the buffer, where logsumexp and softmax take six and a copy of it. Both are (rows, 1).
     """
     largest = logits.amax(dim=-1, keepdim=True)
     torch.softmax(logits, dim=-1, out=logits)
-    return largest - logits.amax(dim=-1, keepdim=True).log()
+    return largest, -logits.amax(dim=-1, keepdim=True).log()
 
 
 def budget_bytes(device: torch.device) -> int:

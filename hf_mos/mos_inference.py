@@ -54,6 +54,7 @@ def infer_log_probs(
         if decoder_bias is not None:
             logits = logits + decoder_bias
         logits = cap_logits(widen(logits), softcap)
+        logits -= logits.amax(dim=-1, keepdim=True)  # first, so that large logits keep their differences
         logits += (log_prior[tokens] - torch.logsumexp(logits, dim=-1)).unsqueeze(-1)
         torch.logsumexp(logits, dim=1, out=log_probs[tokens])
     return log_probs
