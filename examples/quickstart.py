@@ -215,7 +215,7 @@ def tokenize(documents: list[str], work: Path, settings: Settings) -> tuple[np.n
 def in_fresh_process(function: Callable[..., Run], *arguments: Any) -> Run:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=send_result, args=(sender, function, *arguments))
+    process = context.Process(target=send_result, args=(sender, function, *arguments), daemon=True)
     process.start()
     sender.close()
     try:
@@ -460,7 +460,6 @@ def write_card(result: Path, settings: Settings, checkpoint: Run, runs: dict[str
         ),
         limits=["It is a demonstration: a small model of a small text, good for nothing else."],
         prompt=PROMPT,
-        license="psf-2.0",
         language="en",
     )
     card.save(result / "README.md")

@@ -26,6 +26,8 @@ def start(out: Path, *options: str) -> subprocess.Popen[str]:
         text=True,
         env=environment,
         start_new_session=True,
+        # What runs in the background of a script has the interrupt ignored, and hands that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
