@@ -69,6 +69,8 @@ def mos_cross_entropy(
         wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in _inputs(tensors)]
         loss, _ = cross_entropy_operator(*tensors[:4], list(latent_tensors), None, *options, reduction, wanted)
         return loss
+    if not torch.is_grad_enabled():  # autograd would still say that gradients are needed
+        tensors = tuple(None if x is None else x.detach() for x in tensors)
     return MoSCrossEntropy.apply(options, reduction, *tensors)
 
 

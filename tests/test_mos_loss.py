@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import hf_mos
 from hf_mos import mos_cross_entropy, mos_log_probs
@@ -164,6 +165,20 @@ def test_sharp_logits_stay_finite_where_probabilities_underflow():
     assert exact["loss"] > 100  # beyond what log(p) can say in fp32
     for name, value in exact.items():
         torch.testing.assert_close(given[name].double(), value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "gradients", "products"), [((), True, 3), (("decoder_weight",), True, 2), ((), False, 1)]
+)
+def test_makes_no_product_that_nobody_needs(frozen, gradients, products):
+    N, K, E, V = 8, 2, 16, 64
+    leaves, targets = draw(N=N, K=K, E=E, V=V, ignored="none")
+    leaves = {name: x.requires_grad_(name not in frozen) for name, x in leaves.items()}
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(gradients):
+        loss = fast(leaves, targets)
+        if gradients:
+            loss.backward()
+    assert counter.get_total_flops() == products * 2 * N * K * E * V
 
 
 def test_second_backward_through_a_retained_graph():
