@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_mos
 from hf_mos import mos_cross_entropy, mos_log_probs
@@ -167,6 +167,16 @@ def test_sharp_logits_stay_finite_where_probabilities_underflow():
         torch.testing.assert_close(given[name].double(), value, rtol=1e-4, atol=1e-4)
 
 
+class CountProducts(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.products = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.products += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize(
     ("frozen", "gradients", "products"), [((), True, 3), (("decoder_weight",), True, 2), ((), False, 1)]
 )
@@ -174,11 +184,11 @@ def test_makes_no_product_that_nobody_needs(frozen, gradients, products):
     N, K, E, V = 8, 2, 16, 64
     leaves, targets = draw(N=N, K=K, E=E, V=V, ignored="none")
     leaves = {name: x.requires_grad_(name not in frozen) for name, x in leaves.items()}
-    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(gradients):
+    with CountProducts() as counter, torch.set_grad_enabled(gradients):
         loss = fast(leaves, targets)
         if gradients:
             loss.backward()
-    assert counter.get_total_flops() == products * 2 * N * K * E * V
+    assert counter.products == products
 
 
 def test_second_backward_through_a_retained_graph():
