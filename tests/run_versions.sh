@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The suite on the oldest release of transformers that pyproject.toml admits and on the newest one on the package
 # index, each in a virtual environment of its own under build/versions; then each loads the checkpoints of the other.
+# Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
@@ -22,7 +23,7 @@ install newest "transformers"
 for version in oldest newest; do
     python="$root/$version/bin/python"
     "$python" -c 'import torch, transformers; print("transformers", transformers.__version__, "torch", torch.__version__)'
-    "$python" -m pytest -n auto --maxprocesses 4 -p no:cacheprovider
+    "$python" -m pytest -n auto --maxprocesses 4 -p no:cacheprovider "$@"
     rm -rf "$root/$version-checkpoints"
     mkdir "$root/$version-checkpoints"
     "$python" tests/exchange_checkpoints.py write "$root/$version-checkpoints"
