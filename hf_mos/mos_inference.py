@@ -7,9 +7,9 @@ from torch import Tensor
 from .mixture_of_softmaxes import SubspaceLatents, cap_logits, widen
 from .mos_chunks import tokens_per_chunk
 
-# Up to this many rows a product is bound by reading the decoder. `weight @ rows.T` then takes 0.5, 0.9, 1.6, 2.3 and 3.5
-# of the one-row product for 4, 8, 16, 32 and 64 rows of 768 (V = 50257, 2 CPU threads), where `rows @ weight.T` takes
-# 1.8, 1.8, 2.2, 2.9 and 4.3.
+# Up to this many rows a product is bound by reading the decoder. `weight @ rows.T` then takes 0.5, 0.9, 1.6 and 2.3 of
+# the one-row product for 4, 8, 16 and 32 rows of 768 (V = 50257, 2 CPU threads), where `rows @ weight.T` takes 1.8,
+# 1.8, 2.2 and 2.9.
 FEW_ROWS = 64
 
 
