@@ -3,13 +3,14 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+ECOSYSTEM_INSTALLED := $(VENV)/.installed-ecosystem
 CANDIDATES := python3 python3.13 python3.12 python3.11
 # The first Python on the path that is new enough; used only to make the virtual environment.
 HOST_PYTHON = $(shell for python in $(CANDIDATES); do \
 	$$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: quickstart test test-faults test-package test-versions test-mixins lint format install clean
+.PHONY: quickstart test test-faults test-ecosystem test-package test-versions test-mixins lint format install clean
 
 quickstart: install
 	$(PYTHON) examples/quickstart.py
@@ -22,6 +23,10 @@ test: install
 # What a kill at every write, a broken file, a loss that is not finite and a starved component do.
 test-faults: install
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 -m 'slow or not slow' tests/faults
+
+# The tools that people use with a model: command line, Hub, servers, evaluation, adapters, trackers.
+test-ecosystem: $(ECOSYSTEM_INSTALLED)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'slow or not slow' tests/ecosystem
 
 # The wheel with its dependencies in an empty environment. Needs the package index.
 test-package: install
@@ -54,6 +59,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(HOST_PYTHON)" || { echo "expected Python 3.11 or later with venv, found none of: $(CANDIDATES)"; exit 1; }
 	$(PYTHON) -m pip --version >/dev/null 2>&1 || $(HOST_PYTHON) -m venv --clear $(VENV)
 	$(PYTHON) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(ECOSYSTEM_INSTALLED): $(INSTALLED)
+	$(PYTHON) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,ecosystem]'
 	touch $@
 
 clean:
