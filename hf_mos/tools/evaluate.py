@@ -1,0 +1,243 @@
+"""How well a causal LM, mixture or softmax, predicts text: nats per token, perplexity, bits per byte.
+
+```python
+result = evaluate(model, tokenizer, [Path("book.txt").read_text()], stride=256)
+print(result.perplexity, result.bits_per_byte)
+```
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .loading import is_mixture
+
+LONGEST_DEFAULT_WINDOW = 2048
+ROWS_AT_A_TIME = 256  # of a softmax's logits in fp32
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured, over all texts."""
+
+    nats: float  # the sum over tokens
+    num_tokens: int
+    num_bytes: int  # of the texts in UTF-8, as they were given
+    num_texts: int
+    window: int
+    stride: int
+    prefix_token_id: int
+
+    @property
+    def nats_per_token(self) -> float:
+        return self.nats / self.num_tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nats_per_token)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / (math.log(2) * self.num_bytes)
+
+    def to_dict(self) -> dict[str, Any]:
+        measures = ("nats_per_token", "perplexity", "bits_per_byte")
+        return {name: getattr(self, name) for name in measures} | vars(self)
+
+
+class Window(NamedTuple):
+    """What one row of a batch reads, and how many of its last tokens' successors are counted."""
+
+    inputs: list[int]
+    targets: list[int]  # the successors of the last len(targets) inputs
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 1,
+    prefix_token_id: int | None = None,
+    track: Callable[[Sequence[list[Window]]], Iterable[list[Window]]] = iter,
+) -> Evaluation:
+    """The mean negative log-likelihood of texts, each token counted exactly once.
+
+    Each text begins after the prefix token, which is read and not counted, so that its first token is counted too.
+    A window slides over the text by `stride` tokens, and of each window only the tokens that no window before it
+    counted are counted: those have at least `window - stride` tokens before them, but at the start of the text. With
+    a stride of the window's length this is the rolling log-likelihood of lm-eval.
+
+    A mixture's loss is computed without a tensor of the vocabulary's width, a softmax's from its logits.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: the model's own.
+        texts: each a text by itself. Text that is empty is left out.
+        window: tokens that the model reads at a time. `None`: its positions, at most 2048.
+        stride: how far the window slides, in [1, window]. `None`: half of the window.
+        batch_size: windows at a time.
+        prefix_token_id: `None`: the tokenizer's token for the beginning of a text, else for its end.
+        track: takes the list of batches and yields them, to show progress.
+
+    Raises:
+        ValueError: there is no text, the window or the stride is out of range, or the tokenizer has no such token.
+        FloatingPointError: the loss is not finite.
+    """
+    if model.training:
+        raise ValueError("model: expected one in evaluation mode, given one in training mode; call model.eval()")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, given {batch_size}")
+    window, stride = choose_window(model, window, stride)
+    prefix = choose_prefix(tokenizer, prefix_token_id)
+    texts = [text for text in texts if text]
+    if not texts:
+        raise ValueError("texts: expected some text, given none")
+    windows = [w for text in texts for w in windows_of([prefix, *tokenize(tokenizer, text)], window, stride)]
+    if not windows:
+        raise ValueError("texts: expected at least one token, given text of which the tokenizer makes none")
+    check_tokens(model, windows)
+    windows.sort(
+        key=lambda w: len(w.inputs), reverse=True
+    )  # rows of one length pad nothing; the widest batch is first
+    batches = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
+    nats = 0.0
+    for batch in track(batches):
+        loss = float(batch_nll(model, batch).double().sum())
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"expected a finite loss, given {loss}; weights of dtype {model.dtype}")
+        nats += loss
+    return Evaluation(
+        nats=nats,
+        num_tokens=sum(len(w.targets) for w in windows),
+        num_bytes=sum(len(text.encode()) for text in texts),
+        num_texts=len(texts),
+        window=window,
+        stride=stride,
+        prefix_token_id=prefix,
+    )
+
+
+def choose_window(model: PreTrainedModel, window: int | None, stride: int | None) -> tuple[int, int]:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if window is None:
+        window = min(positions or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
+    if window < 1 or (positions is not None and window > positions):
+        most = "" if positions is None else f" and at most the model's {positions} positions"
+        raise ValueError(f"window: expected at least 1{most}, given {window}")
+    if stride is None:
+        stride = max(window // 2, 1)
+    if not 1 <= stride <= window:
+        raise ValueError(f"stride: expected at least 1 and at most the window's {window}, given {stride}")
+    return window, stride
+
+
+def choose_prefix(tokenizer: PreTrainedTokenizerBase, prefix_token_id: int | None) -> int:
+    for token in (prefix_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise ValueError(
+        "prefix_token_id: expected the token that stands before a text, as the tokenizer has none for a text's "
+        "beginning or end, given none"
+    )
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def windows_of(tokens: list[int], window: int, stride: int) -> Iterator[Window]:
+    """Windows over a prefix token and a text, that count each token of the text once."""
+    counted, end = 0, min(window, len(tokens) - 1)
+    while counted < end:
+        yield Window(tokens[max(end - window, 0) : end], tokens[counted + 1 : end + 1])
+        counted, end = end, min(end + stride, len(tokens) - 1)
+
+
+def check_tokens(model: PreTrainedModel, windows: list[Window]) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(max(*w.inputs, *w.targets) for w in windows)
+    if largest >= rows:
+        raise ValueError(
+            f"tokenizer: expected tokens below the model's {rows}, given {largest}; is it the model's own?"
+        )
+
+
+@torch.inference_mode()
+def batch_nll(model: PreTrainedModel, batch: list[Window]) -> Tensor:
+    """The nats of each counted token of a batch of windows, (N,) in fp32."""
+    longest = max(len(w.inputs) for w in batch)
+    shape = (len(batch), longest)
+    input_ids, attention_mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    targets = torch.full(shape, -100)
+    for row, w in enumerate(batch):
+        end = len(w.inputs)
+        input_ids[row, :end] = torch.tensor(w.inputs)
+        attention_mask[row, :end] = 1
+        targets[row, end - len(w.targets) : end] = torch.tensor(w.targets)
+    inputs = {"input_ids": input_ids.to(model.device), "attention_mask": attention_mask.to(model.device)}
+    counts = targets != -100
+    if is_mixture(model):
+        mixture: Any = model
+        hidden_states = mixture.backbone(**inputs).logits  # its head is off
+        hidden_states = hidden_states[counts.to(hidden_states.device)]
+        return mixture.lm_head(hidden_states, targets=targets[counts].to(hidden_states.device), reduction="none")
+    logits = model(**inputs).logits
+    logits = logits[counts.to(logits.device)]
+    parts = zip(logits.split(ROWS_AT_A_TIME), targets[counts].to(logits.device).split(ROWS_AT_A_TIME), strict=True)
+    return torch.cat([F.cross_entropy(rows.float(), row_targets, reduction="none") for rows, row_targets in parts])
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+
+
+def read_texts(file: Path, text_column: str = "text") -> list[str]:
+    """The texts of a file: the rows of .json, .jsonl, .csv and .parquet, of any other file the whole as one text.
+
+    Raises:
+        ValueError: there is no such file, it is no UTF-8, it has no such column, or it is empty.
+    """
+    if not file.is_file():
+        raise ValueError(f"file: expected a file, given {str(file)!r}, which is none")
+    if file.stat().st_size == 0:
+        raise ValueError(f"file: expected some text, given {str(file)!r}, which is empty")
+    reader = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(file.suffix)
+    if reader is not None:
+        from datasets import load_dataset
+
+        return column(load_dataset(reader, data_files=str(file), split="train"), text_column)
+    try:
+        return [file.read_bytes().decode()]  # its line ends too are as they are
+    except UnicodeDecodeError as error:
+        raise ValueError(f"file: expected UTF-8, given {str(file)!r}: {error}") from error
+
+
+def read_dataset(
+    name: str, config_name: str | None = None, split: str = "test", text_column: str = "text"
+) -> list[str]:
+    """The rows of a dataset of the Hub, or of a folder that `load_dataset` reads.
+
+    Raises:
+        ValueError: it has no such split or column.
+    """
+    from datasets import load_dataset
+
+    return column(load_dataset(name, config_name, split=split), text_column)
+
+
+def column(rows: Any, name: str) -> list[str]:
+    if name not in rows.column_names:
+        raise ValueError(f"text_column: expected one of {rows.column_names}, given {name!r}")
+    texts = rows[name][:]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"text_column: expected a column of text, given {name!r}")
+    return texts

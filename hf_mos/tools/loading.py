@@ -1,0 +1,76 @@
+"""What the commands load: a causal LM, mixture or not, and its tokenizer, from a folder or the Hub."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..configuration_mos import MoSConfig
+
+
+def load_model(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Equivalent to: `AutoModelForCausalLM.from_pretrained(model, ...).eval()`, on the accelerator if there is one.
+
+    Args:
+        model: folder or Hub id.
+        revision: commit, branch or tag, of the weights and of remote code both.
+        dtype: of the weights, a name of torch's; `"auto"`: as saved.
+        device: as in torch, or `"auto"` to spread the model over several. `None`: an accelerator, else the CPU.
+        trust_remote_code: run the repository's own code. A mixture needs none: hf_mos is here.
+
+    Raises:
+        OSError: there is no such model.
+        ValueError: an option is unknown, or the model is none that loads.
+    """
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype: expected 'auto' or a dtype of torch such as 'bfloat16', given {dtype!r}")
+    return AutoModelForCausalLM.from_pretrained(
+        model, dtype=dtype, device_map=choose_device(device), **hub_options(revision, trust_remote_code)
+    ).eval()
+
+
+def load_tokenizer(
+    model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Equivalent to: `AutoTokenizer.from_pretrained(model, ...)`."""
+    return AutoTokenizer.from_pretrained(model, **hub_options(revision, trust_remote_code))
+
+
+def hub_options(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """The arguments of `from_pretrained` for a commit of a repository, its code included."""
+    revisions = {} if revision is None else {"revision": revision, "code_revision": revision}
+    return {"trust_remote_code": trust_remote_code, **revisions}
+
+
+def choose_device(device: str | None) -> str:
+    if device is not None:
+        if device != "auto":
+            check_device(device)
+        return device
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: expected one that torch can use, given {device!r}: {reason}") from error
+
+
+def is_mixture(model: PreTrainedModel) -> bool:
+    """Whether the head is a mixture, of the installed hf_mos or of the code beside a checkpoint."""
+    return model.config.model_type == MoSConfig.model_type
+
+
+def describe_machine(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
