@@ -13,18 +13,17 @@ import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..mixture_of_softmaxes import SubspaceLatents, cap_logits, widen
 from ..mos_checkpoint import STAGING_PREFIX, check_files, read_header
 from ..mos_head import MoSLMHead
+from .mixture_statistics import MixtureStatistics, mixture_statistics
 
 logger = logging.get_logger(__name__)
 
@@ -89,44 +88,6 @@ class StopOnNonFiniteLoss(TrainerCallback):
 
 
 # --------------------------------------------------------------------------------------------------------- the mixture
-
-
-class MixtureStatistics(NamedTuple):
-    """What the mixture does on some tokens; entropies and divergences in nats."""
-
-    mean_weights: Tensor  # (K,), of the prior
-    entropy: float  # of the mixture weights, the mean over tokens; at most log K
-    responsibilities: Tensor  # (K,), the share of the targets that each component accounts for
-    divergence: Tensor  # (K, K), Jensen-Shannon, the mean over tokens; at most log 2; zero for clones
-
-
-@torch.no_grad()
-def mixture_statistics(head: MoSLMHead, hidden_states: Tensor, targets: Tensor) -> MixtureStatistics:
-    """What the head's mixture does on tokens, one token's component distributions in memory at a time.
-
-    Args:
-        head: in any mode; dropout acts in training mode.
-        hidden_states: (N, D).
-        targets: (N,), class indices aligned with the hidden states; none that is ignored.
-    """
-    log_prior = F.log_softmax(widen(head.prior_logits(hidden_states)), dim=-1)
-    latents = head.latents(hidden_states)
-    dense = latents.dense() if isinstance(latents, SubspaceLatents) else latents
-    K = head.num_mixtures
-    divergence = torch.zeros(K, K, device=hidden_states.device)
-    responsibilities = torch.zeros(K, device=hidden_states.device)
-    for latent, prior, target in zip(dense, log_prior, targets, strict=True):
-        log_probs = F.log_softmax(widen(cap_logits(head.decoder(latent), head.softcap)), dim=-1)  # (K, V)
-        responsibilities += F.softmax(prior + log_probs[:, target], dim=0)
-        entropies = torch.special.entr(log_probs.exp()).sum(-1)
-        for j in range(K):
-            for k in range(j):
-                middle = torch.special.entr((log_probs[j].exp() + log_probs[k].exp()) / 2).sum()
-                divergence[j, k] += middle - (entropies[j] + entropies[k]) / 2
-    count = max(len(targets), 1)
-    divergence = (divergence + divergence.T).clamp(min=0) / count
-    entropy = float(torch.special.entr(log_prior.exp()).sum(-1).mean())
-    return MixtureStatistics(log_prior.exp().mean(0), entropy, responsibilities / count, divergence)
 
 
 class MixtureUsage(TrainerCallback):

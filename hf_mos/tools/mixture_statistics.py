@@ -1,0 +1,119 @@
+"""What a mixture does on tokens, in numbers: its weights, who is responsible, how far the components are apart.
+
+N tokens, n of them in a chunk, K mixtures, V classes
+log_prior            (n, K)
+component_log_probs  (n, K, V), of one chunk at a time
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..mixture_of_softmaxes import cap_logits, widen
+from ..mos_chunks import tokens_per_chunk
+
+BYTES_PER_LOGIT = 16  # the log-probabilities, their exponentials, and what is made of these on the way
+
+
+class MixturePredictions(NamedTuple):
+    """What the head predicts after each token of a chunk, component by component."""
+
+    log_prior: Tensor  # (n, K)
+    component_log_probs: Tensor  # (n, K, V)
+
+    def log_probs(self) -> Tensor:
+        """The mixture's natural log-probabilities, (n, V)."""
+        return torch.logsumexp(self.log_prior.unsqueeze(-1) + self.component_log_probs, dim=-2)
+
+    def component_nll(self, targets: Tensor) -> Tensor:
+        """(n, K), in nats, for targets (n,)."""
+        indices = targets.view(-1, 1, 1).expand(-1, self.component_log_probs.shape[1], 1)
+        return -self.component_log_probs.gather(-1, indices).squeeze(-1)
+
+
+@torch.no_grad()
+def predict_in_chunks(head: Any, hidden_states: Tensor) -> Iterator[tuple[slice, MixturePredictions]]:
+    """Each component's log-probabilities for hidden states (N, D), as many tokens at a time as memory allows.
+
+    The head may be of the code beside a checkpoint, and its decoder anything that can be called.
+    """
+    N, K = hidden_states.shape[0], head.num_mixtures
+    size = tokens_per_chunk(K, head.decoder.out_features, BYTES_PER_LOGIT, hidden_states.device)
+    for start in range(0, N, size):
+        tokens = slice(start, min(start + size, N))
+        latents = head.latents(hidden_states[tokens])
+        dense = latents if isinstance(latents, Tensor) else latents.dense()
+        log_prior = F.log_softmax(widen(head.prior_logits(hidden_states[tokens])), dim=-1)
+        logits = cap_logits(widen(head.decoder(dense)), head.softcap)
+        yield tokens, MixturePredictions(log_prior, F.log_softmax(logits, dim=-1))
+
+
+class MixtureStatistics(NamedTuple):
+    """What the mixture does on some tokens; entropies and divergences in nats."""
+
+    mean_weights: Tensor  # (K,), of the prior
+    entropy: float  # of the mixture weights, the mean over tokens; at most log K
+    responsibilities: Tensor  # (K,), the share of the targets that each component accounts for
+    divergence: Tensor  # (K, K), Jensen-Shannon, the mean over tokens; at most log 2; zero for clones
+
+
+class StatisticsSum:
+    """The statistics of tokens that are added chunk by chunk, in float64 on the CPU."""
+
+    def __init__(self, num_mixtures: int) -> None:
+        self.count = 0
+        self.weights = torch.zeros(num_mixtures, dtype=torch.float64)
+        self.entropy = torch.zeros((), dtype=torch.float64)
+        self.responsibilities = torch.zeros(num_mixtures, dtype=torch.float64)
+        self.divergence = torch.zeros(num_mixtures, num_mixtures, dtype=torch.float64)
+
+    def add(self, predictions: MixturePredictions, targets: Tensor) -> None:
+        """Adds a chunk with its targets (n,), class indices, none that is ignored."""
+        log_prior = predictions.log_prior
+        responsibilities = F.softmax(log_prior - predictions.component_nll(targets), dim=-1)
+        self.count += len(targets)
+        self.weights += _sum(log_prior.exp())
+        self.entropy += _sum(torch.special.entr(log_prior.exp()).sum(-1))
+        self.responsibilities += _sum(responsibilities)
+        self.divergence += _sum(divergence(predictions.component_log_probs))
+
+    def result(self) -> MixtureStatistics:
+        count = max(self.count, 1)
+        return MixtureStatistics(
+            self.weights / count, float(self.entropy / count), self.responsibilities / count, self.divergence / count
+        )
+
+
+def _sum(values: Tensor) -> Tensor:
+    return values.sum(0).cpu().double()
+
+
+def divergence(component_log_probs: Tensor) -> Tensor:
+    """The Jensen-Shannon divergence in nats of each two components (n, K, K), for (n, K, V)."""
+    n, K, _ = component_log_probs.shape
+    probs = component_log_probs.exp()
+    entropies = torch.special.entr(probs).sum(-1)
+    result = probs.new_zeros(n, K, K)
+    for j in range(K):
+        for k in range(j):
+            middle = torch.special.entr((probs[:, j] + probs[:, k]) / 2).sum(-1)
+            result[:, j, k] = result[:, k, j] = middle - (entropies[:, j] + entropies[:, k]) / 2
+    return result.clamp_(min=0)  # of clones it is zero but for rounding
+
+
+@torch.no_grad()
+def mixture_statistics(head: Any, hidden_states: Tensor, targets: Tensor) -> MixtureStatistics:
+    """What the head's mixture does on tokens, a chunk of them in memory at a time.
+
+    Args:
+        head ([`MoSLMHead`]): in any mode; dropout acts in training mode.
+        hidden_states: (N, D).
+        targets: (N,), class indices aligned with the hidden states; none that is ignored.
+    """
+    total = StatisticsSum(head.num_mixtures)
+    for tokens, predictions in predict_in_chunks(head, hidden_states):
+        total.add(predictions, targets[tokens])
+    return total.result()
