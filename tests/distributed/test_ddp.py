@@ -1,0 +1,107 @@
+"""DistributedDataParallel, by itself and through the Trainer: two processes train as one does on their joint batch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import random_tokens
+from processes import WORLD_SIZE, run_on_two
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from training import (
+    LENGTH,
+    MODELS,
+    STEPS,
+    assert_close_to,
+    assert_like_one_process,
+    load_results,
+    make_model,
+    save_results,
+    train,
+)
+from transformers import Trainer, TrainingArguments
+
+
+def plain_ddp(folder: str) -> None:
+    rank = torch.distributed.get_rank()
+    for name in MODELS:
+        model = make_model(name)
+        losses = train(DistributedDataParallel(model), rank, WORLD_SIZE)
+        save_results(folder, f"{name}-{rank}", losses, dict(model.named_parameters()))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
+    run_on_two(plain_ddp, folder)
+    return folder
+
+
+@pytest.mark.parametrize("rank", range(WORLD_SIZE))
+@pytest.mark.parametrize("name", MODELS)
+def test_ddp(plain: Path, name: str, rank: int) -> None:
+    assert_like_one_process(plain, f"{name}-{rank}", make_model(name))
+
+
+ACCUMULATION = 2
+
+
+def training_rows() -> list[dict[str, Tensor]]:
+    """Each row has another number of labels that count."""
+    rows = []
+    for i, tokens in enumerate(random_tokens(STEPS * ACCUMULATION * 4, LENGTH)):
+        labels = tokens.clone()
+        labels[: i % (LENGTH - 1)] = -100
+        rows.append({"input_ids": tokens, "labels": labels})
+    return rows
+
+
+def run_trainer(folder: str, name: str, world_size: int) -> Trainer:
+    arguments = TrainingArguments(
+        output_dir=f"{folder}/{name}-out",
+        per_device_train_batch_size=4 // world_size,
+        gradient_accumulation_steps=ACCUMULATION,
+        optim="sgd",  # Adam blows up the rounding of gradients that are zero
+        learning_rate=0.05,
+        max_steps=STEPS,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
+    )
+    trainer = Trainer(model=make_model(name), args=arguments, train_dataset=training_rows())
+    trainer.train()
+    return trainer
+
+
+def losses_of(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def trainer_on_two(folder: str) -> None:
+    rank = torch.distributed.get_rank()
+    for name in MODELS:
+        trainer = run_trainer(folder, name, WORLD_SIZE)
+        assert trainer.args.world_size == WORLD_SIZE
+        assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+        save_results(folder, f"{name}-{rank}", losses_of(trainer), dict(trainer.model.named_parameters()))
+
+
+@pytest.fixture(scope="module")
+def through_trainer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trainer")
+    run_on_two(trainer_on_two, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_trainer(through_trainer: Path, tmp_path: Path, name: str) -> None:
+    alone = run_trainer(str(tmp_path), name, world_size=1)
+    assert alone.args.world_size == 1
+    losses, weights = load_results(through_trainer, f"{name}-0")
+    torch.testing.assert_close(losses, losses_of(alone), rtol=0, atol=1e-6)
+    assert_close_to(alone.model, weights)
+    assert_close_to(alone.model, load_results(through_trainer, f"{name}-1")[1])

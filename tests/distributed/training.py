@@ -1,0 +1,98 @@
+"""Steps of training that one process and two must take alike."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers import part_components, random_tokens, tiny_causal_lm
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hf_mos import MoSForCausalLM
+
+MODELS = ("gpt2", "llama-tied", "llama")  # the first is tied too
+STEPS, BATCH, LENGTH = 5, 4, 12
+LEARNING_RATE = 0.05
+
+
+def make_model(name: str, **options: Any) -> MoSForCausalLM:
+    """Of weights so small that rounding stays below what is compared."""
+    model = MoSForCausalLM.from_causal_lm(tiny_causal_lm(name, initializer_range=0.1), num_mixtures=3, **options)
+    part_components(model)
+    return model.train()
+
+
+def joint_batch(step: int) -> dict[str, Tensor]:
+    """The rows of all ranks. Each has another number of labels that count, the first half far fewer."""
+    input_ids = random_tokens(BATCH, LENGTH, seed=step)
+    labels = input_ids.clone()
+    for row in range(BATCH):
+        labels[row, : 8 - 2 * row] = -100
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def share_of(batch: dict[str, Tensor], rank: int, world_size: int) -> dict[str, Tensor]:
+    return {name: tensor.chunk(world_size)[rank] for name, tensor in batch.items()}
+
+
+def count_targets(batch: dict[str, Tensor]) -> int:
+    return int((batch["labels"][:, 1:] != -100).sum())
+
+
+def train(model: nn.Module, rank: int = 0, world_size: int = 1, first: int = 0, steps: int = STEPS) -> list[float]:
+    """Steps of SGD with momentum on this rank's share of each batch; the losses of the joint batches.
+
+    Gradients are averaged over the ranks by the engine, so each rank's summed loss is divided by its part of the
+    targets of the joint batch.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
+    return take_steps(model, optimizer, range(first, first + steps), rank, world_size)
+
+
+def take_steps(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, rank: int = 0, world_size: int = 1
+) -> list[float]:
+    losses = []
+    for step in steps:
+        batch = joint_batch(step)
+        num_items = count_targets(batch) / world_size
+        loss = model(**share_of(batch, rank, world_size), num_items_in_batch=num_items).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach() / world_size
+        if world_size > 1:
+            torch.distributed.all_reduce(mean)
+        losses.append(float(mean))
+    return losses
+
+
+def save_results(folder: str | Path, name: str, losses: list[float], weights: dict[str, Tensor]) -> None:
+    """Of one rank, which may hold another one's storage."""
+    path = Path(folder, name)
+    save_file({key: tensor.detach().clone().contiguous() for key, tensor in weights.items()}, f"{path}.safetensors")
+    Path(f"{path}.json").write_text(json.dumps(losses))
+
+
+def load_results(folder: Path, name: str) -> tuple[list[float], dict[str, Tensor]]:
+    return json.loads((folder / f"{name}.json").read_text()), load_file(folder / f"{name}.safetensors")
+
+
+def assert_like_one_process(folder: Path, name: str, model: MoSForCausalLM, tolerance: float = 1e-6) -> None:
+    """Of the results of a rank: losses and weights are those of one process on the joint batches."""
+    losses, weights = load_results(folder, name)
+    before = {key: tensor.clone() for key, tensor in model.named_parameters()}
+    expected = train(model)
+    torch.testing.assert_close(losses, expected, rtol=0, atol=tolerance)
+    assert_close_to(model, weights, tolerance)
+    for key, tensor in model.named_parameters():
+        assert (tensor - before[key]).abs().max() > 100 * tolerance, f"{key} has hardly moved"
+
+
+def assert_close_to(model: MoSForCausalLM, weights: dict[str, Tensor], tolerance: float = 1e-6) -> None:
+    parameters = dict(model.named_parameters())
+    assert weights.keys() == parameters.keys()
+    for key, tensor in parameters.items():
+        gap = (weights[key] - tensor.detach()).abs().max()
+        assert gap <= tolerance, f"{key}: expected a gap of at most {tolerance}, given {gap}"
