@@ -1,11 +1,16 @@
 """The `hf-mos` command. Each command is a few lines over the module of this folder that does the work."""
 
+import functools
+import json
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
 
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
 except ModuleNotFoundError as error:
     sys.exit(f"hf-mos: expected {error.name}, which is not installed: pip install 'hf_mos[cli]'")
 
@@ -14,11 +19,52 @@ from .. import __version__
 app = typer.Typer(
     name="hf-mos",
     help="Put a mixture of softmaxes on any causal language model, train it, measure it, share it.",
+    epilog="Exit codes: 0 done, 1 failed, 2 the command line is wrong.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
 )
-errors = Console(stderr=True)
+console, errors = Console(), Console(stderr=True)
+
+# What is missing where an optional package is not installed; for the others it is `cli`.
+EXTRAS = {"fastapi": "serve", "uvicorn": "serve", "openai": "serve", "pydantic": "serve"}
+
+Model = Annotated[str, typer.Argument(help="Folder or Hub id of a causal LM.", show_default=False)]
+Revision = Annotated[str | None, typer.Option(help="Commit, branch or tag of the model.", show_default=False)]
+Dtype = Annotated[str, typer.Option(help="Of the weights: auto (as saved), float32, bfloat16, float16.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, mps, or auto to spread the model.", show_default="the fastest")
+]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the repository's own code.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
+
+
+def run() -> NoReturn:
+    """The console script: the library's errors are messages, unless `--debug` asks for the traceback."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        sys.exit(130)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        fail(message_of(error))
+    sys.exit(0)
+
+
+def message_of(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        package = error.name.partition(".")[0]
+        return f"expected {package}, which is not installed: pip install 'hf_mos[{EXTRAS.get(package, 'cli')}]'"
+    text = str(error).strip()
+    if isinstance(error, (ValueError, OSError, FloatingPointError)) and text:
+        return text
+    return f"{type(error).__name__}: {text}\n--debug before the command shows where"
+
+
+def fail(message: str) -> NoReturn:
+    errors.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    sys.exit(1)
 
 
 def print_version(asked: bool) -> None:
@@ -32,9 +78,195 @@ def main(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=print_version, is_eager=True)
     ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     pass
 
 
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+@app.command("convert")
+def convert_command(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder for the checkpoint.", show_default=False)],
+    num_mixtures: Annotated[int, typer.Option(min=1, help="K, the number of softmaxes.")] = 4,
+    latent_rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="R: the components differ in one shared subspace of this rank. Cheaper."),
+    ] = None,
+    latent_activation: Annotated[
+        Literal["identity", "tanh"], typer.Option(help="On the latents; tanh changes predictions without a rank.")
+    ] = "identity",
+    latent_dropout: Annotated[float, typer.Option(help="Dropout probability on the latents, in training.")] = 0.0,
+    balance_coefficient: Annotated[
+        float, typer.Option(help="Of the loss that keeps the mixture weights balanced; 0.01 is mild.")
+    ] = 0.0,
+    untie: Annotated[bool, typer.Option("--untie", help="Give a tied decoder weights of its own.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    max_shard_size: Annotated[str, typer.Option(help="Weights in files of at most this size.")] = "50GB",
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put a mixture in the place of a model's softmax, with not one prediction changed.
+
+    Saves safetensors, the head's code, tokenizer and generation config, reloads them, and prints by how much the
+    predictions differ from the model's own: the exactness gap.
+
+    Examples:
+
+    $ hf-mos convert gpt2 gpt2-mos
+
+    $ hf-mos convert Qwen/Qwen3-0.6B-Base qwen-mos --num-mixtures 4 --latent-rank 32 --dtype bfloat16
+    """
+    from .convert import convert
+
+    head_options: dict[str, Any] = {
+        "latent_rank": latent_rank,
+        "latent_activation": latent_activation,
+        "latent_dropout": latent_dropout,
+        "balance_coefficient": balance_coefficient,
+        **({"tie_word_embeddings": False} if untie else {}),
+    }
+    conversion = convert(
+        model,
+        out,
+        num_mixtures=num_mixtures,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        max_shard_size=max_shard_size,
+        overwrite=force,
+        **head_options,
+    )
+    if as_json:
+        print_json(vars(conversion) | {"is_exact": conversion.is_exact})
+    else:
+        print_table(
+            out.name,
+            {
+                "folder": str(out),
+                "softmaxes mixed": str(conversion.num_mixtures),
+                "parameters": f"{conversion.num_parameters:,}, {conversion.num_new_parameters:,} of them new",
+                "dtype": conversion.dtype,
+                "exactness gap": f"{conversion.gap:.2g} nats, the largest change of a log-probability",
+                "rounding": f"{conversion.tolerance:.2g} nats",
+                "tokenizer": "saved" if conversion.has_tokenizer else "none found",
+            },
+        )
+    if not conversion.is_exact and conversion.is_exact_by_design:
+        fail(f"expected a gap of at most {conversion.tolerance:.2g}, given {conversion.gap:.2g}")
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: Model,
+    file: Annotated[
+        Path | None, typer.Option(help="Text, or rows of .json, .jsonl, .csv, .parquet.", show_default=False)
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Hub id or folder, for load_dataset.", show_default=False)
+    ] = None,
+    dataset_config: Annotated[str | None, typer.Option(help="Its configuration.", show_default=False)] = None,
+    split: Annotated[str, typer.Option(help="Its split.")] = "test",
+    text_column: Annotated[str, typer.Option(help="Column of the text, in rows.")] = "text",
+    join_rows: Annotated[
+        bool, typer.Option("--join-rows", help="Take all rows as one text, as the lines of WikiText are.")
+    ] = False,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens read at a time.", show_default="the model's positions, at most 2048")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens by which the window slides.", show_default="half of the window")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or Hub id, where it is not the model's own.", show_default=False)
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Nats per token, perplexity and bits per byte of a model on text, mixture or softmax.
+
+    Each token is counted once. Small strides give each token more context and take longer. Bits per byte compare
+    models with different tokenizers; perplexity does not.
+
+    Examples:
+
+    $ hf-mos evaluate gpt2-mos --file book.txt --stride 256
+
+    $ hf-mos evaluate gpt2 --dataset Salesforce/wikitext --dataset-config wikitext-2-raw-v1 --join-rows --json
+    """
+    from . import evaluate as evaluation
+    from .loading import describe_machine, load_model, load_tokenizer
+
+    if (file is None) == (dataset is None):
+        given = "neither" if file is None else "both"
+        raise typer.BadParameter(f"expected --file or --dataset, one of the two, given {given}")
+    if file is not None:
+        texts = evaluation.read_texts(file, text_column)
+    else:
+        assert dataset is not None
+        texts = evaluation.read_dataset(dataset, dataset_config, split, text_column)
+    if join_rows:
+        texts = ["".join(texts)]
+    own_tokenizer = {} if tokenizer is not None else {"revision": revision}
+    loaded_tokenizer = load_tokenizer(tokenizer or model, trust_remote_code=trust_remote_code, **own_tokenizer)
+    loaded = load_model(model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    result = evaluation.evaluate(
+        loaded,
+        loaded_tokenizer,
+        texts,
+        window=window,
+        stride=stride,
+        batch_size=batch_size,
+        track=functools.partial(track, description="evaluating"),
+    )
+    data = {"data": file.name if file is not None else dataset, "split": None if file is not None else split}
+    if as_json:
+        machine = {"dtype": str(loaded.dtype).removeprefix("torch."), "machine": describe_machine(loaded.device)}
+        print_json({"model": model, "revision": revision, **data, **result.to_dict(), **machine})
+        return
+    print_table(
+        f"{model} on {data['data']}",
+        {
+            "nats per token": f"{result.nats_per_token:.4f}",
+            "perplexity": f"{result.perplexity:.3f}",
+            "bits per byte": f"{result.bits_per_byte:.4f}",
+            "tokens": f"{result.num_tokens:,}",
+            "bytes": f"{result.num_bytes:,}",
+            "window, stride": f"{result.window}, {result.stride}",
+        },
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- output
+
+
+def print_json(result: dict[str, Any]) -> None:
+    print(json.dumps(result, indent=2))
+
+
+def print_table(title: str, rows: dict[str, str]) -> None:
+    table = Table(title=escape(title), show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    console.print(table)
+
+
+def track(items: Any, description: str) -> Any:
+    """The items one by one, with a bar on stderr."""
+    from rich.progress import track as rich_track
+
+    return rich_track(items, description=description, console=errors, transient=True)
+
+
 if __name__ == "__main__":
-    app()
+    run()

@@ -164,7 +164,8 @@ def windows_of(tokens: list[int], window: int, stride: int) -> Iterator[Window]:
 
 
 def check_tokens(model: PreTrainedModel, windows: list[Window]) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
     largest = max(max(*w.inputs, *w.targets) for w in windows)
     if largest >= rows:
         raise ValueError(

@@ -1,0 +1,148 @@
+"""A checkpoint with a mixture of softmaxes, made from one with a softmax, and proof that no prediction has changed.
+
+```python
+conversion = convert("gpt2", Path("gpt2-mos"), num_mixtures=4)
+print(conversion.gap)  # the largest change of a log-probability, measured on the reloaded checkpoint
+```
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..configuration_mos import MoSConfig
+from ..modeling_mos import MoSForCausalLM
+from .loading import check_device, hub_options, load_model, load_tokenizer
+
+logger = logging.get_logger(__name__)
+
+PROBE_SHAPE = (2, 64)  # sequences and tokens on which the two models are compared
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was made, and how near its predictions are to those before."""
+
+    folder: str
+    num_mixtures: int
+    num_parameters: int
+    num_new_parameters: int
+    gap: float  # the largest change of a log-probability, in nats
+    tolerance: float  # what rounding in the weights' dtype explains
+    is_exact_by_design: bool  # a tanh on full latents is not
+    dtype: str
+    has_tokenizer: bool
+
+    @property
+    def is_exact(self) -> bool:
+        return self.gap <= self.tolerance
+
+
+def convert(
+    model: str | Path,
+    folder: Path,
+    *,
+    num_mixtures: int = 4,
+    dtype: str = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    max_shard_size: str = "50GB",
+    overwrite: bool = False,
+    **head_options: Any,
+) -> Conversion:
+    """Converts, saves with tokenizer and generation config, reloads from the folder and compares.
+
+    Args:
+        model: folder or Hub id of a causal LM.
+        folder: where the checkpoint goes.
+        num_mixtures, head_options: fields of [`MoSConfig`].
+        dtype, device, revision, trust_remote_code: as in [`load_model`].
+        max_shard_size: as in `save_pretrained`.
+        overwrite: write into a folder that holds something already.
+
+    Raises:
+        OSError: there is no such model, or the folder cannot be written.
+        ValueError: an option is unknown or out of range, the folder is not empty, or the model cannot be converted.
+    """
+    check_folder(folder, model, overwrite)
+    if device not in (None, "auto"):
+        check_device(device)
+    config = AutoConfig.from_pretrained(model, **hub_options(revision, trust_remote_code))
+    if config.model_type == MoSConfig.model_type:
+        raise ValueError(f"model: expected a causal LM with a softmax head, given {str(model)!r}, a mixture already")
+    MoSConfig(text_config=config, num_mixtures=num_mixtures, **head_options)  # fail before loading weights
+    tokenizer = find_tokenizer(model, revision, trust_remote_code)
+
+    softmax = load_model(model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    tokens = probe_tokens(softmax)
+    logits = probe(softmax, tokens)
+    num_softmax_parameters = softmax.num_parameters()
+    mixture = MoSForCausalLM.from_causal_lm(softmax, num_mixtures=num_mixtures, **head_options)
+    mixture.save_pretrained(folder, max_shard_size=max_shard_size)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    del softmax, mixture
+
+    reloaded = load_model(folder, device=device)
+    gap = (probe(reloaded, tokens) - logits.log_softmax(-1)).abs().max()
+    config = reloaded.config
+    return Conversion(
+        folder=str(folder),
+        num_mixtures=config.num_mixtures,
+        num_parameters=reloaded.num_parameters(),
+        num_new_parameters=reloaded.num_parameters() - num_softmax_parameters,
+        gap=float(gap),
+        tolerance=rounding(logits, reloaded.dtype),
+        is_exact_by_design=config.latent_activation == "identity" or config.latent_rank is not None,
+        dtype=str(reloaded.dtype).removeprefix("torch."),
+        has_tokenizer=tokenizer is not None,
+    )
+
+
+def check_folder(folder: Path, model: str | Path, overwrite: bool) -> None:
+    """ValueError where saving would destroy something, OSError where it would fail."""
+    if Path(model).is_dir() and folder.resolve() == Path(model).resolve():
+        raise ValueError(f"folder: expected another than the model's own, given {str(folder)!r}")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder: expected a folder, given {str(folder)!r}, a file")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        kind = "a checkpoint" if (folder / "config.json").is_file() else "something else than a checkpoint"
+        raise ValueError(f"folder: expected an empty one, or --force, given {str(folder)!r}, which holds {kind}")
+    parent = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise OSError(f"folder: expected one that can be written, given {str(folder)!r}: {parent} cannot be")
+
+
+def find_tokenizer(model: str | Path, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    try:
+        return load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # each of them is what a missing file ends in
+        logger.warning(f"{model}: no tokenizer is saved, as none can be loaded: {str(error).splitlines()[0]}")
+        return None
+
+
+def probe_tokens(model: PreTrainedModel) -> Tensor:
+    """Random tokens, as many as the model has positions for."""
+    batch, length = PROBE_SHAPE
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    embeddings: Any = model.get_input_embeddings()
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(embeddings.weight.shape[0], (batch, min(length, positions or length)), generator=generator)
+
+
+@torch.inference_mode()
+def probe(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """The logits, in fp32 on the CPU."""
+    return model(input_ids=tokens.to(model.device)).logits.float().cpu()
+
+
+def rounding(logits: Tensor, dtype: torch.dtype) -> float:
+    """A few roundings of the largest logit, in nats."""
+    return max(1e-5, 8 * torch.finfo(dtype).eps * float(logits.abs().max()))
