@@ -4,6 +4,7 @@ The gradients are computed in the forward pass, chunk by chunk, and handed over 
 is three products of (N K) x E x V, two when the decoder is frozen, one without gradients.
 """
 
+from itertools import count
 from typing import Any
 
 import torch
@@ -106,7 +107,13 @@ class MoSCrossEntropy(torch.autograd.Function):
         return (None, None, prior, weight, bias, None, *latents)
 
 
-@torch.library.custom_op("hf_mos::cross_entropy", mutates_args=())
+def _free_name() -> str:
+    """A process may load the package and its copies as remote code; defining an operator again destroys the first."""
+    names = (f"cross_entropy_{number}" if number else "cross_entropy" for number in count())
+    return next(f"hf_mos::{name}" for name in names if not hasattr(torch.ops.hf_mos, name))
+
+
+@torch.library.custom_op(_free_name(), mutates_args=())
 def cross_entropy_operator(
     prior_logits: Tensor,
     decoder_weight: Tensor,
