@@ -19,6 +19,7 @@ from transformers.utils import logging
 from .configuration_mos import NO_SOFTCAP, SOFTCAP_FIELDS, MoSConfig, take_softcap
 from .mos_checkpoint import SavedCheckpoint, check_files, check_loaded, replace_checkpoint
 from .mos_head import MoSLMHead
+from .mos_token_scores import SCORES, ScoreOptions, TokenScores
 
 logger = logging.get_logger(__name__)
 
@@ -71,6 +72,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
     _no_split_modules = ["MoSLMHead"]
     backbone: Any
     lm_head: Any
+    score_options = ScoreOptions()
 
     def __init__(self, config: MoSConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -237,6 +239,18 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
 
     # ------------------------------------------------------------------------------------------------------- forward
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As of every module; but TRL's trainers do not get to replace `forward`.
+
+        They would run the backbone and one softmax with the decoder's weight in its place (`add_fused_lm_head`), and
+        then call it with `fused_lm_head=True`. That call is answered by `forward` itself, with the mixture's scores.
+        """
+        function = getattr(value, "__func__", None)
+        if name == "forward" and function is not None and "fused_lm_head" in function.__code__.co_varnames:
+            self.score_options = read_score_options(function, self.lm_head)
+        else:
+            super().__setattr__(name, value)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -264,15 +278,16 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             skip_logits: return `logits=None`. `None`: in training mode with labels, as `skip_logits_in_training` says.
                 A data collator that adds `skip_logits=True` makes an evaluation that wants the loss alone as lean.
             kwargs: what else the backbone takes, and `shift_labels` (batch, sequence), shifted already, in place of
-                `labels`. (The Trainer waits for every argument of the signature that names labels.)
+                `labels`. (The Trainer waits for every argument of the signature that names labels.) With
+                `fused_lm_head=True`, as TRL's trainers call a model, [`TokenScores`] are returned.
 
         Returns:
             The backbone's output class: `loss` in nats per token (with a mixture-of-experts backbone's `aux_loss`
             joined as the backbone does), `logits` (batch, positions, V).
         """
-        targets = kwargs.pop("shift_labels", None)
-        if targets is None and labels is not None:
-            targets = shift(labels)
+        returns_scores = kwargs.pop("fused_lm_head", False)
+        shift_labels = kwargs.pop("shift_labels", None)
+        targets = shift(labels) if shift_labels is None and labels is not None else shift_labels
         has_labels = targets is not None
         if skip_logits is None:
             skip_logits = has_labels and self.training and self.config.skip_logits_in_training
@@ -297,6 +312,10 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         hidden_states = outputs.logits
         if has_labels and input_ids is not None:
             hidden_states = hidden_states[:, -input_ids.shape[1] :]  # past an image that the backbone put in front
+        if returns_scores:
+            scored = slice(-1 if shift_labels is None else None)  # the last position predicts nothing in the batch
+            aux_loss = getattr(outputs, "aux_loss", None)
+            return self._token_scores(hidden_states[:, scored], targets[:, scored], num_items_in_batch, aux_loss)
 
         kept = hidden_states if slices_itself else keep_positions(hidden_states, logits_to_keep)
         logits = None if skip_logits else self.lm_head(kept)
@@ -315,6 +334,22 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         if return_dict is None:
             return_dict = self.config.return_dict
         return outputs if return_dict else outputs.to_tuple()
+
+    def _token_scores(
+        self, hidden_states: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None, aux_loss: Tensor | None
+    ) -> TokenScores:
+        targets = targets.to(hidden_states.device)
+        counts = targets != -100
+        flat = self.lm_head(hidden_states[counts], targets=targets[counts], scores=self.score_options)
+        # masked_scatter stays differentiable where no label counts
+        scores: dict[str, Any] = {
+            name: None if part is None else part.new_zeros(counts.shape).masked_scatter(counts, part)
+            for name, part in zip(SCORES, flat, strict=True)
+        }
+        loss = -scores["log_probs"].sum() / count_items(targets, num_items_in_batch)
+        if isinstance(aux_loss, Tensor):
+            loss = loss + aux_loss_coefficient(self.backbone) * aux_loss.to(loss.device)
+        return TokenScores(loss=loss, label_mask=counts, aux_loss=aux_loss, **scores)
 
     # ---------------------------------------------------------------------------------------------------- embeddings
 
@@ -469,6 +504,24 @@ def share_weights(model: PreTrainedModel) -> PreTrainedModel:
     kept = (value for module in modules for value in vars(module).values() if isinstance(value, Tensor))
     memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers(), *kept)}
     return copy.deepcopy(model, memo)
+
+
+def read_score_options(function: Any, head: MoSLMHead) -> ScoreOptions:
+    """What TRL's `add_fused_lm_head` was asked for, as the function that it made holds it."""
+    if head.balance_coefficient:
+        raise ValueError(
+            "balance_coefficient: expected 0 with a trainer of TRL, which makes its loss of the log-probabilities "
+            f"alone, given {head.balance_coefficient}. Load the model with balance_coefficient=0.0."
+        )
+    given = dict(
+        zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__), strict=True)
+    )
+    if not {"temperature", "outputs"} <= given.keys() or not set(given["outputs"]) <= set(SCORES):
+        raise ValueError(
+            f"forward: expected the fused head of TRL 1.16, whose options are temperature and outputs of {SCORES}, "
+            f"given one with {sorted(given)} and {given.get('outputs')}. Install trl==1.16."
+        )
+    return ScoreOptions(float(given["temperature"]), tuple(given["outputs"]))
 
 
 def shift(labels: Tensor) -> Tensor:

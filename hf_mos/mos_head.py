@@ -1,6 +1,6 @@
 """MoSLMHead: the mixture of softmaxes that stands where a causal LM had its vocabulary projection."""
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from .mixture_of_softmaxes import SubspaceLatents, cap_logits, mix_log_probs, mo
 from .mos_chunks import tokens_per_chunk
 from .mos_inference import infer_log_probs, project_rows
 from .mos_loss import mos_cross_entropy
+from .mos_token_scores import ScoreOptions, score, token_scores
 
 ACTIVATIONS = {"identity": nn.Identity, "tanh": nn.Tanh}
 
@@ -107,16 +108,19 @@ class MoSLMHead(nn.Module):
         reduction: str = "mean",
         ignore_index: int = -100,
         chunk_size: int | None = None,
-    ) -> Tensor:
-        """Log-probabilities, or with `targets` the loss.
+        scores: ScoreOptions | None = None,
+    ) -> Any:
+        """Log-probabilities, or with `targets` the loss, or with `scores` too what else is asked about each token.
 
         Args:
             hidden_states: (..., D).
             targets: (...), class indices aligned with the hidden states (not shifted), or `None`.
             reduction, ignore_index, chunk_size: as in `mos_cross_entropy`.
+            scores: what to return of each target, none of which is ignored, in place of the loss.
 
         Returns:
-            Without targets (..., V), natural log-probabilities in fp32 or wider. With targets the loss in nats.
+            Without targets (..., V), natural log-probabilities in fp32 or wider. With targets the loss in nats; with
+            `scores` those of `mos_token_scores.py`, each over the flattened targets.
         """
         leading = hidden_states.shape[:-1]
         if targets is not None and targets.shape != leading:
@@ -125,6 +129,8 @@ class MoSLMHead(nn.Module):
         prior_logits, latents = self.prior_logits(hidden_states), self.latents(hidden_states)
         if targets is None:
             return self._log_probs(latents, prior_logits).unflatten(0, leading)
+        if scores is not None:
+            return self._token_scores(latents, prior_logits, targets.flatten(), scores)
         if _may_read(self.decoder):
             loss = mos_cross_entropy(
                 latents,
@@ -204,6 +210,24 @@ class MoSLMHead(nn.Module):
         if reduction == "none":
             return nll
         return nll.sum() if reduction == "sum" else nll.sum() / (targets != ignore_index).sum().clamp(min=1)
+
+    def _token_scores(
+        self, latents: Tensor | SubspaceLatents, prior_logits: Tensor, targets: Tensor, options: ScoreOptions
+    ) -> tuple[Tensor | None, ...]:
+        if _may_read(self.decoder):
+            weight, bias = self.decoder.weight, self.decoder.bias
+            return token_scores(
+                latents, prior_logits, weight, targets, options, decoder_bias=bias, softcap=self.softcap
+            )
+
+        def chunk_scores(latents: Tensor, prior_logits: Tensor, targets: Tensor) -> tuple[Tensor | None, ...]:
+            return score(self._log_probs_through_decoder(latents, prior_logits), targets, options)
+
+        dense = latents.dense() if isinstance(latents, SubspaceLatents) else latents
+        size = tokens_per_chunk(self.num_mixtures, self.decoder.out_features, 24, dense.device)
+        chunks = zip(dense.split(size), prior_logits.split(size), targets.split(size), strict=True)
+        parts = [checkpoint(chunk_scores, *chunk, use_reentrant=False) for chunk in chunks]
+        return tuple(None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
 
     def extra_repr(self) -> str:
         return f"num_mixtures={self.num_mixtures}, latent_rank={self.latent_rank}, softcap={self.softcap}"
