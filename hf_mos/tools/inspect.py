@@ -1,0 +1,487 @@
+"""What a mixture does: token by token on a text, and on average over a corpus.
+
+```python
+inspection = inspect_mixture(model, tokenizer, text="The cat sat.", corpus=[Path("book.txt").read_text()])
+print(inspection.to_json())
+```
+
+The old softmax is what the decoder makes of the hidden state itself, with its bias and softcap: what the model
+predicted before it was converted, and after training what one softmax predicts from the same decoder and hidden state.
+Logarithms are natural: every nll, entropy and divergence is in nats.
+"""
+
+import copy
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..mixture_of_softmaxes import cap_logits, widen
+from .evaluate import Window, check_tokens, choose_window, tokenize, windows_of
+from .loading import is_mixture
+from .mixture_statistics import MixturePredictions, StatisticsSum, predict_in_chunks
+from .rank import log_prob_rank
+from .token_texts import TokenTexts
+
+UNKNOWN_TARGET = -1  # of the position after a text's end
+RANK_CONTEXTS = 2048
+RANK_CLASSES = 8192
+
+
+# --------------------------------------------------------------------------------------------------------- the results
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token that may come next."""
+
+    token_id: int
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is predicted at one position. Lists over the components have K entries; `None`: nothing followed."""
+
+    mixture_weights: list[float]
+    responsibilities: list[float] | None
+    nll: float | None
+    component_nll: list[float] | None
+    softmax_nll: float | None
+    mixture_weights_entropy: float
+    entropy: float  # of the next token
+    component_entropies: list[float]
+    softmax_entropy: float | None
+    top: list[Candidate]  # of the mixture, the most likely first
+    component_top: list[list[Candidate]]
+    softmax_top: list[Candidate] | None
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of the text, and how it was predicted from what stands before it."""
+
+    token_id: int
+    token: str  # as the vocabulary spells it
+    text: str  # as a reader would; of bytes that are no whole character their hexadecimal escapes
+    prediction: Prediction | None  # None: nothing stands before it
+
+
+@dataclass(frozen=True)
+class TextInspection:
+    """A text, token by token."""
+
+    text: str
+    prefix_token_id: int | None  # read before the text
+    tokens: list[Token]
+    next: Prediction  # of what follows the text
+
+
+@dataclass(frozen=True)
+class TokenShare:
+    """A token of the corpus, and the share of its occurrences that a component accounts for."""
+
+    token_id: int
+    text: str
+    count: int
+    responsibility: float
+
+
+@dataclass(frozen=True)
+class ComponentInspection:
+    """One component over the corpus."""
+
+    mean_weight: float  # its usage
+    responsibility: float  # the share of the tokens that it accounts for
+    leads: float  # the share of the tokens of which it accounts for the most
+    entropy: float  # of its next token, the mean
+    tokens: list[TokenShare]  # those of which it accounts for more than of others, the most in sum first
+
+
+@dataclass(frozen=True)
+class RankInspection:
+    """The numerical rank of a log-probability matrix of contexts and classes, in float64."""
+
+    contexts: int
+    classes: int  # columns, spread over the vocabulary; of fewer than all the rank is a lower bound
+    bound: int  # input_size + 1, which one softmax without a softcap cannot pass
+    mixture: int
+    softmax: int | None
+    singular_values: list[float]  # of the mixture's, largest first
+    softmax_singular_values: list[float] | None
+
+
+@dataclass(frozen=True)
+class CorpusInspection:
+    """A mixture on average over a corpus."""
+
+    num_texts: int
+    num_tokens: int  # that were predicted
+    window: int
+    stride: int
+    nll: float  # per token
+    softmax_nll: float | None
+    mixture_weights_entropy: float
+    entropy: float
+    components: list[ComponentInspection]
+    divergence: list[list[float]]  # K x K, Jensen-Shannon
+    rank: RankInspection | None  # None: the decoder is quantized or elsewhere, or a class has no probability
+
+
+@dataclass(frozen=True)
+class ModelInspection:
+    """The mixture that was looked at."""
+
+    name: str
+    backbone: str
+    num_mixtures: int
+    input_size: int
+    latent_size: int
+    latent_rank: int | None
+    vocab_size: int
+    softcap: float | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What [`inspect_mixture`] found."""
+
+    model: ModelInspection
+    text: TextInspection | None
+    corpus: CorpusInspection | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+# ------------------------------------------------------------------------------------------------------------ the work
+
+
+Track = Callable[[Sequence[Window]], Iterable[Window]]
+
+
+def inspect_mixture(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text: str | None = None,
+    corpus: Sequence[str] | None = None,
+    top: int = 5,
+    window: int | None = None,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    track: Track = iter,
+) -> Inspection:
+    """Looks at a mixture on a text token by token, on a corpus on average, or both.
+
+    A text begins after the tokenizer's token for a text's beginning, else its end; where it has neither, its first
+    token is not predicted. A text that is longer than the window is read in windows, as by [`evaluate`]. Memory holds
+    the component distributions of one chunk of tokens at a time, whatever the length of the corpus.
+
+    Args:
+        model: a mixture of softmaxes in evaluation mode, of the installed hf_mos or of the code beside a checkpoint.
+        tokenizer: the model's own.
+        text: looked at token by token.
+        corpus: texts, looked at on average.
+        top: how many candidates and tokens are listed.
+        window: tokens that the model reads at a time. `None`: its positions, at most 2048.
+        stride: how far the window slides, in [1, window]. `None`: half of the window.
+        max_tokens: of the corpus, the first. `None`: all.
+        track: takes the list of the corpus's windows and yields them, to show progress.
+
+    Raises:
+        ValueError: the model is no mixture, there is no text, or an option is out of range.
+        FloatingPointError: a prediction is not finite.
+    """
+    check_mixture(model)
+    if text is None and corpus is None:
+        raise ValueError("expected a text or a corpus, given neither")
+    if top < 1:
+        raise ValueError(f"top: expected at least 1, given {top}")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens: expected at least 1, given {max_tokens}")
+    inspector = Inspector(model, tokenizer, top, *choose_window(model, window, stride))
+    return Inspection(
+        model=describe(model),
+        text=None if text is None else inspector.inspect_text(text),
+        corpus=None if corpus is None else inspector.inspect_corpus(corpus, max_tokens, track),
+    )
+
+
+def check_mixture(model: PreTrainedModel) -> None:
+    if not is_mixture(model):
+        raise ValueError(
+            f"model: expected a mixture of softmaxes, given {type(model).__name__}; hf-mos convert makes one of it"
+        )
+    if model.training:
+        raise ValueError("model: expected one in evaluation mode, given one in training mode; call model.eval()")
+
+
+def describe(model: Any) -> ModelInspection:
+    head = model.lm_head
+    return ModelInspection(
+        name=str(model.name_or_path),
+        backbone=type(model.backbone).__name__,
+        num_mixtures=head.num_mixtures,
+        input_size=head.input_size,
+        latent_size=head.latent_size,
+        latent_rank=head.latent_rank,
+        vocab_size=head.decoder.out_features,
+        softcap=head.softcap,
+    )
+
+
+class Chunk(NamedTuple):
+    """Some tokens that follow each other, and what is predicted of them."""
+
+    targets: Tensor  # (n,), UNKNOWN_TARGET where a text has ended
+    hidden_states: Tensor  # (n, D)
+    mixture: MixturePredictions
+    log_probs: Tensor  # (n, V)
+    softmax_log_probs: Tensor | None  # (n, V)
+
+
+class Inspector:
+    """A model, its tokenizer, and how they are looked at."""
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, top: int, window: int, stride: int) -> None:
+        self.model, self.tokenizer, self.texts = model, tokenizer, TokenTexts(tokenizer)
+        self.head = model.lm_head
+        self.top = min(top, self.head.decoder.out_features)
+        self.window, self.stride = window, stride
+        self.prefix = next((id for id in (tokenizer.bos_token_id, tokenizer.eos_token_id) if id is not None), None)
+
+    def windows_of(self, token_ids: list[int]) -> list[Window]:
+        """The windows of a text, in which all its tokens are predicted, and what follows them if it ends with -1."""
+        prefix = [] if self.prefix is None else [self.prefix]
+        windows = list(windows_of([*prefix, *token_ids], self.window, self.stride))
+        check_tokens(self.model, windows)
+        return windows
+
+    @torch.inference_mode()
+    def chunks(self, window: Window) -> Iterator[Chunk]:
+        input_ids = torch.tensor([window.inputs], device=self.model.device)
+        outputs = self.model.backbone(input_ids=input_ids, return_dict=True)  # its head is off
+        hidden_states = outputs.logits[0, -len(window.targets) :]
+        targets = torch.tensor(window.targets, device=hidden_states.device)
+        for tokens, mixture in predict_in_chunks(self.head, hidden_states):
+            log_probs = mixture.log_probs()
+            if not log_probs.amax(-1).isfinite().all():  # NaN comes through; a class may have no probability
+                raise FloatingPointError(
+                    f"expected finite predictions, given NaN; weights of dtype {self.model.dtype}"
+                )
+            softmax = softmax_log_probs(self.head, hidden_states[tokens])
+            yield Chunk(targets[tokens], hidden_states[tokens], mixture, log_probs, softmax)
+
+    def inspect_text(self, text: str) -> TextInspection:
+        token_ids = tokenize(self.tokenizer, text)
+        if not token_ids:
+            raise ValueError(f"text: expected at least one token, given {text!r}, of which the tokenizer makes none")
+        predictions: list[Prediction | None] = [] if self.prefix is not None else [None]
+        for window in self.windows_of([*token_ids, UNKNOWN_TARGET]):
+            for chunk in self.chunks(window):
+                predictions.extend(self.predictions(chunk))
+        following = predictions.pop()
+        assert following is not None
+        names = self.tokenizer.convert_ids_to_tokens(token_ids)
+        texts = self.texts.of_text(token_ids)
+        tokens = [Token(*fields) for fields in zip(token_ids, names, texts, predictions, strict=True)]
+        return TextInspection(text, self.prefix, tokens, following)
+
+    def predictions(self, chunk: Chunk) -> Iterator[Prediction]:
+        log_prior, component_log_probs = chunk.mixture
+        component_nll = chunk.mixture.component_nll(chunk.targets.clamp(min=0))
+        log_joint = log_prior - component_nll
+        candidates, component_candidates = self.candidates(chunk.log_probs), self.candidates(component_log_probs)
+        softmax, n = chunk.softmax_log_probs, len(chunk.targets)
+        columns = {
+            "mixture_weights": log_prior.exp(),
+            "responsibilities": F.softmax(log_joint, dim=-1),
+            "nll": -torch.logsumexp(log_joint, dim=-1),
+            "component_nll": component_nll,
+            "softmax_nll": None if softmax is None else -_gather(softmax, chunk.targets.clamp(min=0)),
+            "mixture_weights_entropy": entropy(log_prior),
+            "entropy": entropy(chunk.log_probs),
+            "component_entropies": entropy(component_log_probs),
+            "softmax_entropy": None if softmax is None else entropy(softmax),
+        }
+        rows = {name: [None] * n if values is None else values.tolist() for name, values in columns.items()}
+        softmax_candidates = [None] * n if softmax is None else self.candidates(softmax)
+        for i, target in enumerate(chunk.targets.tolist()):
+            fields: dict[str, Any] = {name: values[i] for name, values in rows.items()}
+            if target == UNKNOWN_TARGET:
+                fields |= dict.fromkeys(("responsibilities", "nll", "component_nll", "softmax_nll"))
+            yield Prediction(
+                **fields,
+                top=candidates[i],
+                component_top=component_candidates[i],
+                softmax_top=softmax_candidates[i],
+            )
+
+    def candidates(self, log_probs: Tensor) -> list[Any]:
+        """The most likely tokens of distributions (..., V): lists of [`Candidate`], nested as the leading sizes."""
+        top_log_probs, top_ids = log_probs.topk(self.top, dim=-1)
+
+        def name(ids: list[Any], probs: list[Any]) -> list[Any]:
+            if isinstance(ids[0], list):
+                return [name(*pair) for pair in zip(ids, probs, strict=True)]
+            return [Candidate(id, self.texts(id), prob) for id, prob in zip(ids, probs, strict=True)]
+
+        return name(top_ids.tolist(), top_log_probs.exp().tolist())
+
+    def inspect_corpus(self, corpus: Sequence[str], max_tokens: int | None, track: Track) -> CorpusInspection:
+        windows, num_texts = self.corpus_windows(corpus, max_tokens)
+        num_tokens = sum(len(window.targets) for window in windows)
+        if not num_tokens:
+            raise ValueError(
+                "corpus: expected some text, given texts of which the tokenizer makes no token that can be predicted"
+            )
+        total = CorpusSum(self.head, every=-(-num_tokens // RANK_CONTEXTS))
+        for window in track(windows):
+            for chunk in self.chunks(window):
+                total.add(chunk)
+        statistics = total.statistics.result()
+        return CorpusInspection(
+            num_texts=num_texts,
+            num_tokens=num_tokens,
+            window=self.window,
+            stride=self.stride,
+            nll=total.nll / num_tokens,
+            softmax_nll=None if total.softmax_nll is None else total.softmax_nll / num_tokens,
+            mixture_weights_entropy=statistics.entropy,
+            entropy=total.entropy / num_tokens,
+            components=[
+                ComponentInspection(
+                    mean_weight=float(statistics.mean_weights[k]),
+                    responsibility=float(statistics.responsibilities[k]),
+                    leads=float(total.leads[k]) / num_tokens,
+                    entropy=float(total.component_entropies[k]) / num_tokens,
+                    tokens=self.tokens_of(total, k),
+                )
+                for k in range(self.head.num_mixtures)
+            ],
+            divergence=statistics.divergence.tolist(),
+            rank=measure_rank(self.head, torch.cat(total.sample)),
+        )
+
+    def corpus_windows(self, corpus: Sequence[str], max_tokens: int | None) -> tuple[list[Window], int]:
+        windows: list[Window] = []
+        num_texts = 0
+        remaining = max_tokens
+        for text in corpus:
+            token_ids = tokenize(self.tokenizer, text)[:remaining]
+            if token_ids:
+                windows.extend(self.windows_of(token_ids))
+                num_texts += 1
+            if remaining is not None:
+                remaining -= len(token_ids)
+                if not remaining:
+                    break
+        return windows, num_texts
+
+    def tokens_of(self, total: "CorpusSum", k: int) -> list[TokenShare]:
+        """The tokens of which component k accounts for more than its share, the most occurrences beyond it first."""
+        occurrences = total.token_responsibilities.sum(-1)
+        share = total.token_responsibilities[:, k].sum() / occurrences.sum()
+        excess = total.token_responsibilities[:, k] - share * occurrences
+        values, ids = excess.topk(self.top)
+        return [
+            TokenShare(
+                id,
+                self.texts(id),
+                total.token_counts[id],
+                float(total.token_responsibilities[id, k]) / total.token_counts[id],
+            )
+            for id, value in zip(ids.tolist(), values.tolist(), strict=True)
+            if value > 1e-6 * total.token_counts[id]  # one component alone exceeds nothing but by rounding
+        ]
+
+
+class CorpusSum:
+    """What a corpus adds up to, in float64 on the CPU."""
+
+    def __init__(self, head: Any, every: int) -> None:
+        K, V = head.num_mixtures, head.decoder.out_features
+        self.head, self.every, self.count = head, every, 0
+        self.statistics = StatisticsSum(K)
+        self.nll = self.entropy = 0.0
+        self.softmax_nll: float | None = None
+        self.leads = torch.zeros(K, dtype=torch.float64)
+        self.component_entropies = torch.zeros(K, dtype=torch.float64)
+        self.token_responsibilities = torch.zeros(V, K, dtype=torch.float64)
+        self.token_counts: Counter[int] = Counter()
+        self.sample: list[Tensor] = []  # hidden states of each `every`-th context, (m, D)
+
+    def add(self, chunk: Chunk) -> None:
+        targets, mixture = chunk.targets, chunk.mixture
+        self.statistics.add(mixture, targets)
+        responsibilities = F.softmax(mixture.log_prior - mixture.component_nll(targets), dim=-1).cpu().double()
+        self.nll -= float(_gather(chunk.log_probs, targets).cpu().double().sum())
+        if chunk.softmax_log_probs is not None:
+            softmax_nll = -float(_gather(chunk.softmax_log_probs, targets).cpu().double().sum())
+            self.softmax_nll = (self.softmax_nll or 0.0) + softmax_nll
+        self.entropy += float(entropy(chunk.log_probs).cpu().double().sum())
+        self.component_entropies += entropy(mixture.component_log_probs).cpu().double().sum(0)
+        self.leads += torch.bincount(responsibilities.argmax(-1), minlength=len(self.leads))
+        self.token_responsibilities.index_add_(0, targets.cpu(), responsibilities)
+        self.token_counts.update(targets.tolist())
+        first = -self.count % self.every
+        self.sample.append(chunk.hidden_states[first :: self.every].cpu())
+        self.count += len(targets)
+
+
+def softmax_log_probs(head: Any, hidden_states: Tensor) -> Tensor | None:
+    """What one softmax with the head's decoder predicts from hidden states (n, D), (n, V). `None`: widths differ."""
+    if head.input_size != head.latent_size:
+        return None
+    logits = head.decoder(hidden_states.to(head.decoder.weight.dtype))
+    return F.log_softmax(cap_logits(widen(logits), head.softcap), dim=-1)
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    """Of distributions (..., V), (...) in nats."""
+    return torch.special.entr(log_probs.exp()).sum(-1)
+
+
+def _gather(log_probs: Tensor, targets: Tensor) -> Tensor:
+    return log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+@torch.inference_mode()
+def measure_rank(head: Any, hidden_states: Tensor) -> RankInspection | None:
+    """The rank of the log-probabilities that the head makes of hidden states (N, D), and of its softmax's."""
+    parameters = [*head.parameters()]
+    if not all(type(p) is nn.Parameter and p.is_floating_point() and not p.is_meta for p in parameters):
+        return None
+    wide, hidden_states = copy.deepcopy(head).to("cpu", torch.float64), hidden_states.double()
+    num_classes = head.decoder.out_features
+    classes = torch.arange(min(num_classes, RANK_CLASSES)) * num_classes // min(num_classes, RANK_CLASSES)
+    mixture, softmax = [], []
+    for tokens, predictions in predict_in_chunks(wide, hidden_states):
+        mixture.append(predictions.log_probs()[:, classes])
+        softmax_chunk = softmax_log_probs(wide, hidden_states[tokens])
+        softmax += [] if softmax_chunk is None else [softmax_chunk[:, classes]]
+    if not all(part.isfinite().all() for part in mixture + softmax):
+        return None
+    rank = log_prob_rank(torch.cat(mixture))
+    softmax_rank = log_prob_rank(torch.cat(softmax)) if softmax else None
+    return RankInspection(
+        contexts=len(hidden_states),
+        classes=len(classes),
+        bound=head.input_size + 1,
+        mixture=rank.rank,
+        softmax=None if softmax_rank is None else softmax_rank.rank,
+        singular_values=rank.singular_values.tolist(),
+        softmax_singular_values=None if softmax_rank is None else softmax_rank.singular_values.tolist(),
+    )
