@@ -70,3 +70,19 @@ class TokenTexts:
             values = (self.bytes[character] for character in token)
             return "".join(chr(value) if 32 <= value < 127 else f"\\x{value:02x}" for value in values)
         return token
+
+
+VISIBLE = {"\n": "↵", "\t": "⇥", "\r": "␍"}
+
+
+def visible(text: str) -> str:
+    """A token's text for a table: what cannot be seen gets a sign or its escape."""
+    inner = "".join(VISIBLE.get(c, c if c.isprintable() else ascii(c)[1:-1]) for c in text)
+    stripped = inner.strip(" ")
+    before = len(inner) - len(inner.lstrip(" "))
+    return "␣" * before + stripped + "␣" * (len(inner) - before - len(stripped))
+
+
+def running(text: str) -> str:
+    """A token's text for a page that shows the tokens one after the other: line ends end lines."""
+    return "".join("↵\n" if c == "\n" else c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in text)

@@ -1,0 +1,164 @@
+// Shows the details of the token under the pointer, or of the one that was clicked; arrow keys go from token to token.
+(() => {
+  const data = (view) => (view.mosData ??= JSON.parse(view.querySelector(".mos-data").textContent));
+
+  const make = (name, properties = {}, ...children) => {
+    const element = Object.assign(document.createElement(name), properties);
+    element.append(...children);
+    return element;
+  };
+  const percent = (value) => `${(100 * value).toFixed(value < 0.0995 ? 1 : 0)} %`;
+  const nats = (value) => (value === null ? "–" : value.toFixed(2));
+
+  function swatch(components, k) {
+    const element = make("span", { className: "mos-swatch" }, String(k));
+    element.style.setProperty("--mos-component", components[k].color);
+    element.style.setProperty("--mos-stroke", components[k].stroke);
+    return element;
+  }
+
+  function meter(components, k, value) {
+    const fill = make("i");
+    fill.style.width = `${100 * value}%`;
+    const element = make("span", { className: "mos-meter" }, fill);
+    element.style.setProperty("--mos-component", components[k].color);
+    return element;
+  }
+
+  function row(name, cells) {
+    return make("tr", {}, ...cells.map((cell) => (cell?.tagName?.startsWith("T") ? cell : make(name, {}, cell))));
+  }
+  const number = (text) => make("td", { className: "mos-number" }, text);
+
+  function mixtureTable(components, prediction) {
+    const rows = components.map((_, k) => {
+      const weight = prediction.mixture_weights[k];
+      const responsibility = prediction.responsibilities?.[k];
+      const cells = [swatch(components, k), make("td", {}, meter(components, k, weight), percent(weight))];
+      if (responsibility !== undefined) {
+        cells.push(make("td", {}, meter(components, k, responsibility), percent(responsibility)));
+        cells.push(number(nats(prediction.component_nll[k])));
+      }
+      return row("td", [...cells, number(nats(prediction.component_entropies[k]))]);
+    });
+    const known = prediction.responsibilities !== null;
+    const titles = ["", "weight", ...(known ? ["responsibility", "nll"] : []), "entropy"];
+    return make("table", {}, make("thead", {}, row("th", titles)), make("tbody", {}, ...rows));
+  }
+
+  function candidatesTable(components, prediction, actual) {
+    const columns = [["mixture", prediction.top]];
+    if (prediction.softmax_top) columns.push(["old softmax", prediction.softmax_top]);
+    prediction.component_top.forEach((top, k) => columns.push([swatch(components, k), top]));
+    const rows = prediction.top.map((_, i) =>
+      row("td", columns.map(([, top]) => {
+        const candidate = top[i];
+        const probability = make("small", {}, ` ${percent(candidate.probability)}`);
+        const cell = make("td", { className: "mos-candidate" }, make("bdi", {}, candidate.text), probability);
+        if (candidate.token_id === actual) cell.classList.add("mos-actual");
+        return cell;
+      })));
+    const titles = row("th", columns.map(([title]) => title));
+    return make("table", {}, make("thead", {}, titles), make("tbody", {}, ...rows));
+  }
+
+  function show(view, element) {
+    const { components, tokens } = data(view);
+    const detail = view.querySelector(".mos-detail");
+    view.querySelector(".mos-shown")?.classList.remove("mos-shown");
+    element.classList.add("mos-shown");
+    const { token_id, text, prediction } = tokens[element.dataset.index];
+    const title = make("h3", {}, token_id === null ? "What comes next" : make("bdi", {}, text));
+    if (token_id !== null) title.append(` token ${token_id}`);
+    if (prediction === null) {
+      detail.replaceChildren(title, make("p", {}, "Nothing stands before it that it could be predicted from."));
+      return;
+    }
+    const children = [title];
+    if (prediction.nll !== null) {
+      const old = prediction.softmax_nll === null ? "" : `, by the old softmax with ${percent(Math.exp(-prediction.softmax_nll))} (${nats(prediction.softmax_nll)} nats)`;
+      children.push(make("p", {}, `predicted with ${percent(Math.exp(-prediction.nll))} (${nats(prediction.nll)} nats)${old}`));
+    }
+    children.push(mixtureTable(components, prediction));
+    const entropies = [`of the mixture weights ${nats(prediction.mixture_weights_entropy)}`, `of the next token ${nats(prediction.entropy)}`];
+    if (prediction.softmax_entropy !== null) entropies.push(`by the old softmax ${nats(prediction.softmax_entropy)}`);
+    children.push(make("p", { className: "mos-note" }, `Entropy in nats: ${entropies.join(", ")}.`));
+    children.push(make("div", { className: "mos-scroll" }, candidatesTable(components, prediction, token_id)));
+    detail.replaceChildren(...children);
+  }
+
+  function leading(shares) {
+    const k = shares.indexOf(Math.max(...shares));
+    return [k, shares[k]];
+  }
+
+  // What a token is coloured by: the colour, how strong in percent, and the label.
+  const scales = {
+    responsibility: (p, components) => component(components, p.responsibilities ?? p.mixture_weights),
+    weight: (p, components) => component(components, p.mixture_weights),
+    surprise: (p) => (p.nll === null ? null : ["var(--mos-worse)", 75 * Math.min(p.nll / 10, 1), nats(p.nll)]),
+    gain: (p) => {
+      if (p.nll === null || p.softmax_nll === null) return null;
+      const gain = p.softmax_nll - p.nll;
+      const label = `${gain < 0 ? "−" : "+"}${Math.abs(gain).toFixed(1)}`;
+      return [gain < 0 ? "var(--mos-worse)" : "var(--mos-better)", 75 * Math.min(Math.abs(gain) / 2, 1), label];
+    },
+  };
+  function component(components, shares) {
+    const [k, share] = leading(shares);
+    return [components[k].color, 15 + 45 * share, String(k), components[k].stroke];
+  }
+
+  function paint(view, scale) {
+    const { components, tokens } = data(view);
+    for (const element of view.querySelectorAll(".mos-token")) {
+      const { prediction } = tokens[element.dataset.index];
+      const [color, shade, label, stroke] = (prediction && scales[scale](prediction, components)) ?? ["", 0, "", ""];
+      element.style.setProperty("--mos-component", color);
+      element.style.setProperty("--mos-shade", `${shade}%`);
+      element.style.setProperty("--mos-stroke", stroke ?? "solid");
+      element.dataset.label = label;
+    }
+  }
+
+  const viewOf = (target) => target?.closest?.(".mos-inspection");
+  const tokenOf = (target) => target?.closest?.(".mos-token");
+
+  document.addEventListener("pointerover", ({ target }) => {
+    const token = tokenOf(target);
+    if (token && !viewOf(token).mosPinned) show(viewOf(token), token);
+  });
+  document.addEventListener("click", ({ target }) => {
+    const token = tokenOf(target);
+    if (!token) return;
+    const view = viewOf(token);
+    view.mosPinned = view.mosPinned === token ? null : token;
+    show(view, token);
+  });
+  document.addEventListener("keydown", (event) => {
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!step || !event.target.matches?.(".mos-tokens")) return;
+    const view = viewOf(event.target);
+    const elements = [...view.querySelectorAll(".mos-token")];
+    const shown = elements.indexOf(view.querySelector(".mos-shown"));
+    const token = elements[Math.min(Math.max(shown + step, 0), elements.length - 1)];
+    view.mosPinned = token;
+    show(view, token);
+    token.scrollIntoView({ block: "nearest" });
+    event.preventDefault();
+  });
+  document.addEventListener("change", ({ target }) => {
+    if (target.matches?.(".mos-scale")) paint(viewOf(target), target.value);
+  });
+
+  // A view that comes later, as in an app, opens as one that is there from the start.
+  function open() {
+    for (const view of document.querySelectorAll(".mos-inspection:not([data-open])")) {
+      view.dataset.open = "";
+      const first = view.querySelector(`.mos-token[data-index="${data(view).first}"]`);
+      if (first) show(view, first);
+    }
+  }
+  new MutationObserver(open).observe(document.documentElement, { childList: true, subtree: true });
+  open();
+})();

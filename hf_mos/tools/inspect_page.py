@@ -1,0 +1,298 @@
+"""An inspection as one HTML page that needs nothing else: the text coloured by component, tables and plots.
+
+```python
+save_page(inspect_mixture(model, tokenizer, text="The cat sat."), Path("mixture.html"))
+```
+
+`render_view` gives the part that an app shows; the app brings `STYLE` and `SCRIPT`.
+"""
+
+import dataclasses
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .inspect import CorpusInspection, Inspection, Prediction, TextInspection, Token
+from .token_texts import running, visible
+
+FOLDER = Path(__file__).parent
+STYLE = (FOLDER / "inspect_page.css").read_text(encoding="utf-8")
+SCRIPT = (FOLDER / "inspect_page.js").read_text(encoding="utf-8")
+
+# Okabe and Ito's colours, which people who are colour-blind tell apart. From the eighth component on they come again
+# with another stroke, and each component has its number too.
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a800")
+STROKES = ("solid", "dashed", "dotted", "double")
+INK = "#010203"  # stands for the page's own text colour in a plot
+ANNOTATED_COMPONENTS = 10
+
+
+class Swatch(NamedTuple):
+    """How a component is marked."""
+
+    color: str
+    stroke: str
+
+
+class Plot(NamedTuple):
+    svg: str
+    caption: str
+    wide: bool
+
+
+def swatch(k: int) -> Swatch:
+    return Swatch(COLORS[k % len(COLORS)], STROKES[k // len(COLORS) % len(STROKES)])
+
+
+def save_page(inspection: Inspection, path: Path) -> None:
+    """Writes the page of an inspection; what was there stays whole until the new page is."""
+    page = render_page(inspection)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(page, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def render_page(inspection: Inspection) -> str:
+    """The whole page. It loads nothing from anywhere."""
+    title = f"{Path(inspection.model.name).name or inspection.model.backbone}: what its mixture does"
+    return _template("inspect_page.html").render(title=title, style=STYLE, script=SCRIPT, view=render_view(inspection))
+
+
+def render_view(inspection: Inspection) -> str:
+    """The inspection as HTML for a place that has `STYLE` and `SCRIPT`."""
+    K, text, corpus = inspection.model.num_mixtures, inspection.text, inspection.corpus
+    palette = [swatch(k) for k in range(K)]
+    context: dict[str, Any] = {"model": inspection.model, "text": text, "corpus": corpus, "palette": palette}
+    plots: list[Plot] = []
+    if text is not None:
+        predictions = [*(token.prediction for token in text.tokens), text.next]
+        context |= {
+            "components": [
+                swatch(k)._asdict() | {"mean_weight": _mean(p.mixture_weights[k] for p in predictions if p)}
+                for k in range(K)
+            ],
+            "spans": [_span(token) for token in text.tokens] + [{"text": "▸", "label": "", "style": ""}],
+            "data": _json_for_script(text, palette),
+            "text_figures": _text_figures(text),
+        }
+        plots.append(plot_text(text, K))
+    if corpus is not None:
+        context["corpus_figures"] = _corpus_figures(corpus)
+        plots.append(plot_usage(corpus))
+        if K > 1:
+            plots.append(plot_divergence(corpus))
+        if corpus.rank is not None:
+            plots.append(plot_singular_values(corpus))
+    return _template("inspect_view.html").render(context, plots=plots)
+
+
+def _template(name: str) -> Any:
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, trim_blocks=True)
+    environment.filters["visible"] = visible
+    return environment.get_template(name)
+
+
+def _span(token: Token) -> dict[str, str]:
+    """A token as the page shows it before any script has run: coloured by the component that is responsible."""
+    label, style = "", ""
+    if token.prediction is not None and token.prediction.responsibilities is not None:
+        shares = token.prediction.responsibilities
+        k = max(range(len(shares)), key=shares.__getitem__)
+        color, stroke = swatch(k)
+        label = str(k)
+        style = f"--mos-component: {color}; --mos-stroke: {stroke}; --mos-shade: {15 + 45 * shares[k]:.0f}%"
+    return {"text": running(token.text), "label": label, "style": style}
+
+
+def _json_for_script(text: TextInspection, palette: list[Swatch]) -> Any:
+    """What the script shows, as JSON that cannot end the element that holds it."""
+    from markupsafe import Markup
+
+    tokens = [*({"token_id": t.token_id, "text": t.text, "prediction": t.prediction} for t in text.tokens)]
+    tokens.append({"token_id": None, "text": "", "prediction": text.next})
+    data = {"components": [entry._asdict() for entry in palette], "tokens": tokens, "first": _first_shown(text)}
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        if isinstance(value, dict):
+            return {key: visible(entry) if key == "text" else plain(entry) for key, entry in value.items()}
+        return [plain(entry) for entry in value] if isinstance(value, list) else value
+
+    encoded = json.dumps(plain(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return Markup(encoded.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def _first_shown(text: TextInspection) -> int:
+    """The token that is shown at first: the one that the mixture predicts the most better than the old softmax."""
+
+    def gain(index: int) -> float:
+        prediction = text.tokens[index].prediction
+        if prediction is None or prediction.nll is None:
+            return -math.inf
+        return (prediction.softmax_nll or 0.0) - prediction.nll
+
+    return max(range(len(text.tokens)), key=gain)
+
+
+def _text_figures(text: TextInspection) -> list[tuple[str, str]]:
+    predictions = [token.prediction for token in text.tokens if token.prediction is not None]
+    figures = []
+    if predictions:
+        figures.append(("nll per token", f"{_mean(p.nll for p in predictions):.3f}"))
+        if predictions[0].softmax_nll is not None:
+            figures.append(("old softmax's nll", f"{_mean(p.softmax_nll for p in predictions):.3f}"))
+    everywhere: list[Prediction] = [*predictions, text.next]
+    figures.append(("entropy of the weights", f"{_mean(p.mixture_weights_entropy for p in everywhere):.3f}"))
+    figures.append(("entropy of the next token", f"{_mean(p.entropy for p in everywhere):.3f}"))
+    return figures
+
+
+def _corpus_figures(corpus: CorpusInspection) -> list[tuple[str, str]]:
+    figures = [("nll per token", f"{corpus.nll:.4f}")]
+    if corpus.softmax_nll is not None:
+        figures.append(("old softmax's nll", f"{corpus.softmax_nll:.4f}"))
+    figures.append(("perplexity", f"{math.exp(corpus.nll):,.2f}"))
+    figures.append(("entropy of the weights", f"{corpus.mixture_weights_entropy:.3f}"))
+    figures.append(("entropy of the next token", f"{corpus.entropy:.3f}"))
+    if corpus.rank is not None:
+        figures.append(("rank", f"{corpus.rank.mixture:,}"))
+        if corpus.rank.softmax is not None:
+            figures.append(("old softmax's rank", f"{corpus.rank.softmax:,}"))
+        figures.append(("bound of one softmax", f"{corpus.rank.bound:,}"))
+    return figures
+
+
+def _mean(values: Any) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+# ----------------------------------------------------------------------------------------------------------- the plots
+
+
+def plot_text(text: TextInspection, num_mixtures: int) -> Plot:
+    predictions = [token.prediction for token in text.tokens] + [text.next]
+    positions = range(len(predictions))
+
+    def draw(figure: Any) -> None:
+        weights_axes, nll_axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+        bottom = [0.0] * len(predictions)
+        for k in range(num_mixtures):
+            weights = [p.mixture_weights[k] if p else 0.0 for p in predictions]
+            color = swatch(k).color
+            top = [below + weight for below, weight in zip(bottom, weights, strict=True)]
+            weights_axes.fill_between(positions, bottom, top, step="mid", color=color, label=str(k), linewidth=0)
+            bottom = top
+        weights_axes.set(ylabel="mixture weights", ylim=(0, 1), xlim=(-0.5, len(predictions) - 0.5))
+        legend(weights_axes, num_mixtures)
+        scored = [(i, p) for i, p in enumerate(predictions) if p and p.nll is not None]
+        lines = [("old softmax", "softmax_nll", COLORS[5], "--"), ("mixture", "nll", COLORS[0], "-")]
+        for label, field, color, style in lines:
+            points = [(i, value) for i, p in scored if (value := getattr(p, field)) is not None]
+            if points:
+                nll_axes.plot(*zip(*points, strict=True), style, color=color, label=label, linewidth=1.2, marker=".")
+        nll_axes.set(ylabel="nll", xlabel="token", ylim=(0, None))
+        if scored:
+            nll_axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, labelcolor=INK)
+
+    caption = "Top: the mixture weights with which each token is predicted. Bottom: its nll."
+    return Plot(svg(draw, 11, 3.4, caption), caption, wide=True)
+
+
+def plot_usage(corpus: CorpusInspection) -> Plot:
+    K = len(corpus.components)
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for k, component in enumerate(corpus.components):
+            color = swatch(k).color
+            axes.bar(k - 0.2, component.mean_weight, 0.36, color=color)
+            axes.bar(k + 0.2, component.responsibility, 0.36, color=color, alpha=0.5, hatch="///", edgecolor=INK)
+        axes.axhline(1 / K, color=INK, linewidth=0.8, linestyle=":")
+        axes.set(xlabel="component", ylabel="share", xticks=range(K))
+
+    caption = "Usage (plain) and responsibility (hatched) of each component; dotted: all alike."
+    return Plot(svg(draw, 5, 3.2, caption), caption, wide=False)
+
+
+def plot_divergence(corpus: CorpusInspection) -> Plot:
+    K = len(corpus.components)
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        mesh = axes.pcolormesh(corpus.divergence, cmap="cividis", vmin=0, edgecolors="none")
+        axes.invert_yaxis()
+        ticks = [k + 0.5 for k in range(K)]
+        axes.set(xticks=ticks, yticks=ticks, aspect="equal", xlabel="component", ylabel="component")
+        axes.set_xticklabels(range(K))
+        axes.set_yticklabels(range(K))
+        largest = max(map(max, corpus.divergence))
+        for j in range(K if K <= ANNOTATED_COMPONENTS else 0):
+            for k in range(K):
+                value = corpus.divergence[j][k]
+                ink = "black" if value > largest / 2 else "white"
+                axes.text(k + 0.5, j + 0.5, f"{value:.2f}", ha="center", va="center", color=ink)
+        bar = figure.colorbar(mesh, ax=axes)
+        bar.outline.set_edgecolor(INK)
+        bar.ax.tick_params(colors=INK)
+
+    caption = f"Jensen-Shannon divergence of each two components, in nats; at most {math.log(2):.2f}."
+    return Plot(svg(draw, 5, 3.2, caption), caption, wide=False)
+
+
+def plot_singular_values(corpus: CorpusInspection) -> Plot:
+    rank = corpus.rank
+    assert rank is not None
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        lines = [("mixture", rank.singular_values, COLORS[0], "-")]
+        if rank.softmax_singular_values is not None:
+            lines.append(("old softmax", rank.softmax_singular_values, COLORS[5], "--"))
+        for label, values, color, style in lines:
+            shares = [value / values[0] for value in values]
+            axes.plot(range(1, len(shares) + 1), shares, style, color=color, label=label)
+        axes.axvline(rank.bound, color=INK, linewidth=0.8, linestyle=":")
+        axes.set(xlabel="singular value", ylabel="share of the largest", yscale="log", xscale="log")
+        axes.legend(frameon=False, labelcolor=INK)
+
+    caption = f"Singular values of the log-probability matrix; dotted: {rank.bound:,}, the bound of one softmax."
+    return Plot(svg(draw, 5, 3.2, caption), caption, wide=False)
+
+
+def legend(axes: Any, num_mixtures: int) -> None:
+    columns = -(-num_mixtures // 8)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.05), ncols=columns, frameon=False, labelcolor=INK)
+
+
+def svg(draw: Callable[[Any], None], width: float, height: float, label: str) -> str:
+    """A figure of `width` x `height` inches as an SVG element, in the page's own text colour, without a background."""
+    import matplotlib
+    from markupsafe import escape
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    style: Any = {f"{name}.color": INK for name in ("text", "xtick", "ytick", "hatch")}
+    style |= {f"axes.{name}": INK for name in ("edgecolor", "labelcolor")}
+    style |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
+    style |= {"svg.fonttype": "none", "svg.hashsalt": "hf_mos", "font.family": "sans-serif"}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        draw(figure)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    drawing = buffer.getvalue()
+    drawing = drawing[drawing.index("<svg") :]
+    drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.DOTALL)
+    drawing = re.sub(r' id="[A-Za-z]+_[A-Za-z0-9_.]*\d"', "", drawing)  # other plots of the page have the same
+    drawing = drawing.replace(INK, "currentColor")
+    return drawing.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
