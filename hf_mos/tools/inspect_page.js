@@ -7,7 +7,7 @@
     element.append(...children);
     return element;
   };
-  const percent = (value) => `${(100 * value).toFixed(value < 0.0995 ? 1 : 0)} %`;
+  const percent = (value) => (value < 0.0005 ? "< 0.1 %" : `${(100 * value).toFixed(value < 0.0995 ? 1 : 0)} %`);
   const nats = (value) => (value === null ? "–" : value.toFixed(2));
 
   function swatch(components, k) {

@@ -40,13 +40,22 @@ class Swatch(NamedTuple):
 
 
 class Plot(NamedTuple):
+    """A plot as an SVG element, and what it shows."""
+
     svg: str
     caption: str
-    wide: bool
 
 
 def swatch(k: int) -> Swatch:
     return Swatch(COLORS[k % len(COLORS)], STROKES[k // len(COLORS) % len(STROKES)])
+
+
+def check_target(path: Path) -> None:
+    """ValueError if no page can be written there, or what draws its plots is not installed."""
+    import matplotlib  # noqa: F401
+
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"html: expected a file in a folder that is there, given {str(path)!r}")
 
 
 def save_page(inspection: Inspection, path: Path) -> None:
@@ -80,7 +89,7 @@ def render_view(inspection: Inspection) -> str:
             "data": _json_for_script(text, palette),
             "text_figures": _text_figures(text),
         }
-        plots.append(plot_text(text, K))
+        context["text_plot"] = plot_text(text, K)
     if corpus is not None:
         context["corpus_figures"] = _corpus_figures(corpus)
         plots.append(plot_usage(corpus))
@@ -121,10 +130,12 @@ def _json_for_script(text: TextInspection, palette: list[Swatch]) -> Any:
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value):
-            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+            return plain(vars(value))
         if isinstance(value, dict):
             return {key: visible(entry) if key == "text" else plain(entry) for key, entry in value.items()}
-        return [plain(entry) for entry in value] if isinstance(value, list) else value
+        if isinstance(value, list):
+            return [plain(entry) for entry in value]
+        return float(f"{value:.5g}") if isinstance(value, float) else value  # more is not shown
 
     encoded = json.dumps(plain(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Markup(encoded.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
@@ -198,13 +209,13 @@ def plot_text(text: TextInspection, num_mixtures: int) -> Plot:
         for label, field, color, style in lines:
             points = [(i, value) for i, p in scored if (value := getattr(p, field)) is not None]
             if points:
-                nll_axes.plot(*zip(*points, strict=True), style, color=color, label=label, linewidth=1.2, marker=".")
+                nll_axes.plot(*zip(*points, strict=True), style, color=color, label=label, linewidth=1.2)
         nll_axes.set(ylabel="nll", xlabel="token", ylim=(0, None))
         if scored:
             nll_axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, labelcolor=INK)
 
     caption = "Top: the mixture weights with which each token is predicted. Bottom: its nll."
-    return Plot(svg(draw, 11, 3.4, caption), caption, wide=True)
+    return Plot(svg(draw, 11, 3.4, caption), caption)
 
 
 def plot_usage(corpus: CorpusInspection) -> Plot:
@@ -220,7 +231,7 @@ def plot_usage(corpus: CorpusInspection) -> Plot:
         axes.set(xlabel="component", ylabel="share", xticks=range(K))
 
     caption = "Usage (plain) and responsibility (hatched) of each component; dotted: all alike."
-    return Plot(svg(draw, 5, 3.2, caption), caption, wide=False)
+    return Plot(svg(draw, 5, 3.2, caption), caption)
 
 
 def plot_divergence(corpus: CorpusInspection) -> Plot:
@@ -245,7 +256,7 @@ def plot_divergence(corpus: CorpusInspection) -> Plot:
         bar.ax.tick_params(colors=INK)
 
     caption = f"Jensen-Shannon divergence of each two components, in nats; at most {math.log(2):.2f}."
-    return Plot(svg(draw, 5, 3.2, caption), caption, wide=False)
+    return Plot(svg(draw, 5, 3.2, caption), caption)
 
 
 def plot_singular_values(corpus: CorpusInspection) -> Plot:
@@ -265,7 +276,7 @@ def plot_singular_values(corpus: CorpusInspection) -> Plot:
         axes.legend(frameon=False, labelcolor=INK)
 
     caption = f"Singular values of the log-probability matrix; dotted: {rank.bound:,}, the bound of one softmax."
-    return Plot(svg(draw, 5, 3.2, caption), caption, wide=False)
+    return Plot(svg(draw, 5, 3.2, caption), caption)
 
 
 def legend(axes: Any, num_mixtures: int) -> None:
