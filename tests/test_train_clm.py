@@ -1,6 +1,5 @@
 """`examples/train_clm.py` as people run it."""
 
-import importlib.util
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_mos import MoSForCausalLM
+from hf_mos.tools import train
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_clm.py"
 END = "<|end|>"
@@ -53,12 +53,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def train_clm() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_clm", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return train
 
 
 @pytest.fixture

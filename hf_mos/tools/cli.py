@@ -26,7 +26,11 @@ app = typer.Typer(
 console, errors = Console(), Console(stderr=True)
 
 # What is missing where an optional package is not installed; for the others it is `cli`.
-EXTRAS = {"fastapi": "serve", "uvicorn": "serve", "openai": "serve", "pydantic": "serve"}
+EXTRAS = {"fastapi": "serve", "uvicorn": "serve", "openai": "serve", "pydantic": "serve", "matplotlib": "inspect"}
+PAGE_CHARACTERS = 1000  # of a file, that its page shows token by token
+
+# For a command that hands its options to a parser of its own, `--help` included.
+PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of a causal LM.", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Commit, branch or tag of the model.", show_default=False)]
@@ -46,7 +50,7 @@ def run() -> NoReturn:
         errors.print("interrupted")
         sys.exit(130)
     except Exception as error:
-        if "--debug" in sys.argv:
+        if sys.argv[1:2] == ["--debug"]:
             raise
         fail(message_of(error))
     sys.exit(0)
@@ -204,23 +208,24 @@ def evaluate_command(
 
     $ hf-mos evaluate gpt2 --dataset Salesforce/wikitext --dataset-config wikitext-2-raw-v1 --join-rows --json
     """
-    from . import evaluate as evaluation
+    from .evaluate import evaluate
     from .loading import describe_machine, load_model, load_tokenizer
+    from .texts import read_dataset, read_texts
 
     if (file is None) == (dataset is None):
         given = "neither" if file is None else "both"
         raise typer.BadParameter(f"expected --file or --dataset, one of the two, given {given}")
     if file is not None:
-        texts = evaluation.read_texts(file, text_column)
+        texts = read_texts(file, text_column)
     else:
         assert dataset is not None
-        texts = evaluation.read_dataset(dataset, dataset_config, split, text_column)
+        texts = read_dataset(dataset, dataset_config, split, text_column)
     if join_rows:
         texts = ["".join(texts)]
     own_tokenizer = {} if tokenizer is not None else {"revision": revision}
     loaded_tokenizer = load_tokenizer(tokenizer or model, trust_remote_code=trust_remote_code, **own_tokenizer)
     loaded = load_model(model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    result = evaluation.evaluate(
+    result = evaluate(
         loaded,
         loaded_tokenizer,
         texts,
@@ -245,6 +250,108 @@ def evaluate_command(
             "window, stride": f"{result.window}, {result.stride}",
         },
     )
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Model,
+    text: Annotated[str | None, typer.Option(help="Looked at token by token.", show_default=False)] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text, or rows of .json, .jsonl, .csv, .parquet, looked at on average.",
+            show_default=False,
+        ),
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="Column of the text, in rows.")] = "text",
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a page with plots here. Without --text it shows the file's beginning too.", show_default=False
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Candidates and tokens that are listed.")] = 5,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of the file, the first.", show_default="all")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens read at a time.", show_default="the model's positions, at most 2048")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens by which the window slides.", show_default="half of the window")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or Hub id, where it is not the model's own.", show_default=False)
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """What a mixture does: on a text token by token, over a file on average.
+
+    Of each token the mixture weights, who is responsible, and what each component, the mixture and the old softmax
+    expected; of a file usage and responsibility of each component, how far they are apart, and the rank of the
+    log-probability matrix against the bound of one softmax.
+
+    Examples:
+
+    $ hf-mos inspect gpt2-mos --text "The cat sat on the mat."
+
+    $ hf-mos inspect gpt2-mos --file book.txt --max-tokens 20000 --html mixture.html
+    """
+    from .inspect import inspect_mixture
+    from .loading import load_model, load_tokenizer
+    from .texts import read_texts
+
+    if text is None and file is None:
+        raise typer.BadParameter("expected --text or --file, given neither")
+    corpus = None if file is None else read_texts(file, text_column)
+    if text is None and html is not None:
+        assert corpus is not None
+        text = next((entry[:PAGE_CHARACTERS] for entry in corpus if entry.strip()), None)
+    if html is not None:
+        from .inspect_page import check_target, save_page
+
+        check_target(html)
+    own_tokenizer = {} if tokenizer is not None else {"revision": revision}
+    inspection = inspect_mixture(
+        load_model(model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code),
+        load_tokenizer(tokenizer or model, trust_remote_code=trust_remote_code, **own_tokenizer),
+        text=text,
+        corpus=corpus,
+        top=top,
+        window=window,
+        stride=stride,
+        max_tokens=max_tokens,
+        track=functools.partial(track, description="inspecting"),
+    )
+    if html is not None:
+        save_page(inspection, html)
+    if as_json:
+        print(inspection.to_json())
+    elif html is not None:
+        console.print(f"{html} shows it", markup=False)
+    else:
+        from .inspect_tables import tables
+
+        console.print(tables(inspection))
+
+
+@app.command("train", context_settings=PASS_ON, add_help_option=False)
+def train_command(context: typer.Context) -> None:
+    """Fine-tune a model with a mixture, with the Trainer. Every option of TrainingArguments works.
+
+    Example:
+
+    $ hf-mos train --model gpt2 --num-mixtures 4 --train-file book.txt --output-dir gpt2-mos
+    """
+    from .train import parse_options, train
+
+    try:
+        options = parse_options(context.args, prog=context.command_path)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    train(*options)
 
 
 # -------------------------------------------------------------------------------------------------------------- output

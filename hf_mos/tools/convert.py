@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..configuration_mos import MoSConfig
 from ..modeling_mos import MoSForCausalLM
-from .loading import check_device, hub_options, load_model, load_tokenizer
+from .loading import check_device, check_exists, hub_options, load_model, load_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -72,6 +72,7 @@ def convert(
         ValueError: an option is unknown or out of range, the folder is not empty, or the model cannot be converted.
     """
     check_folder(folder, model, overwrite)
+    check_exists(model)
     if device not in (None, "auto"):
         check_device(device)
     config = AutoConfig.from_pretrained(model, **hub_options(revision, trust_remote_code))

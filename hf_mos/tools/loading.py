@@ -30,6 +30,7 @@ def load_model(
         OSError: there is no such model.
         ValueError: an option is unknown, or the model is none that loads.
     """
+    check_exists(model)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype: expected 'auto' or a dtype of torch such as 'bfloat16', given {dtype!r}")
     return AutoModelForCausalLM.from_pretrained(
@@ -41,6 +42,7 @@ def load_tokenizer(
     model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """Equivalent to: `AutoTokenizer.from_pretrained(model, ...)`."""
+    check_exists(model)
     return AutoTokenizer.from_pretrained(model, **hub_options(revision, trust_remote_code))
 
 
@@ -48,6 +50,13 @@ def hub_options(revision: str | None, trust_remote_code: bool) -> dict[str, Any]
     """The arguments of `from_pretrained` for a commit of a repository, its code included."""
     revisions = {} if revision is None else {"revision": revision, "code_revision": revision}
     return {"trust_remote_code": trust_remote_code, **revisions}
+
+
+def check_exists(model: str | Path) -> None:
+    """ValueError where a model is named that can only be a folder, and there is none."""
+    name = str(model)
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name) and not Path(name).is_dir():
+        raise ValueError(f"model: expected a folder or a Hub id, given {name!r}, which is neither")
 
 
 def choose_device(device: str | None) -> str:

@@ -1,0 +1,50 @@
+"""Text from files and datasets."""
+
+from pathlib import Path
+from typing import Any
+
+# The readers of `datasets.load_dataset`.
+FILE_READERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def read_texts(file: Path, text_column: str = "text") -> list[str]:
+    """The texts of a file: the rows of .json, .jsonl, .csv and .parquet, of any other file the whole as one text.
+
+    Raises:
+        ValueError: there is no such file, it is no UTF-8, it has no such column, or it is empty.
+    """
+    if not file.is_file():
+        raise ValueError(f"file: expected a file, given {str(file)!r}, which is none")
+    if file.stat().st_size == 0:
+        raise ValueError(f"file: expected some text, given {str(file)!r}, which is empty")
+    reader = FILE_READERS.get(file.suffix, "text")
+    if reader != "text":
+        from datasets import load_dataset
+
+        return column(load_dataset(reader, data_files=str(file), split="train"), text_column)
+    try:
+        return [file.read_bytes().decode()]  # its line ends too are as they are
+    except UnicodeDecodeError as error:
+        raise ValueError(f"file: expected UTF-8, given {str(file)!r}: {error}") from error
+
+
+def read_dataset(
+    name: str, config_name: str | None = None, split: str = "test", text_column: str = "text"
+) -> list[str]:
+    """The rows of a dataset of the Hub, or of a folder that `load_dataset` reads.
+
+    Raises:
+        ValueError: it has no such split or column.
+    """
+    from datasets import load_dataset
+
+    return column(load_dataset(name, config_name, split=split), text_column)
+
+
+def column(rows: Any, name: str) -> list[str]:
+    if name not in rows.column_names:
+        raise ValueError(f"text_column: expected one of {rows.column_names}, given {name!r}")
+    texts = rows[name][:]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"text_column: expected a column of text, given {name!r}")
+    return texts

@@ -1,0 +1,416 @@
+"""Fine-tunes a causal language model with a mixture of softmaxes for its head, with the Trainer.
+
+    hf-mos train --model gpt2 --num-mixtures 4 --train-file book.txt --output-dir out
+    accelerate launch -m hf_mos.tools.train --model Qwen/Qwen3-0.6B-Base --latent-rank 32 \\
+        --dataset-name Salesforce/wikitext --dataset-config-name wikitext-103-raw-v1 \\
+        --bf16 --learning-rate 1e-4 --per-device-train-batch-size 4 --output-dir out
+
+The text is packed into blocks of `--block-size` tokens. `--head softmax` trains the same model with its own head, to
+compare. A `--model` that has a mixture already is trained on. `--from-scratch` takes a config and draws new weights.
+The output folder holds the model with its tokenizer, its card and its metrics; every option of TrainingArguments works
+(`--push-to-hub`, `--resume-from-checkpoint last`, `--gradient-checkpointing`, ...), and perplexity is exp(nats per
+token).
+"""
+
+import argparse
+import math
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset, DatasetDict, load_dataset
+from huggingface_hub import EvalResult
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from ..configuration_mos import MoSConfig
+from ..modeling_mos import MoSForCausalLM
+from .callbacks import MixtureUsage, StopOnNonFiniteLoss, last_whole_checkpoint
+from .card import model_card
+from .loading import describe_machine
+from .texts import FILE_READERS
+
+LONGEST_DEFAULT_BLOCK = 1024
+
+
+@dataclass
+class ModelOptions:
+    """The model and its head. What is not given of the head is as MoSConfig has it."""
+
+    model: str | None = field(default=None, metadata={"help": "Path or Hub id of a causal LM, mixture or not."})
+    from_scratch: str | None = field(default=None, metadata={"help": "Path or Hub id of a config: new weights."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Path or Hub id, where it is not the model's own."})
+    head: Literal["mixture", "softmax"] = field(
+        default="mixture", metadata={"help": "softmax: keep the model's own head."}
+    )
+    num_mixtures: int | None = field(default=None, metadata={"help": "K, the number of softmaxes."})
+    latent_rank: int | None = field(
+        default=None, metadata={"help": "R: the components differ in one shared subspace of this rank. Cheaper."}
+    )
+    latent_activation: Literal["identity", "tanh"] | None = field(
+        default=None, metadata={"help": "On the latents; tanh as in the paper."}
+    )
+    latent_bias: bool | None = field(default=None, metadata={"help": "Give the latent projection a bias."})
+    latent_dropout: float | None = field(default=None, metadata={"help": "Dropout probability on the latents."})
+    balance_coefficient: float | None = field(
+        default=None, metadata={"help": "Of the loss that keeps the mixture weights balanced; 0.01 is mild."}
+    )
+    prior_bias: bool | None = field(default=None, metadata={"help": "Give the prior a bias."})
+    tie_word_embeddings: bool | None = field(default=None, metadata={"help": "false: untie the decoder."})
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
+        default="float32", metadata={"help": "Of the weights. Leave it, and train in mixed precision with --bf16."}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "As in from_pretrained."})
+    revision: str = field(default="main", metadata={"help": "Commit, branch or tag of --model or --from-scratch."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the model repository's own code."})
+
+    HEAD_OPTIONS = (
+        "num_mixtures",
+        "latent_rank",
+        "latent_activation",
+        "latent_bias",
+        "latent_dropout",
+        "balance_coefficient",
+        "prior_bias",
+        "tie_word_embeddings",
+    )
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.from_scratch is None):
+            raise ValueError("expected --model or --from-scratch, one of the two, given " + given(self, "model"))
+        if self.from_scratch is not None and self.tokenizer is None:
+            raise ValueError("--tokenizer: expected a path or Hub id with --from-scratch, given none")
+        if self.head == "softmax" and self.head_options():
+            raise ValueError(f"--head softmax: expected no options of a mixture, given {self.head_options()}")
+
+    @property
+    def source(self) -> str:
+        """What is loaded: the model, or the config alone."""
+        source = self.from_scratch if self.model is None else self.model
+        assert source is not None
+        return source
+
+    def head_options(self) -> dict[str, Any]:
+        options = {name: getattr(self, name) for name in self.HEAD_OPTIONS}
+        return {name: value for name, value in options.items() if value is not None}
+
+
+@dataclass
+class DataOptions:
+    """The text, from files or from a dataset."""
+
+    train_file: str | None = field(default=None, metadata={"help": f"One of {', '.join(FILE_READERS)}."})
+    validation_file: str | None = field(default=None, metadata={"help": "As --train-file."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, or a folder that load_dataset reads."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "As in load_dataset."})
+    text_column: str = field(default="text", metadata={"help": "Column of the text."})
+    validation_share: float = field(
+        default=0.05,
+        metadata={"help": "Where there is no validation set: the last part of the training set, in [0, 1)."},
+    )
+    block_size: int | None = field(
+        default=None,
+        metadata={"help": f"Tokens in a block. Default: the model's positions, at most {LONGEST_DEFAULT_BLOCK}."},
+    )
+    preprocessing_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+
+    def __post_init__(self) -> None:
+        if (self.train_file is None) == (self.dataset_name is None):
+            raise ValueError(
+                "expected --train-file or --dataset-name, one of the two, given " + given(self, "train_file")
+            )
+        if self.validation_file is not None and self.train_file is None:
+            raise ValueError("--validation-file: expected with --train-file only, given with --dataset-name")
+        for option, file in (("--train-file", self.train_file), ("--validation-file", self.validation_file)):
+            if file is None:
+                continue
+            if not Path(file).is_file():
+                raise ValueError(f"{option}: expected a file, given {file!r}, which is none")
+            if Path(file).suffix not in FILE_READERS:
+                raise ValueError(f"{option}: expected one of {', '.join(FILE_READERS)}, given {file!r}")
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(f"--validation-share: expected a number in [0, 1), given {self.validation_share}")
+        if self.block_size is not None and self.block_size < 2:
+            raise ValueError(f"--block-size: expected at least 2 tokens, given {self.block_size}")
+
+    @property
+    def name(self) -> str:
+        return self.dataset_name or Path(str(self.train_file)).name
+
+
+def given(options: Any, name: str) -> str:
+    return "both" if getattr(options, name) is not None else "neither"
+
+
+class CardTrainer(Trainer):
+    """A Trainer that writes, and pushes, the model card of a mixture."""
+
+    dataset_name: str
+    base_model: str | None = None  # a Hub id
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, MoSForCausalLM):
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            card = model_card(
+                model,
+                model_id=self.hub_model_id or str(self.args.output_dir),
+                eval_results=self.eval_results(),
+                command=own_command(),
+                machine=f"{self.args.world_size} x {describe_machine(self.args.device)}",
+                base_model=self.base_model,
+            )
+            card.save(Path(str(self.args.output_dir), "README.md"))
+
+    def eval_results(self) -> list[EvalResult]:
+        losses = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]
+        if not losses:
+            return []
+        return [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=self.dataset_name,
+                dataset_name=self.dataset_name,
+                dataset_split="validation",
+                metric_type="perplexity",
+                metric_name="perplexity per token",
+                metric_value=round(math.exp(losses[-1]), 3),
+            )
+        ]
+
+
+def own_command() -> str:
+    """The command that this process was started with, without the folders of this machine."""
+    script = Path(sys.argv[0])
+    if script.resolve() == Path(__file__).resolve():
+        launcher = ["python", "-m", "hf_mos.tools.train"]
+    else:
+        name = script.name if script.is_absolute() else str(script)
+        launcher = ["python", name] if script.suffix == ".py" else [script.name]
+    return shlex.join([*launcher, *sys.argv[1:]])
+
+
+Options = tuple[ModelOptions, DataOptions, TrainingArguments]
+
+
+def parse_options(arguments: list[str] | None = None, prog: str | None = None) -> Options:
+    """The options of a command line; `None`: of this process."""
+    description, _, examples = (__doc__ or "").partition("\n\n")
+    parser = HfArgumentParser(
+        [ModelOptions, DataOptions, TrainingArguments],  # type: ignore[list-item]
+        prog=prog,
+        description=description,
+        epilog=examples,
+        formatter_class=HelpFormatter,
+    )
+    return parser.parse_args_into_dataclasses(arguments)  # type: ignore[return-value]
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Leaves the lines of the examples as they are."""
+
+
+def main() -> None:
+    train(*parse_options())
+
+
+def train(model_options: ModelOptions, data_options: DataOptions, training_arguments: TrainingArguments) -> None:
+    """Trains, evaluates, saves the model with its card and, where asked, pushes it."""
+    resume_from = checkpoint_to_resume(training_arguments)
+    set_seed(training_arguments.seed)
+
+    tokenizer = load_tokenizer(model_options)
+    config = load_config(model_options)
+    block_size = choose_block_size(data_options.block_size, config)
+    with training_arguments.main_process_first(desc="reading the text"):
+        text = load_text(data_options)
+        blocks = pack(text, tokenizer, block_size, data_options)
+    model = load_model(model_options, config, tokenizer)
+
+    trainer = CardTrainer(
+        model=model,
+        args=training_arguments,
+        train_dataset=blocks["train"],
+        eval_dataset=blocks.get("validation"),
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+        callbacks=[StopOnNonFiniteLoss()],
+    )
+    if isinstance(model, MoSForCausalLM):
+        MixtureUsage().add_to(trainer)
+    trainer.dataset_name = data_options.name
+    if model_options.model is not None and not Path(model_options.model).exists():
+        trainer.base_model = model_options.model
+    metrics = trainer.train(resume_from_checkpoint=resume_from).metrics
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    if "validation" in blocks:
+        metrics = trainer.evaluate()
+        metrics["perplexity"] = math.exp(metrics["eval_loss"])
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    trainer.save_model()
+    trainer.save_state()
+    if training_arguments.push_to_hub:
+        trainer.push_to_hub()
+    else:
+        trainer.create_model_card()
+
+
+def checkpoint_to_resume(training_arguments: TrainingArguments) -> str | None:
+    """The checkpoint's folder; `last` (or `true`) names the last whole one in the output folder."""
+    asked = training_arguments.resume_from_checkpoint
+    if asked is None:
+        return None
+    folder = Path(str(training_arguments.output_dir))
+    checkpoint = last_whole_checkpoint(folder) if asked.lower() in ("last", "true") else asked
+    if checkpoint is None:
+        raise ValueError(f"--resume-from-checkpoint {asked}: expected a whole checkpoint in {folder}, found none")
+    if not Path(checkpoint).is_dir():
+        raise ValueError(f"--resume-from-checkpoint: expected a folder, given {checkpoint!r}")
+    training_arguments.resume_from_checkpoint = checkpoint
+    return checkpoint
+
+
+# -------------------------------------------------------------------------------------------------------------- model
+
+
+def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
+    if options.tokenizer is not None:
+        return AutoTokenizer.from_pretrained(options.tokenizer, trust_remote_code=options.trust_remote_code)
+    return AutoTokenizer.from_pretrained(options.source, **hub_options(options))
+
+
+def hub_options(options: ModelOptions) -> dict[str, Any]:
+    return {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+
+
+def load_config(options: ModelOptions) -> PreTrainedConfig:
+    config = AutoConfig.from_pretrained(options.source, **hub_options(options))
+    if config.model_type == MoSConfig.model_type:
+        if options.head == "softmax":
+            raise ValueError(f"--head softmax: expected a model without a mixture, given {options.model!r}")
+        for name, value in options.head_options().items():
+            if getattr(config, name) != value:
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: the model has {getattr(config, name)!r}, given {value!r}"
+                )
+    return config
+
+
+def load_model(options: ModelOptions, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The causal LM with a mixture in the place of its head, or as it is where that is asked for or done already."""
+    loading: dict[str, Any] = {"dtype": options.dtype, **hub_options(options)}
+    if options.attn_implementation is not None:
+        loading["attn_implementation"] = options.attn_implementation
+    converts = options.head == "mixture" and config.model_type != MoSConfig.model_type
+    if options.from_scratch is not None:
+        config.vocab_size = len(tokenizer)
+        dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = MoSForCausalLM.from_causal_lm(model, **options.head_options()) if converts else model
+    elif converts:
+        model = MoSForCausalLM.from_causal_lm(options.source, **options.head_options(), **loading)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(options.source, **loading)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(f"--tokenizer: expected at most the model's {rows} tokens, given {len(tokenizer)}")
+    return model
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+
+
+def load_text(options: DataOptions) -> DatasetDict:
+    """The training set, and a validation set where there is one or a share is split off."""
+    if options.dataset_name is not None:
+        text = load_dataset(options.dataset_name, options.dataset_config_name)
+        if "train" not in text:
+            raise ValueError(f"--dataset-name: expected a split named 'train', given {sorted(text)}")
+    else:
+        files = {"train": options.train_file, "validation": options.validation_file}
+        text = DatasetDict({split: read_file(file) for split, file in files.items() if file is not None})
+    for split in set(text) & {"train", "validation"}:
+        if options.text_column not in text[split].column_names:
+            raise ValueError(
+                f"--text-column: expected one of {text[split].column_names} of the {split} set, "
+                f"given {options.text_column!r}"
+            )
+    if "validation" not in text and options.validation_share > 0:
+        parts = text["train"].train_test_split(test_size=options.validation_share, shuffle=False)
+        text["train"], text["validation"] = parts["train"], parts["test"]
+    return DatasetDict({split: text[split] for split in ("train", "validation") if split in text})
+
+
+def read_file(file: str) -> Dataset:
+    reader = FILE_READERS[Path(file).suffix]
+    options = {"keep_linebreaks": True} if reader == "text" else {}
+    return load_dataset(reader, data_files=file, split="train", **options)
+
+
+def pack(
+    text: DatasetDict, tokenizer: PreTrainedTokenizerBase, block_size: int, options: DataOptions
+) -> dict[str, Dataset]:
+    """Blocks of tokens, one text after the other; what is left at the end of a set and fills no block is dropped.
+
+    The rows of a dataset are texts of their own and each ends with the tokenizer's end-of-sequence token; the lines of
+    a text file are one text.
+    """
+    is_lines = options.train_file is not None and FILE_READERS[Path(options.train_file).suffix] == "text"
+    end = [] if is_lines or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def tokenize(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        ids = tokenizer(rows[options.text_column], add_special_tokens=False, verbose=False).input_ids
+        return {"input_ids": [row + end for row in ids]}
+
+    def cut(rows: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        tokens = [token for row in rows["input_ids"] for token in row]
+        whole = len(tokens) // block_size * block_size
+        blocks = [tokens[start : start + block_size] for start in range(0, whole, block_size)]
+        return {"input_ids": blocks, "labels": blocks}
+
+    result = {}
+    for split, rows in text.items():
+        tokens = rows.map(
+            tokenize,
+            batched=True,
+            remove_columns=rows.column_names,
+            num_proc=options.preprocessing_workers,
+            desc=f"tokenizing the {split} set",
+        )
+        # In one batch, so that nothing is dropped but at the end; in larger sets some blocks' worth of many.
+        size = min(max(len(tokens), 1), 100_000)
+        blocks = tokens.map(cut, batched=True, batch_size=size, desc=f"packing the {split} set")
+        if len(blocks) == 0:
+            raise ValueError(f"expected at least {block_size} tokens (--block-size) in the {split} set, given fewer")
+        result[split] = blocks
+    return result
+
+
+def choose_block_size(asked: int | None, config: PreTrainedConfig) -> int:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if asked is None:
+        return min(positions or LONGEST_DEFAULT_BLOCK, LONGEST_DEFAULT_BLOCK)
+    if positions is not None and asked > positions:
+        raise ValueError(f"--block-size: expected at most the model's {positions} positions, given {asked}")
+    return asked
+
+
+if __name__ == "__main__":
+    main()
