@@ -69,7 +69,6 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = {"lm_head.prior"}  # in bf16 as in fp16
     _keep_in_fp32_modules = {"prior"}  # the same module, as quantizers look for it: by the end of its name
-    _no_split_modules = ["MoSLMHead"]
     backbone: Any
     lm_head: Any
     score_options = ScoreOptions()
@@ -92,6 +91,8 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
         if self._tp_plan:  # the backbone's
             self._tp_plan["lm_head.decoder"] = "colwise_gather_output"
+        if self._fsdp_plan and not config.tie_word_embeddings:  # a tied weight stays with the embedding
+            self._fsdp_plan["lm_head"] = "keep_full_weight"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -461,7 +462,7 @@ def behead(backbone: PreTrainedModel) -> tuple[nn.Linear, str]:
             setattr(backbone, field, NO_SOFTCAP)
     if hasattr(backbone, "logit_softcap"):
         backbone.logit_softcap = nn.Identity()
-    for name in ("_tied_weights_keys", "all_tied_weights_keys", "_tp_plan", "_pp_plan"):
+    for name in ("_tied_weights_keys", "all_tied_weights_keys", "_tp_plan", "_pp_plan", "_fsdp_plan"):
         entries = getattr(backbone, name, None)
         if entries:
             others = {k: v for k, v in entries.items() if not (k.startswith(path) or str(v).startswith(path))}

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .mixture_of_softmaxes import SubspaceLatents, widen
 from .mos_projections import Tokens, projection_for
+from .mos_vocabulary_shard import VocabularyShard
 
 # Working memory of the loss. On the CPU larger chunks bring nothing more; on an accelerator larger products keep more
 # of it busy, so the budget follows its memory.
@@ -32,6 +33,7 @@ class LossOptions(NamedTuple):
     ignore_index: int
     chunk_size: int | None
     work_dtype: torch.dtype  # of the products
+    shard: VocabularyShard | None = None  # of which the decoder's rows are; `None`: they are all
 
 
 @torch.no_grad()
@@ -70,9 +72,13 @@ def loss_and_gradients(
                 projection.logits(tokens, place, logits, half)
                 if options.softcap is not None:
                     cap_(logits, options.softcap, slope)
-                target_logits = logits.gather(1, target_rows)
-                largest, log_total = softmax_(logits)  # the buffer now holds the softmax
-                component_nll = ((largest - target_logits) + log_total).view(-1, K)
+                if options.shard is None:
+                    target_logits = logits.gather(1, target_rows)
+                    largest, log_total = softmax_(logits)  # the buffer now holds the softmax
+                    component_nll = (largest - target_logits) + log_total
+                else:
+                    component_nll = options.shard.softmax_(logits, target_rows)
+                component_nll = component_nll.view(-1, K)
 
                 log_joint = log_prior[tokens] - component_nll
                 chunk_nll = -torch.logsumexp(log_joint, dim=-1, keepdim=True)
@@ -83,7 +89,10 @@ def loss_and_gradients(
                     d_prior[tokens] = (log_prior[tokens].exp() - responsibilities) * token_weight
                 if not wants_logits:
                     continue
-                error = logits.scatter_add_(1, target_rows, logits.new_full((), -1.0).expand_as(target_rows))
+                if options.shard is None:
+                    error = logits.scatter_add_(1, target_rows, logits.new_full((), -1.0).expand_as(target_rows))
+                else:
+                    error = options.shard.subtract_targets_(logits, target_rows)
                 if slope is not None:
                     error.mul_(slope)
                 row_weights = (responsibilities * token_weight).view(-1, 1)  # (n K, 1)
@@ -96,6 +105,9 @@ def loss_and_gradients(
             if wants_logits:
                 projection.close(group)
         d_latents, d_weight = projection.gradients()
+        if options.shard is not None:
+            for gradient in d_latents:
+                options.shard.sum_(gradient)
         return nll, (d_prior, d_weight, d_bias, *d_latents)
 
 
@@ -111,6 +123,8 @@ class ChunkBuffers:
         wants_logits: bool,
     ) -> None:
         self.num_classes, self.chunk_size, self.device = num_classes, options.chunk_size, device
+        # Processes that share the vocabulary share each chunk, and not all of them hold as many classes.
+        self.all_classes = num_classes if options.shard is None else options.shard.num_classes
         self.work_dtype, self.sum_dtype = options.work_dtype, sum_dtype
         self.has_half = self.work_dtype != sum_dtype
         self.has_slope = options.softcap is not None and wants_logits
@@ -123,10 +137,10 @@ class ChunkBuffers:
         budget = budget_bytes(self.device)
         size = self.chunk_size
         if size is None:
-            size = int(budget * (1 - shared_share)) // (num_mixtures * self.num_classes * bytes_per_logit)
+            size = int(budget * (1 - shared_share)) // (num_mixtures * self.all_classes * bytes_per_logit)
         group_size = num_tokens
         if shared_share:
-            group_size = max(size, int(budget * shared_share) // (self.num_classes * self.work_dtype.itemsize))
+            group_size = max(size, int(budget * shared_share) // (self.all_classes * self.work_dtype.itemsize))
         group_size = even(num_tokens, group_size)
         size = even(group_size, size)
         shape = (size * num_mixtures, self.num_classes)

@@ -13,6 +13,7 @@ from .mixture_of_softmaxes import SubspaceLatents, cap_logits, mix_log_probs, mo
 from .mos_chunks import tokens_per_chunk
 from .mos_inference import infer_log_probs, project_rows
 from .mos_loss import mos_cross_entropy
+from .mos_shared_decoder import is_shared, shared_cross_entropy
 from .mos_token_scores import ScoreOptions, score, token_scores
 
 ACTIVATIONS = {"identity": nn.Identity, "tanh": nn.Tanh}
@@ -131,24 +132,19 @@ class MoSLMHead(nn.Module):
             return self._log_probs(latents, prior_logits).unflatten(0, leading)
         if scores is not None:
             return self._token_scores(latents, prior_logits, targets.flatten(), scores)
+        options = {"reduction": reduction, "ignore_index": ignore_index, "chunk_size": chunk_size}
+        targets = targets.flatten()
         if _may_read(self.decoder):
+            bias = self.decoder.bias
             loss = mos_cross_entropy(
-                latents,
-                prior_logits,
-                self.decoder.weight,
-                targets.flatten(),
-                decoder_bias=self.decoder.bias,
-                softcap=self.softcap,
-                ignore_index=ignore_index,
-                reduction=reduction,
-                chunk_size=chunk_size,
+                latents, prior_logits, self.decoder.weight, targets, decoder_bias=bias, softcap=self.softcap, **options
             )
+        elif is_shared(self.decoder) and not torch.compiler.is_compiling():
+            loss = shared_cross_entropy(self.decoder, latents, prior_logits, targets, softcap=self.softcap, **options)
         else:
-            loss = self._loss_through_decoder(
-                latents, prior_logits, targets.flatten(), reduction, ignore_index, chunk_size
-            )
+            loss = self._loss_through_decoder(latents, prior_logits, targets, **options)
         if self.training and self.balance_coefficient:
-            loss = loss + self._balance_loss(prior_logits, targets.flatten() != ignore_index, reduction)
+            loss = loss + self._balance_loss(prior_logits, targets != ignore_index, reduction)
         return loss.view(leading) if reduction == "none" else loss
 
     def _balance_loss(self, prior_logits: Tensor, counts: Tensor, reduction: str) -> Tensor:
@@ -174,7 +170,7 @@ class MoSLMHead(nn.Module):
         outputs = outputs.unflatten(-1, (self.num_mixtures, -1))
         if self.latent_rank is None:
             return outputs
-        return SubspaceLatents(hidden_states.to(outputs.dtype), outputs, self.basis.to(outputs.dtype))
+        return SubspaceLatents(hidden_states.to(outputs), outputs, self.basis.to(outputs))
 
     def _log_probs(self, latents: Tensor | SubspaceLatents, prior_logits: Tensor) -> Tensor:
         if not _may_read(self.decoder):
@@ -186,7 +182,8 @@ class MoSLMHead(nn.Module):
 
     def _log_probs_through_decoder(self, latents: Tensor | SubspaceLatents, prior_logits: Tensor) -> Tensor:
         dense = latents.dense() if isinstance(latents, SubspaceLatents) else latents
-        return mix_log_probs(cap_logits(self.decoder(dense), self.softcap), prior_logits)
+        component_logits = self.decoder(dense)
+        return mix_log_probs(cap_logits(component_logits, self.softcap), prior_logits.to(component_logits.device))
 
     def _loss_through_decoder(
         self,

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from .mixture_of_softmaxes import SubspaceLatents, check_shapes
 from .mos_chunks import LossOptions, loss_and_gradients
+from .mos_vocabulary_shard import VocabularyShard
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -28,6 +29,7 @@ def mos_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     chunk_size: int | None = None,
+    shard: VocabularyShard | None = None,
 ) -> Tensor:
     """Equivalent to: `F.nll_loss(mos_log_probs(latents, prior_logits, decoder_weight), targets)`.
 
@@ -45,6 +47,9 @@ def mos_cross_entropy(
             pass computes the component logits again, as their gradients are weighted token by token.
         chunk_size: tokens in work at a time. `None`: as many as a budget of bytes allows that is chosen from the
             device's memory.
+        shard: the classes whose rows `decoder_weight` and `decoder_bias` hold, where several processes share the
+            vocabulary. Each gets the whole loss and the whole gradient of the latents and the prior logits. `None`:
+            they are all here.
 
     Returns:
         The negative log-likelihood in nats, in fp32 (fp64 for fp64): a scalar, or (N,) for `"none"`, zero where
@@ -61,14 +66,15 @@ def mos_cross_entropy(
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, given {reduction!r}")
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size: expected an int of at least 1, or None, given {chunk_size!r}")
-    _check_tensors(latents, prior_logits, decoder_weight, targets, decoder_bias, ignore_index)
+    num_classes = decoder_weight.shape[0] if shard is None else shard.num_classes
+    _check_tensors(latents, prior_logits, decoder_weight, targets, decoder_bias, ignore_index, num_classes)
     latent_tensors = latents if isinstance(latents, SubspaceLatents) else (latents,)
     work_dtype = _work_dtype(latent_tensors[0])
-    options = LossOptions(softcap, ignore_index, chunk_size, work_dtype)
+    options = LossOptions(softcap, ignore_index, chunk_size, work_dtype, shard)
     tensors = (prior_logits, decoder_weight, decoder_bias, targets, *latent_tensors)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and shard is None:
         wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in _inputs(tensors)]
-        loss, _ = cross_entropy_operator(*tensors[:4], list(latent_tensors), None, *options, reduction, wanted)
+        loss, _ = cross_entropy_operator(*tensors[:4], list(latent_tensors), None, *options[:4], reduction, wanted)
         return loss
     if not torch.is_grad_enabled():  # autograd would still say that gradients are needed
         tensors = tuple(None if x is None else x.detach() for x in tensors)
@@ -202,6 +208,7 @@ def _check_tensors(
     targets: Tensor,
     decoder_bias: Tensor | None,
     ignore_index: int,
+    num_classes: int,
 ) -> None:
     if prior_logits.dim() != 2:
         raise ValueError(f"prior_logits: expected (N, K), given {tuple(prior_logits.shape)}")
@@ -214,7 +221,6 @@ def _check_tensors(
     if dtype != decoder_weight.dtype and not torch.is_autocast_enabled(targets.device.type):
         raise ValueError(f"latents: expected the decoder's {decoder_weight.dtype}, given {dtype}")
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-        num_classes = decoder_weight.shape[0]
         outside = (targets != ignore_index) & ((targets < 0) | (targets >= num_classes))
         if outside.any():
             raise ValueError(
