@@ -132,7 +132,7 @@ class MoSLMHead(nn.Module):
             return self._log_probs(latents, prior_logits).unflatten(0, leading)
         if scores is not None:
             return self._token_scores(latents, prior_logits, targets.flatten(), scores)
-        options = {"reduction": reduction, "ignore_index": ignore_index, "chunk_size": chunk_size}
+        options: dict[str, Any] = {"reduction": reduction, "ignore_index": ignore_index, "chunk_size": chunk_size}
         targets = targets.flatten()
         if _may_read(self.decoder):
             bias = self.decoder.bias
