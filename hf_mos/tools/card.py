@@ -1,13 +1,22 @@
 """The model card of a mixture model, from `model_card_template.md` beside this file."""
 
+import csv
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..configuration_mos import MoSConfig
 from ..modeling_mos import MoSForCausalLM
 
+CARD_FILE = "README.md"
+EMISSIONS_FILE = "emissions.csv"  # of CodeCarbon, by the Trainer's callback
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
+PIN_IT = ": put its hash\nwhere `main` stands"
 TAGS = ["mixture-of-softmaxes", "custom_code"]
 
 
@@ -27,6 +36,7 @@ def model_card(
     license: str | None = None,
     language: str | list[str] | None = None,
     datasets: str | list[str] | None = None,
+    emissions: dict[str, Any] | None = None,
 ) -> ModelCard:
     """A card that says what the head is, what was measured, how to load the model and what it cannot do.
 
@@ -42,6 +52,7 @@ def model_card(
         prompt: the prompt in the card's code.
         revision: the commit that the card's code pins.
         base_model, license, language, datasets: metadata of the Hub, see `ModelCardData`.
+        emissions: `co2_eq_emissions` of the Hub's metadata; `emissions`, in grams, is one of its keys.
 
     Returns:
         A `ModelCard`; `.save(folder / "README.md")` writes it, `.push_to_hub(id)` sends it.
@@ -63,6 +74,8 @@ def model_card(
         language=language,
         datasets=datasets,
     )
+    if emissions is not None:
+        card_data["co2_eq_emissions"] = emissions
     head = model.lm_head
     return ModelCard.from_template(
         card_data,
@@ -87,7 +100,85 @@ def model_card(
         limits=limits,
         prompt=prompt,
         revision=revision,
+        emissions=emissions,
     )
+
+
+def card_of_folder(
+    folder: Path, *, model_id: str | None = None, results: Sequence[Path] = (), **fields: Any
+) -> ModelCard:
+    """The card of a checkpoint in a folder; its weights are not read.
+
+    Args:
+        folder: as `save_pretrained` leaves it. CodeCarbon's `emissions.csv` in it goes into the card.
+        model_id: `None`: the folder's name.
+        results: what `hf-mos evaluate --json` printed, in files.
+        fields: further arguments of [`model_card`].
+
+    Raises:
+        OSError: there is no checkpoint in the folder.
+        ValueError: it is none of a mixture, or a file of results is none.
+    """
+    config = MoSConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = MoSForCausalLM(config)
+    measured = [read_results(file) for file in results]
+    if measured:
+        fields["eval_results"] = [result for evaluation in measured for result in eval_results(evaluation)]
+        fields["command"] = "` and `".join(dict.fromkeys(evaluation["command"] for evaluation in measured))
+        fields["machine"] = ", ".join(dict.fromkeys(evaluation["machine"] for evaluation in measured))
+    emissions = read_emissions(folder / EMISSIONS_FILE) if (folder / EMISSIONS_FILE).is_file() else None
+    return model_card(model, model_id=model_id or folder.resolve().name, emissions=emissions, **fields)
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    needed = {"data", "split", "window", "stride", "perplexity", "bits_per_byte", "command", "machine"}
+    try:
+        evaluation = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: expected JSON, given a file that is none: {error}") from error
+    missing = sorted(needed - evaluation.keys()) if isinstance(evaluation, dict) else sorted(needed)
+    if missing:
+        raise ValueError(f"{file}: expected what hf-mos evaluate --json prints, given one without {missing}")
+    return evaluation
+
+
+def eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
+    how = f"window {evaluation['window']}, stride {evaluation['stride']}"
+    measures = (("perplexity", f"perplexity per token, {how}", 3), ("bits_per_byte", f"bits per byte, {how}", 4))
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=evaluation["data"],
+            dataset_name=evaluation["data"],
+            dataset_split=evaluation["split"],
+            metric_type=measure,
+            metric_name=name,
+            metric_value=round(evaluation[measure], digits),
+        )
+        for measure, name, digits in measures
+    ]
+
+
+def read_emissions(file: Path) -> dict[str, Any]:
+    """The last run's line of CodeCarbon's table, as the Hub's metadata has it."""
+    with file.open(encoding="utf-8", newline="") as lines:
+        row = list(csv.DictReader(lines))[-1]
+    hardware = row.get("gpu_model") or row.get("cpu_model")
+    place = row.get("country_name")
+    return {
+        "emissions": round(1000 * float(row["emissions"]), 3),  # from kg to g
+        "source": "codecarbon",
+        **({"geographical_location": place} if place else {}),
+        **({"hardware_used": hardware} if hardware else {}),
+    }
+
+
+def address(text: str, model_id: str, revision: str) -> str:
+    """A card's text in which the code loads `revision` of `model_id`; a card of another make stays as it is."""
+    text = re.sub(r'"(revision|code_revision)": "[^"]*"', rf'"\1": "{revision}"', text)
+    text = re.sub(r'from_pretrained\("[^"]*", \*\*trusted\)', f'from_pretrained("{model_id}", **trusted)', text)
+    return text if revision == "main" else text.replace(PIN_IT, "")
 
 
 def describe_latents(model: MoSForCausalLM) -> str:

@@ -209,7 +209,8 @@ def evaluate_command(
     $ hf-mos evaluate gpt2 --dataset Salesforce/wikitext --dataset-config wikitext-2-raw-v1 --join-rows --json
     """
     from .evaluate import evaluate
-    from .loading import describe_machine, load_model, load_tokenizer
+    from .loading import load_model, load_tokenizer
+    from .provenance import describe_machine, own_command
     from .texts import read_dataset, read_texts
 
     if (file is None) == (dataset is None):
@@ -237,7 +238,8 @@ def evaluate_command(
     data = {"data": file.name if file is not None else dataset, "split": None if file is not None else split}
     if as_json:
         machine = {"dtype": str(loaded.dtype).removeprefix("torch."), "machine": describe_machine(loaded.device)}
-        print_json({"model": model, "revision": revision, **data, **result.to_dict(), **machine})
+        measured = {"model": model, "revision": revision, **data, **result.to_dict(), **machine}
+        print_json(measured | {"command": own_command()})
         return
     print_table(
         f"{model} on {data['data']}",
@@ -352,6 +354,111 @@ def train_command(context: typer.Context) -> None:
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     train(*options)
+
+
+@app.command("card")
+def card_command(
+    folder: Annotated[Path, typer.Argument(help="Folder with a mixture.", show_default=False)],
+    model_id: Annotated[
+        str | None, typer.Option(help="Where the card's code loads it from.", show_default="the folder's name")
+    ] = None,
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A file of what `hf-mos evaluate --json` printed. Several times for several.", show_default=False
+        ),
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the model with a softmax.", show_default=False)
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="As the Hub names it: apache-2.0.", show_default=False)] = None,
+    language: Annotated[list[str] | None, typer.Option(help="Such as en.", show_default=False)] = None,
+    training_dataset: Annotated[
+        list[str] | None, typer.Option(help="Hub id of what it was trained on.", show_default=False)
+    ] = None,
+    description: Annotated[
+        str | None, typer.Option(help="How the model was made, as Markdown.", show_default=False)
+    ] = None,
+    limit: Annotated[
+        list[str] | None, typer.Option(help="A sentence for the list of limits.", show_default=False)
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="In the card's code.")] = "The",
+    model_revision: Annotated[str, typer.Option(help="The commit that the card's code loads.")] = "main",
+    force: Annotated[bool, typer.Option("--force", help="Write over a card that is there.")] = False,
+) -> None:
+    """Write a model card: what the head is, what was measured, how to load it, what it cannot do.
+
+    The measurements go into the card's model-index, which the Hub reads. What CodeCarbon measured (emissions.csv)
+    goes in as well.
+
+    Example:
+
+    $ hf-mos evaluate gpt2-mos --file book.txt --json > results.json
+
+    $ hf-mos card gpt2-mos --model-id user/gpt2-mos --results results.json --base-model gpt2 --license mit
+    """
+    from .card import CARD_FILE, card_of_folder
+
+    target = folder / CARD_FILE
+    if target.exists() and not force:
+        fail(f"{target}: expected none, or --force, given one that is there")
+    card = card_of_folder(
+        folder,
+        model_id=model_id,
+        results=results or [],
+        base_model=base_model,
+        license=license,
+        language=language,
+        datasets=training_dataset,
+        description=description,
+        limits=limit or [],
+        prompt=prompt,
+        revision=model_revision,
+    )
+    card.save(target)
+    console.print(str(target), soft_wrap=True)
+
+
+@app.command("push")
+def push_command(
+    folder: Annotated[Path, typer.Argument(help="Folder with a mixture.", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="user/name, made if there is none.", show_default=False)],
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, made if there is none.", show_default="the default branch")
+    ] = None,
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="Of a new repository.", show_default="as the account has it"),
+    ] = None,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload a mixture of softmaxes",
+    token: Annotated[
+        str | None, typer.Option(help="With the right to write.", envvar="HF_TOKEN", show_default="of `hf auth login`")
+    ] = None,
+    pin: Annotated[
+        bool, typer.Option(help="Write the commit into the card's code, in a second commit of the card alone.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Send a folder's weights, code, tokenizer and card to the Hub, in one commit: all of it, or nothing.
+
+    What a training run leaves beside them (checkpoints, optimizer, logs) stays here. A folder without a card gets one.
+
+    Examples:
+
+    $ hf-mos push gpt2-mos user/gpt2-mos --private
+    """
+    from .card import CARD_FILE, card_of_folder
+    from .push import push
+
+    if folder.is_dir() and not (folder / CARD_FILE).exists():
+        card_of_folder(folder, model_id=repo).save(folder / CARD_FILE)
+    pushed = push(folder, repo, branch=revision, private=private, message=message, token=token, pin=pin)
+    if as_json:
+        print_json(vars(pushed))
+        return
+    print_table(
+        pushed.repo, {"commit": pushed.url, "files": str(len(pushed.files)), "revision to load": pushed.revision}
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- output

@@ -79,7 +79,3 @@ def check_device(device: str) -> None:
 def is_mixture(model: PreTrainedModel) -> bool:
     """Whether the head is a mixture, of the installed hf_mos or of the code beside a checkpoint."""
     return model.config.model_type == MoSConfig.model_type
-
-
-def describe_machine(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()

@@ -14,15 +14,13 @@ token).
 
 import argparse
 import math
-import shlex
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
-from huggingface_hub import EvalResult
+from huggingface_hub import CommitInfo, EvalResult, HfApi
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -40,8 +38,9 @@ from transformers import (
 from ..configuration_mos import MoSConfig
 from ..modeling_mos import MoSForCausalLM
 from .callbacks import MixtureUsage, StopOnNonFiniteLoss, last_whole_checkpoint
-from .card import model_card
-from .loading import describe_machine
+from .card import CARD_FILE, model_card
+from .provenance import describe_machine, own_command
+from .push import pin_card
 from .texts import FILE_READERS
 
 LONGEST_DEFAULT_BLOCK = 1024
@@ -175,7 +174,7 @@ class CardTrainer(Trainer):
                 machine=f"{self.args.world_size} x {describe_machine(self.args.device)}",
                 base_model=self.base_model,
             )
-            card.save(Path(str(self.args.output_dir), "README.md"))
+            card.save(Path(str(self.args.output_dir), CARD_FILE))
 
     def eval_results(self) -> list[EvalResult]:
         losses = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]
@@ -192,17 +191,6 @@ class CardTrainer(Trainer):
                 metric_value=round(math.exp(losses[-1]), 3),
             )
         ]
-
-
-def own_command() -> str:
-    """The command that this process was started with, without the folders of this machine."""
-    script = Path(sys.argv[0])
-    if script.resolve() == Path(__file__).resolve():
-        launcher = ["python", "-m", "hf_mos.tools.train"]
-    else:
-        name = script.name if script.is_absolute() else str(script)
-        launcher = ["python", name] if script.suffix == ".py" else [script.name]
-    return shlex.join([*launcher, *sys.argv[1:]])
 
 
 Options = tuple[ModelOptions, DataOptions, TrainingArguments]
@@ -267,7 +255,7 @@ def train(model_options: ModelOptions, data_options: DataOptions, training_argum
     trainer.save_model()
     trainer.save_state()
     if training_arguments.push_to_hub:
-        trainer.push_to_hub()
+        pin(trainer, trainer.push_to_hub())
     else:
         trainer.create_model_card()
 
@@ -285,6 +273,16 @@ def checkpoint_to_resume(training_arguments: TrainingArguments) -> str | None:
         raise ValueError(f"--resume-from-checkpoint: expected a folder, given {checkpoint!r}")
     training_arguments.resume_from_checkpoint = checkpoint
     return checkpoint
+
+
+def pin(trainer: CardTrainer, commit: CommitInfo | None) -> None:
+    """Writes the commit that was pushed, which only the main process has, into the card on the Hub."""
+    if commit is None or not isinstance(trainer.accelerator.unwrap_model(trainer.model), MoSForCausalLM):
+        return
+    card = Path(str(trainer.args.output_dir), CARD_FILE).read_text(encoding="utf-8")
+    pin_card(
+        HfApi(token=trainer.args.hub_token), str(trainer.hub_model_id), card, commit.oid, trainer.args.hub_revision
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- model

@@ -1,0 +1,23 @@
+"""Where a figure comes from: the command that prints it again, and the machine."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+
+def own_command() -> str:
+    """The command that this process was started with, without the folders of this machine."""
+    script = Path(sys.argv[0])
+    if script.parent == Path(__file__).parent:  # python -m
+        launcher = ["python", "-m", f"hf_mos.tools.{script.stem}"]
+    elif script.suffix == ".py":
+        launcher = ["python", script.name if script.is_absolute() else str(script)]
+    else:
+        launcher = [script.name]
+    return shlex.join([*launcher, *sys.argv[1:]])
+
+
+def describe_machine(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()

@@ -1,0 +1,127 @@
+"""A checkpoint in a folder, sent to the Hub whole: weights, code, tokenizer and card in one commit.
+
+```python
+push(Path("gpt2-mos"), "user/gpt2-mos")
+```
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from transformers.utils import logging
+
+from ..configuration_mos import MoSConfig
+from ..mos_checkpoint import CONFIG_FILE, STAGING_PREFIX, check_files
+from .card import CARD_FILE, address
+
+logger = logging.get_logger(__name__)
+
+TOKENIZER_FILE = "tokenizer_config.json"
+# Beside the weights: what a tokenizer, a generation config, a processor or a card may consist of ...
+SENT = ("*.json", "*.jinja", "*.py", "*.model", "*.txt", "*.md", "*.tiktoken", "LICENSE*", "*.png", "*.html")
+# ... without what a Trainer leaves there.
+KEPT_BACK = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json", "*.safetensors*")
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Where the checkpoint is now."""
+
+    repo: str
+    revision: str  # the commit that holds model, code, tokenizer and card
+    url: str
+    files: list[str]
+    card_revision: str | None  # the commit after it, in which the card names `revision`
+
+
+def push(
+    folder: Path,
+    repo: str,
+    *,
+    branch: str | None = None,
+    private: bool | None = None,
+    message: str = "Upload a mixture of softmaxes",
+    token: str | None = None,
+    pin: bool = True,
+) -> Pushed:
+    """Checks the folder, creates the repository if there is none, and sends the files in one commit.
+
+    The Hub takes a commit whole or not at all, so nothing is ever half there. Its hash is known only afterwards: a
+    second commit then writes it into the card's code, as the revision to load.
+
+    Args:
+        folder: a checkpoint as [`~MoSForCausalLM.save_pretrained`] or [`convert`] leaves it, with its card.
+        repo: "user/name".
+        branch: `None`: the default branch. Made if there is none.
+        private: of a new repository; `None`: as the account has it.
+        message: of the commit.
+        token: `None`: of the login.
+        pin: make the second commit.
+
+    Raises:
+        ValueError: the folder holds no whole checkpoint of a mixture.
+        OSError: a file is broken, or the Hub refuses (`HfHubHTTPError`).
+    """
+    files = files_of(folder)
+    api = HfApi(token=token)
+    repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
+    if branch is not None:
+        api.create_branch(repo, branch=branch, exist_ok=True)
+    card = (folder / CARD_FILE).read_text(encoding="utf-8")
+    operations = [CommitOperationAdd(name, folder / name) for name in files if name != CARD_FILE]
+    operations.append(CommitOperationAdd(CARD_FILE, address(card, repo, branch or "main").encode()))
+    commit = api.create_commit(repo, operations, commit_message=message, revision=branch)
+    card_revision = pin_card(api, repo, card, commit.oid, branch) if pin else None
+    return Pushed(repo, commit.oid, commit.commit_url, files, card_revision)
+
+
+def pin_card(api: HfApi, repo: str, card: str, revision: str, branch: str | None = None) -> str | None:
+    """Sends the card with the revision in its code; the hash of that commit, or `None` where it does not go through.
+
+    What it is about is on the Hub by then, so a failure here is a warning.
+    """
+    operation = CommitOperationAdd(CARD_FILE, address(card, repo, revision).encode())
+    message = f"Pin {revision[:7]} in the card"
+    try:
+        return api.create_commit(repo, [operation], commit_message=message, revision=branch).oid
+    except OSError as error:
+        logger.warning(f"{repo}: the model is there, but its card names no revision: {error}")
+        return None
+
+
+def files_of(folder: Path) -> list[str]:
+    """The files of a whole checkpoint in a folder, without what else lies there.
+
+    Raises:
+        ValueError: it is none, or the last save was cut off, or code or card are missing.
+        OSError: a file of the weights is missing or broken.
+    """
+
+    def refuse(expected: str, given: str) -> None:
+        raise ValueError(f"{folder}: expected {expected}, given {given}")
+
+    if not (folder / CONFIG_FILE).is_file():
+        refuse("a folder with a checkpoint", "none" if not folder.is_dir() else f"one without {CONFIG_FILE}")
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    if config.get("model_type") != MoSConfig.model_type:
+        refuse("a mixture of softmaxes", f"a {config.get('model_type')!r}")
+    if config.get("transformers_weights") is not None or any(folder.glob(f"{STAGING_PREFIX}*")):
+        refuse("a checkpoint that was saved to its end", "one that was cut off; load and save it again")
+    weights = sorted(check_files(folder, None))
+    if not weights:
+        refuse("weights in safetensors", "none")
+    weights += [path.name for path in folder.glob("model.safetensors.index.json")]
+    beside = {path.name for pattern in SENT for path in folder.glob(pattern) if path.is_file()}
+    beside -= {path.name for pattern in KEPT_BACK for path in folder.glob(pattern)}
+    for place in config.get("auto_map", {}).values():
+        if f"{place.partition('.')[0]}.py" not in beside:
+            refuse(f"the code of {place} beside the weights", "none; load and save it again")
+    if "auto_map" not in config:
+        refuse("the code of the head beside the weights", "none; load and save it again")
+    if CARD_FILE not in beside:
+        refuse(f"a card, {CARD_FILE}", "none; hf-mos card makes one")
+    if TOKENIZER_FILE not in beside:
+        logger.warning(f"{folder}: no tokenizer is sent, as there is none")
+    return sorted({*beside, *weights})
