@@ -4,13 +4,14 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 ECOSYSTEM_INSTALLED := $(VENV)/.installed-ecosystem
+SPACE_INSTALLED := $(VENV)-space/.installed
 CANDIDATES := python3 python3.13 python3.12 python3.11
 # The first Python on the path that is new enough; used only to make the virtual environment.
 HOST_PYTHON = $(shell for python in $(CANDIDATES); do \
 	$$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: quickstart test test-faults test-ecosystem test-package test-versions test-mixins lint format install clean
+.PHONY: quickstart space test test-faults test-ecosystem test-package test-versions test-mixins lint format install clean
 
 quickstart: install
 	$(PYTHON) examples/quickstart.py
@@ -25,7 +26,7 @@ test-faults: install
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 -m 'slow or not slow' tests/faults
 
 # The tools that people use with a model: command line, Hub, servers, evaluation, adapters, trackers.
-test-ecosystem: $(ECOSYSTEM_INSTALLED)
+test-ecosystem: $(ECOSYSTEM_INSTALLED) $(SPACE_INSTALLED)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'slow or not slow' tests/ecosystem
 
 # The wheel with its dependencies in an empty environment. Needs the package index.
@@ -65,5 +66,14 @@ $(ECOSYSTEM_INSTALLED): $(INSTALLED)
 	$(PYTHON) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,ecosystem]'
 	touch $@
 
+# The app of examples/space, apart: gradio does not take the pillow of constraints.txt.
+space: $(SPACE_INSTALLED)
+
+$(SPACE_INSTALLED): pyproject.toml constraints.txt examples/space/constraints.txt
+	$(HOST_PYTHON) -m venv $(@D)
+	grep -vi '^pillow==' constraints.txt | $(@D)/bin/python -m pip install --disable-pip-version-check \
+		-c /dev/stdin -c examples/space/constraints.txt -e '.[space]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info quickstart-out
+	rm -rf $(VENV) $(VENV)-space build dist *.egg-info quickstart-out

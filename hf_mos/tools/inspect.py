@@ -272,7 +272,8 @@ class Inspector:
     @torch.inference_mode()
     def chunks(self, window: Window) -> Iterator[Chunk]:
         input_ids = torch.tensor([window.inputs], device=self.model.device)
-        outputs = self.model.backbone(input_ids=input_ids, return_dict=True)  # its head is off
+        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        outputs = self.model.backbone(**inputs, return_dict=True)  # its head is off
         hidden_states = outputs.logits[0, -len(window.targets) :]
         targets = torch.tensor(window.targets, device=hidden_states.device)
         for tokens, mixture in predict_in_chunks(self.head, hidden_states):

@@ -1,6 +1,6 @@
 // Shows the details of the token under the pointer, or of the one that was clicked; arrow keys go from token to token.
 (() => {
-  const data = (view) => (view.mosData ??= JSON.parse(view.querySelector(".mos-data").textContent));
+  const data = (view) => view.mosData;
 
   const make = (name, properties = {}, ...children) => {
     const element = Object.assign(document.createElement(name), properties);
@@ -65,7 +65,7 @@
   function show(view, element) {
     const { components, tokens } = data(view);
     const detail = view.querySelector(".mos-detail");
-    view.querySelector(".mos-shown")?.classList.remove("mos-shown");
+    for (const shown of view.querySelectorAll(".mos-shown")) shown.classList.remove("mos-shown");
     element.classList.add("mos-shown");
     const { token_id, text, prediction } = tokens[element.dataset.index];
     const title = make("h3", {}, token_id === null ? "What comes next" : make("bdi", {}, text));
@@ -151,14 +151,21 @@
     if (target.matches?.(".mos-scale")) paint(viewOf(target), target.value);
   });
 
-  // A view that comes later, as in an app, opens as one that is there from the start.
+  // A view that comes later, as in an app, opens as one that is there from the start. An app may put a new inspection
+  // into the elements of the one before.
   function open() {
-    for (const view of document.querySelectorAll(".mos-inspection:not([data-open])")) {
-      view.dataset.open = "";
-      const first = view.querySelector(`.mos-token[data-index="${data(view).first}"]`);
-      if (first) show(view, first);
+    for (const view of document.querySelectorAll(".mos-inspection")) {
+      if (view.mosId === view.dataset.id) continue;
+      view.mosId = view.dataset.id;
+      view.mosData = JSON.parse(view.querySelector(".mos-data").textContent);
+      view.mosPinned = null;
+      const scale = view.querySelector(".mos-scale");
+      scale.value = "responsibility";
+      paint(view, scale.value);
+      show(view, view.querySelector(`.mos-token[data-index="${view.mosData.first}"]`));
     }
   }
-  new MutationObserver(open).observe(document.documentElement, { childList: true, subtree: true });
+  const changes = { childList: true, subtree: true, attributeFilter: ["data-id"] };
+  new MutationObserver(open).observe(document.documentElement, changes);
   open();
 })();

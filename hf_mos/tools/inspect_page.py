@@ -8,6 +8,7 @@ save_page(inspect_mixture(model, tokenizer, text="The cat sat."), Path("mixture.
 """
 
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -80,13 +81,15 @@ def render_view(inspection: Inspection) -> str:
     plots: list[Plot] = []
     if text is not None:
         predictions = [*(token.prediction for token in text.tokens), text.next]
+        data = _data_for_script(text, palette)
         context |= {
             "components": [
                 swatch(k)._asdict() | {"mean_weight": _mean(p.mixture_weights[k] for p in predictions if p)}
                 for k in range(K)
             ],
             "spans": [_span(token) for token in text.tokens] + [{"text": "▸", "label": "", "style": ""}],
-            "data": _json_for_script(text, palette),
+            "data": data,
+            "data_id": hashlib.sha256(data.encode()).hexdigest()[:16],
             "text_figures": _text_figures(text),
         }
         context["text_plot"] = plot_text(text, K)
@@ -120,10 +123,8 @@ def _span(token: Token) -> dict[str, str]:
     return {"text": running(token.text), "label": label, "style": style}
 
 
-def _json_for_script(text: TextInspection, palette: list[Swatch]) -> Any:
-    """What the script shows, as JSON that cannot end the element that holds it."""
-    from markupsafe import Markup
-
+def _data_for_script(text: TextInspection, palette: list[Swatch]) -> str:
+    """What the script shows, as JSON."""
     tokens = [*({"token_id": t.token_id, "text": t.text, "prediction": t.prediction} for t in text.tokens)]
     tokens.append({"token_id": None, "text": "", "prediction": text.next})
     data = {"components": [entry._asdict() for entry in palette], "tokens": tokens, "first": _first_shown(text)}
@@ -137,8 +138,7 @@ def _json_for_script(text: TextInspection, palette: list[Swatch]) -> Any:
             return [plain(entry) for entry in value]
         return float(f"{value:.5g}") if isinstance(value, float) else value  # more is not shown
 
-    encoded = json.dumps(plain(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return Markup(encoded.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+    return json.dumps(plain(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def _first_shown(text: TextInspection) -> int:
@@ -191,16 +191,15 @@ def _mean(values: Any) -> float:
 
 def plot_text(text: TextInspection, num_mixtures: int) -> Plot:
     predictions = [token.prediction for token in text.tokens] + [text.next]
-    positions = range(len(predictions))
 
     def draw(figure: Any) -> None:
         weights_axes, nll_axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+        edges = [i - 0.5 for i in range(len(predictions) + 1)]
         bottom = [0.0] * len(predictions)
         for k in range(num_mixtures):
             weights = [p.mixture_weights[k] if p else 0.0 for p in predictions]
-            color = swatch(k).color
             top = [below + weight for below, weight in zip(bottom, weights, strict=True)]
-            weights_axes.fill_between(positions, bottom, top, step="mid", color=color, label=str(k), linewidth=0)
+            weights_axes.stairs(top, edges, baseline=bottom, fill=True, color=swatch(k).color, label=str(k))
             bottom = top
         weights_axes.set(ylabel="mixture weights", ylim=(0, 1), xlim=(-0.5, len(predictions) - 0.5))
         legend(weights_axes, num_mixtures)

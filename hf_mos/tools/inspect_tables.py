@@ -147,7 +147,7 @@ def summary_table(corpus: CorpusInspection) -> Table:
         rows.append(
             (f"rank, {rank.contexts:,} contexts x {rank.classes:,} classes", f"{rank.mixture:,}", *softmax_rank)
         )
-        rows.append(("bound of one softmax", f"{rank.bound:,}"))
+        rows.append(("bound of one softmax", *([""] if has_softmax else []), f"{rank.bound:,}"))
     for row in rows:
         table.add_row(*row)
     return table
