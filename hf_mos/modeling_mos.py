@@ -17,7 +17,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from .configuration_mos import NO_SOFTCAP, SOFTCAP_FIELDS, MoSConfig, take_softcap
-from .mos_checkpoint import SavedCheckpoint, check_files, check_loaded, replace_checkpoint
+from .mos_checkpoint import (
+    SavedCheckpoint,
+    check_files,
+    check_loaded,
+    own_class_name,
+    replace_checkpoint,
+    whole_state_dict,
+)
 from .mos_head import MoSLMHead
 from .mos_token_scores import SCORES, ScoreOptions, TokenScores
 
@@ -93,6 +100,13 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             self._tp_plan["lm_head.decoder"] = "colwise_gather_output"
         if self._fsdp_plan and not config.tie_word_embeddings:  # a tied weight stays with the embedding
             self._fsdp_plan["lm_head"] = "keep_full_weight"
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh: Any) -> Any:
+        """As for every model of transformers, but a tied weight is one parameter to FSDP2, with one gradient."""
+        if mesh is not None:
+            model.tie_weights(recompute_mapping=False)
+        return super().maybe_distribute_model(model, distributed_config, mesh)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -180,21 +194,32 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
 
         It needs room for both. Files that are no part of the checkpoint stay, and weights of another layout go. See
         `mos_checkpoint.py`. Adapters and a `distributed_checkpoint` are saved as transformers saves them.
+
+        Where processes share the weights (FSDP2, tensor parallelism) each of them must call this; the first writes,
+        and all return when the checkpoint is there.
         """
+        is_native = getattr(self.config, "distributed_config", None) is not None  # transformers gathers the weights
+        shares_weights = any(hasattr(parameter, "device_mesh") for parameter in self.parameters())
+        gathers = shares_weights and (is_native or state_dict is None)
+        if gathers and not is_native:
+            state_dict = whole_state_dict(self)
         write = functools.partial(
             super().save_pretrained, state_dict=state_dict, max_shard_size=max_shard_size, variant=variant, token=token
         )
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         is_writer = is_main_process and not (torch.distributed.is_initialized() and torch.distributed.get_rank())
         is_special = getattr(self, "_hf_peft_config_loaded", False) or kwargs.get("distributed_checkpoint")
-        if not is_writer or is_special or os.path.isfile(save_directory):
-            write(save_directory, is_main_process=is_main_process, push_to_hub=push_to_hub, **hub, **kwargs)
-            return
-        folder = Path(save_directory)
-        names = replace_checkpoint(folder, variant, functools.partial(write, **kwargs))
-        if push_to_hub:
-            repo_id = hub.pop("repo_id", folder.name)
-            SavedCheckpoint(folder, names).push_to_hub(repo_id, token=token, tags=self.model_tags, **hub)
+        with own_class_name(self):
+            if not is_writer or is_special or os.path.isfile(save_directory):
+                write(save_directory, is_main_process=is_main_process, push_to_hub=push_to_hub, **hub, **kwargs)
+            else:
+                folder = Path(save_directory)
+                names = replace_checkpoint(folder, variant, functools.partial(write, **kwargs))
+                if push_to_hub:
+                    repo_id = hub.pop("repo_id", folder.name)
+                    SavedCheckpoint(folder, names).push_to_hub(repo_id, token=token, tags=self.model_tags, **hub)
+        if gathers:
+            torch.distributed.barrier()
 
     @classmethod
     def from_pretrained(

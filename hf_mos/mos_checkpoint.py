@@ -13,18 +13,20 @@ checkpoint loads with transformers' own `from_pretrained`:
 Files that are no part of the checkpoint stay: a tokenizer, the state of a Trainer, a README.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import struct
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import PushToHubMixin
 
 CONFIG_FILE = "config.json"
@@ -140,6 +142,26 @@ def _is_weights(name: str, variant: str | None) -> bool:
     v = "" if variant is None else re.escape(f".{variant}")
     pattern = rf"model{v}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{v}\.json"
     return re.fullmatch(pattern, name) is not None or DISTRIBUTED_SHARD.fullmatch(name) is not None
+
+
+def whole_state_dict(model: nn.Module) -> Any:
+    """The weights that processes share, gathered on the CPU of the first; empty on the others. All must call this."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+@contextlib.contextmanager
+def own_class_name(model: PreTrainedModel) -> Iterator[None]:
+    """FSDP2 gives a model a class of its own, of torch's; the name and code that are saved are the model's."""
+    given: Any = type(model)
+    own = next(base for base in given.__mro__ if not base.__module__.startswith("torch."))
+    names = given.__module__, given.__name__
+    given.__module__, given.__name__ = own.__module__, own.__name__
+    try:
+        yield
+    finally:
+        given.__module__, given.__name__ = names
 
 
 class SavedCheckpoint(PushToHubMixin):
