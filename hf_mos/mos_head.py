@@ -11,8 +11,9 @@ from transformers import initialization as init
 from .configuration_mos import MoSConfig
 from .mixture_of_softmaxes import SubspaceLatents, cap_logits, mix_log_probs, mos_log_probs
 from .mos_chunks import tokens_per_chunk
-from .mos_inference import infer_log_probs, project_rows
+from .mos_inference import infer_log_probs
 from .mos_loss import mos_cross_entropy
+from .mos_products import multiply
 from .mos_shared_decoder import is_shared, shared_cross_entropy
 from .mos_token_scores import ScoreOptions, score, token_scores
 
@@ -241,11 +242,11 @@ def _may_read(projection: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def _project(projection: nn.Module, hidden_states: Tensor) -> Tensor:
-    """Equivalent to: `projection(hidden_states)`; in decoding by the product that is faster for few rows."""
+    """Equivalent to: `projection(hidden_states)`; without gradients by the faster product."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _may_read(projection):
         return projection(hidden_states)
-    outputs = project_rows(hidden_states.flatten(0, -2), projection.weight).unflatten(0, hidden_states.shape[:-1])
-    return outputs if projection.bias is None else outputs + projection.bias
+    outputs = multiply(hidden_states.flatten(0, -2), projection.weight, projection.bias)
+    return outputs.unflatten(0, hidden_states.shape[:-1])
 
 
 def _fit_decoder(decoder: nn.Linear, config: MoSConfig) -> nn.Linear:

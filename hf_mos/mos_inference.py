@@ -1,19 +1,11 @@
 """The mixture's log-probabilities without gradients, one chunk of tokens at a time."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .mixture_of_softmaxes import SubspaceLatents, cap_logits, mix_log_probs, widen
 from .mos_chunks import tokens_per_chunk
-
-# Up to this many rows a product is bound by reading the weight, and `weight @ rows.T` takes 0.5, 0.8, 1.3 and 2.2 of
-# `F.linear(row, weight)` for 4, 8, 16 and 32 rows of 768 (50257 outputs, 2 CPU threads); `F.linear(rows, weight)`
-# takes 1.8, 1.8, 2.2 and 2.9.
-FEW_ROWS = 64
-# Outputs at a time, so that they are transposed while they are in the cache: 1.35 for 16 rows, where one product of
-# all outputs takes 1.6.
-TILE = 4096
+from .mos_products import multiply
 
 
 @torch.no_grad()
@@ -48,23 +40,12 @@ def infer_log_probs(
     for start in range(0, N, size):
         tokens = slice(start, start + size)
         if isinstance(latents, SubspaceLatents):
-            shared = project_rows(latents.hidden_states[tokens], decoder_weight)
-            logits = project_rows(latents.shifts[tokens].flatten(0, 1), narrow_weight)
+            shared = multiply(latents.hidden_states[tokens], decoder_weight)
+            logits = multiply(latents.shifts[tokens].flatten(0, 1), narrow_weight)
             logits = logits.view(-1, K, V) + shared.unsqueeze(1)
         else:
-            logits = project_rows(latents[tokens].flatten(0, 1), decoder_weight).view(-1, K, V)
+            logits = multiply(latents[tokens].flatten(0, 1), decoder_weight).view(-1, K, V)
         if decoder_bias is not None:
             logits = logits + decoder_bias
         log_probs[tokens] = mix_log_probs(cap_logits(widen(logits), softcap), prior_logits[tokens])
     return log_probs
-
-
-def project_rows(rows: Tensor, weight: Tensor) -> Tensor:
-    """Equivalent to: `F.linear(rows, weight)`; faster for few rows on the CPU."""
-    count = rows.shape[0]
-    if count > FEW_ROWS or weight.device.type != "cpu":
-        return F.linear(rows, weight)
-    if count == 1:
-        rows = rows.repeat(2, 1)  # a product with one vector takes 2.5 times as long as with two
-    tiles = [torch.mm(tile, rows.t()).t() for tile in weight.split(TILE)]
-    return torch.cat(tiles, dim=1)[:count]
