@@ -71,9 +71,11 @@ class Repo:
 class Refusal(Exception):
     """An answer that is not 200."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None):
+    def __init__(
+        self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None, **more: str
+    ) -> None:
         super().__init__(message)
-        self.status, self.message = status, message
+        self.status, self.content = status, {"error": message, **more}
         named = {} if code is None else {"X-Error-Code": code}
         self.headers = {"X-Error-Message": message, **named, **(headers or {})}
 
@@ -203,7 +205,7 @@ class HubServer:
         self.check_owner(request, owner)
         repo = f"{owner}/{asked['name']}"
         if repo in self.repos:
-            raise Refusal(409, "You already created this model repo")
+            raise Refusal(409, "You already created this model repo", url=f"{self.url}/{repo}")
         self.repos[repo] = Repo(is_private=asked.get("visibility") == "private")
         return Answer({"url": f"{self.url}/{repo}", "id": repo})
 
@@ -322,7 +324,7 @@ class Request(BaseHTTPRequestHandler):
         try:
             answer = self.answer(self)
         except Refusal as refusal:
-            answer = Answer({"error": refusal.message}, refusal.status, refusal.headers)
+            answer = Answer(refusal.content, refusal.status, refusal.headers)
         is_json = not isinstance(answer.body, bytes)
         body = json.dumps(answer.body).encode() if is_json else answer.body
         headers = {"Content-Type": "application/json"} if is_json else {}

@@ -1,0 +1,264 @@
+"""A checkpoint goes to a Hub over HTTP and comes back, bit for bit, where hf_mos is not installed; or it does not go."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import run_command
+from hub_server import HubServer
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+TOKEN = "hf_of_the_user"
+NAME = "user/name"
+PROMPT = "Sentence 3 says that"
+
+LOAD = """
+import sys
+sys.modules["hf_mos"] = None
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name, sha, text, out = sys.argv[1:]
+trusted = {"trust_remote_code": True, "revision": sha, "code_revision": sha}
+model = AutoModelForCausalLM.from_pretrained(name, **trusted)
+tokenizer = AutoTokenizer.from_pretrained(name, **trusted)
+tokens = tokenizer(text, return_tensors="pt").input_ids
+assert type(model).__module__.startswith("transformers_modules"), type(model)
+with torch.no_grad():
+    logits = model(tokens).logits
+save_file({"tokens": tokens, "logits": logits, "generated": model.generate(tokens, max_new_tokens=5)}, out)
+"""
+PUSH_MODEL = """
+import sys
+from hf_mos import MoSForCausalLM
+from transformers import AutoTokenizer
+
+folder, name = sys.argv[1:]
+MoSForCausalLM.from_pretrained(folder).push_to_hub(name, private=True)
+AutoTokenizer.from_pretrained(folder).push_to_hub(name)
+"""
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer(tokens={TOKEN: "user", "hf_of_another": "another"}) as hub:
+        yield hub
+
+
+def python(code: str, *arguments: Any, cache: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HF_HOME": str(cache), "OMP_NUM_THREADS": "1", **variables}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cache, timeout=240)
+
+
+def assert_equal_when_loaded(hub: HubServer, folder: Path, sha: str, tmp_path: Path, token: str | None = None) -> None:
+    """Bit-equal logits and the same tokens in a fresh process with an empty cache that cannot import hf_mos."""
+    cache = tmp_path / "cache-of-the-reader"
+    cache.mkdir()
+    process = python(LOAD, NAME, sha, PROMPT, tmp_path / "loaded", cache=cache, **hub.environment(token))
+    assert process.returncode == 0, process.stderr
+    loaded = load_file(tmp_path / "loaded")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokens = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt").input_ids
+    assert torch.equal(loaded["tokens"], tokens)
+    with torch.no_grad():
+        assert torch.equal(loaded["logits"], model(tokens).logits)
+    assert torch.equal(loaded["generated"], model.generate(tokens, max_new_tokens=5))
+    assert "GET storage" in hub.requests
+
+
+def test_push_and_load(hub: HubServer, mixture: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "trained"
+    shutil.copytree(mixture, folder)
+    (folder / "trainer_state.json").write_text("{}")
+    (folder / "training_args.bin").write_bytes(b"pickle")
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5" / "optimizer.json").write_text("{}")
+    process = run_command("push", folder, NAME, "--json", cache=tmp_path, **hub.environment(TOKEN))
+    pushed = json.loads(process.stdout)
+
+    repo = hub.repos[NAME]
+    _, commit, pin = repo.commits
+    assert commit.sha == pushed["revision"]
+    code = {path.name for path in mixture.glob("*.py")}
+    assert {"modeling_mos.py", "mos_head.py"} <= code
+    beside = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
+    assert set(commit.changed) == {"model.safetensors", "chat_template.jinja", *code, *beside}
+    assert pin.changed == ["README.md"]
+    assert [commit.at for commit in ()] == []
+    assert not repo.is_private
+
+    card = ModelCard(repo.at("main").files["README.md"].content.decode())
+    assert f'"revision": "{commit.sha}", "code_revision": "{commit.sha}"' in card.text
+    assert f'from_pretrained("{NAME}", **trusted)' in card.text
+    assert "where `main` stands" not in card.text
+    assert_equal_when_loaded(hub, folder, commit.sha, tmp_path)
+
+
+def test_a_branch_a_private_repository_and_a_second_push(hub: HubServer, mixture: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(mixture, folder)
+    variables = hub.environment(TOKEN)
+    run_command("push", folder, NAME, "--private", "--revision", "v2", "--no-pin", cache=tmp_path, **variables)
+    repo = hub.repos[NAME]
+    assert repo.is_private
+    assert set(repo.branches) == {"main", "v2"}
+    assert set(repo.at("main").files) == {".gitattributes"}
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.prior.weight"] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    run_command("push", folder, NAME, "--revision", "v2", "--no-pin", cache=tmp_path, **variables)
+    last = repo.at("v2")
+    assert last.changed == ["model.safetensors"]  # the rest is there
+    assert last.files["model.safetensors"].content == (folder / "model.safetensors").read_bytes()
+
+    stranger = python(LOAD, NAME, last.sha, PROMPT, tmp_path / "x", cache=tmp_path, **hub.environment("hf_of_another"))
+    assert stranger.returncode == 1
+    assert f"{NAME} is not a local folder and is not a valid model identifier" in stranger.stderr
+    assert_equal_when_loaded(hub, folder, last.sha, tmp_path, TOKEN)
+
+
+def test_push_to_hub_of_the_model(hub: HubServer, mixture: Path, tmp_path: Path) -> None:
+    process = python(PUSH_MODEL, mixture, NAME, cache=tmp_path, **hub.environment(TOKEN))
+    assert process.returncode == 0, process.stderr
+    repo = hub.repos[NAME]
+    assert repo.is_private
+    assert {"model.safetensors", "modeling_mos.py", "config.json"} <= set(repo.commits[1].changed)
+    assert_equal_when_loaded(hub, mixture, repo.branches["main"], tmp_path, TOKEN)
+
+
+def test_push_to_hub_of_the_trainer(hub: HubServer, base: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "name"
+    quick = ["--use-cpu", "--report-to", "none", "--disable-tqdm", "true", "--block-size", 32, "--max-steps", 2]
+    options = ["--model", base, "--train-file", text_file, "--output-dir", out, "--push-to-hub", *quick]
+    options += ["--hub-model-id", NAME]
+    run_command("train", *options, cache=tmp_path, **hub.environment(TOKEN))
+    repo = hub.repos[NAME]
+    *_, commit, pin = repo.commits
+    assert {"model.safetensors", "modeling_mos.py", "tokenizer.json", "README.md"} <= set(commit.changed)
+    assert pin.changed == ["README.md"]
+    card = ModelCard(pin.files["README.md"].content.decode())
+    (result,) = card.data.eval_results
+    metrics = json.loads((out / "all_results.json").read_text())
+    assert result.metric_value == pytest.approx(metrics["perplexity"], abs=1e-3)
+    assert f'"code_revision": "{commit.sha}"' in card.text
+    assert "Measured by `python -m hf_mos.tools.cli train --model" in card.text
+    assert_equal_when_loaded(hub, out, commit.sha, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("token", "name", "faults", "message"),
+    [
+        ("hf_wrong", NAME, {}, "Invalid credentials in Authorization header"),
+        (
+            "hf_of_another",
+            NAME,
+            {},
+            "You don't have the rights to create or change a model under the namespace 'user'",
+        ),
+        (TOKEN, NAME, {"/commit/": 503}, "503"),
+        (TOKEN, NAME, {"/preupload/": 500}, "500"),
+        (TOKEN, NAME, {"/repos/create": 500}, "500"),
+        (TOKEN, "user/name/more", {}, "user/name/more"),
+    ],
+)
+def test_a_push_that_fails_leaves_nothing_half_there(
+    hub: HubServer, mixture: Path, tmp_path: Path, token: str, name: str, faults: dict[str, int], message: str
+) -> None:
+    hub.faults = faults
+    folder = tmp_path / "folder"
+    shutil.copytree(mixture, folder)
+    process = run_command("push", folder, name, cache=tmp_path, code=1, **hub.environment(token))
+    assert message in process.stderr
+    assert "Traceback" not in process.stderr
+    assert all(len(repo.commits) == 1 for repo in hub.repos.values())  # the initial one
+    hub.faults = {}
+    if name == NAME:
+        run_command("push", folder, name, cache=tmp_path, **hub.environment(TOKEN))
+        assert_equal_when_loaded(hub, folder, hub.repos[NAME].branches["main"], tmp_path)
+
+
+def test_a_pin_that_fails_is_a_warning(hub: HubServer, mixture: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(mixture, folder)
+    run_command("push", folder, NAME, "--no-pin", cache=tmp_path, **hub.environment(TOKEN))
+    sha = hub.repos[NAME].branches["main"]
+    hub.faults = {"/commit/": 503}
+    process = run_command("push", folder, NAME, "--json", cache=tmp_path, **hub.environment(TOKEN))
+    assert json.loads(process.stdout)["card_revision"] is None
+    assert "its card names no revision" in process.stderr
+    assert hub.repos[NAME].branches["main"] == sha
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "token", "message"),
+    [
+        ("user/none", "main", TOKEN, "user/none is not a local folder and is not a valid model identifier"),
+        (NAME, "v9", TOKEN, "v9 is not a valid git identifier"),
+        (NAME, "main", "hf_wrong", NAME),
+        (NAME, "main", "hf_of_another", f"{NAME} is not a local folder and is not a valid model identifier"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(
+    hub: HubServer, mixture: Path, text_file: Path, tmp_path: Path, name: str, revision: str, token: str, message: str
+) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(mixture, folder)
+    run_command("push", folder, NAME, "--private", cache=tmp_path, **hub.environment(TOKEN))
+    command = ["evaluate", name, "--file", text_file, "--revision", revision]
+    (tmp_path / "reader").mkdir()
+    process = run_command(*command, cache=tmp_path / "reader", code=1, **hub.environment(token))
+    assert message in " ".join(process.stderr.split())
+    assert "Traceback" not in process.stderr
+
+
+def test_commands_take_a_model_of_the_hub(hub: HubServer, mixture: Path, text_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(mixture, folder)
+    pushed = run_command("push", folder, NAME, "--json", cache=tmp_path, **hub.environment(TOKEN))
+    revision = json.loads(pushed.stdout)["revision"]
+    losses = [
+        json.loads(run_command("evaluate", model, "--file", text_file, "--json", *more, cache=tmp_path, **env).stdout)
+        for model, more, env in ((folder, [], {}), (NAME, ["--revision", revision], hub.environment()))
+    ]
+    assert losses[0]["nats"] == losses[1]["nats"]
+
+
+BROKEN = {
+    "config.json": "a folder with a checkpoint, given one without config.json",
+    "mos_head.py": "",
+    "modeling_mos.py": "the code beside the weights, given none of modeling_mos.py",
+    "model.safetensors": "weights in safetensors, given none",
+}
+
+
+@pytest.mark.parametrize("missing", ["config.json", "modeling_mos.py", "model.safetensors"])
+def test_a_folder_that_is_not_whole_is_refused_before_anything_is_sent(
+    hub: HubServer, mixture: Path, tmp_path: Path, missing: str
+) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(mixture, folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    (folder / missing).unlink()
+    process = run_command("push", folder, NAME, cache=tmp_path, code=1, **hub.environment(TOKEN))
+    assert BROKEN[missing] in process.stderr
+    assert hub.requests == []
+
+
+def test_a_softmax_is_not_pushed_as_a_mixture(hub: HubServer, base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(base, folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    process = run_command("push", folder, NAME, cache=tmp_path, code=1, **hub.environment(TOKEN))
+    assert "expected a mixture of softmaxes, given a 'llama'" in process.stderr
+    assert hub.requests == []
