@@ -6,10 +6,13 @@ push(Path("gpt2-mos"), "user/gpt2-mos")
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 from huggingface_hub import CommitOperationAdd, HfApi
+from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import logging
 
 from ..configuration_mos import MoSConfig
@@ -91,6 +94,17 @@ def pin_card(api: HfApi, repo: str, card: str, revision: str, branch: str | None
         return None
 
 
+def code_of(folder: Path, config: dict[str, Any]) -> Iterator[str]:
+    """The names of the Python files that a config asks for, and of those that these import."""
+    places = config.get("auto_map", {})
+    found = [f"{places[name].partition('.')[0]}.py" for name in sorted(places)] or ["modeling_mos.py"]
+    for name in found:
+        yield name
+        for module in get_relative_imports(folder / name):
+            if f"{module}.py" not in found:
+                found.append(f"{module}.py")
+
+
 def files_of(folder: Path) -> list[str]:
     """The files of a whole checkpoint in a folder, without what else lies there.
 
@@ -99,7 +113,7 @@ def files_of(folder: Path) -> list[str]:
         OSError: a file of the weights is missing or broken.
     """
 
-    def refuse(expected: str, given: str) -> None:
+    def refuse(expected: str, given: str) -> NoReturn:
         raise ValueError(f"{folder}: expected {expected}, given {given}")
 
     if not (folder / CONFIG_FILE).is_file():
@@ -115,11 +129,9 @@ def files_of(folder: Path) -> list[str]:
     weights += [path.name for path in folder.glob("model.safetensors.index.json")]
     beside = {path.name for pattern in SENT for path in folder.glob(pattern) if path.is_file()}
     beside -= {path.name for pattern in KEPT_BACK for path in folder.glob(pattern)}
-    for place in config.get("auto_map", {}).values():
-        if f"{place.partition('.')[0]}.py" not in beside:
-            refuse(f"the code of {place} beside the weights", "none; load and save it again")
-    if "auto_map" not in config:
-        refuse("the code of the head beside the weights", "none; load and save it again")
+    for name in code_of(folder, config):
+        if name not in beside:
+            refuse("the code beside the weights", f"none of {name}; load and save it again")
     if CARD_FILE not in beside:
         refuse(f"a card, {CARD_FILE}", "none; hf-mos card makes one")
     if TOKENIZER_FILE not in beside:
