@@ -23,7 +23,7 @@ from .mos_vocabulary_shard import VocabularyShard
 
 # Working memory of the loss. On the CPU a chunk that stays in the cache is the fastest; on an accelerator larger
 # products keep more of it busy, so the budget follows its memory.
-CPU_BUDGET_BYTES = 14 * 2**20
+CPU_BUDGET_BYTES = 12 * 2**20
 # Rows of component logits at least, however large the vocabulary: each chunk reads and writes the decoder's gradient.
 MIN_ROWS = 32
 MIN_BUDGET_BYTES = 256 * 2**20
@@ -63,24 +63,20 @@ def loss_and_gradients(
         d_prior = torch.zeros_like(log_prior) if wants_prior else None
         d_bias = torch.zeros(V, dtype=sum_dtype, device=device) if wants_bias else None
 
+        buffers = ChunkBuffers(V, options, sum_dtype, device, wants_logits)
         kept = (targets != options.ignore_index).nonzero().squeeze(1)
-        bytes_per_logit = sum_dtype.itemsize * (2 if options.softcap is not None and wants_logits else 1)
-        bytes_per_logit += 0 if work_dtype == sum_dtype else work_dtype.itemsize
-        # Processes that share the vocabulary share each chunk, and not all of them hold as many classes.
-        all_classes = V if options.shard is None else options.shard.num_classes
-        sizes = (kept.shape[0], K, all_classes, bytes_per_logit)
-        size, group_size = chunk_sizes(*sizes, options, projection.shared_share, device)
+        size, group_size = buffers.allocate(kept.shape[0], K, projection.shared_share)
         for group in split(kept, group_size, of=N):
-            projection.open(group, bias)
+            projection.open(group, group_size, bias)
             for tokens, place in split_again(group, size):
                 target_rows = targets[tokens].long().repeat_interleave(K).unsqueeze(1)  # (n K, 1)
-                product = projection.logits(tokens, place)
-                logits = product.to(sum_dtype)  # (n K, V); the product itself where that is as wide
-                projection.share_(logits, place)
-                slope = None if options.softcap is None else cap_(logits, options.softcap, wants_logits)
+                logits, half, slope = buffers.rows(target_rows.shape[0])  # (n K, V) each
+                projection.logits(tokens, place, logits, half)
+                if options.softcap is not None:
+                    cap_(logits, options.softcap, slope)
                 if options.shard is None:
                     target_logits = logits.gather(1, target_rows)
-                    largest, log_total = softmax_(logits)  # the logits are now the softmax
+                    largest, log_total = softmax_(logits)  # the buffer now holds the softmax
                     component_nll = (largest - target_logits) + log_total
                 else:
                     component_nll = options.shard.softmax_(logits, target_rows)
@@ -94,7 +90,6 @@ def loss_and_gradients(
                 if d_prior is not None:
                     d_prior[tokens] = (log_prior[tokens].exp() - responsibilities) * token_weight
                 if not wants_logits:
-                    del product, logits  # before the next chunk's are made
                     continue
                 if options.shard is None:
                     error = logits.scatter_add_(1, target_rows, logits.new_full((), -1.0).expand_as(target_rows))
@@ -108,8 +103,7 @@ def loss_and_gradients(
                 if work_dtype == sum_dtype:
                     projection.backward(tokens, place, error, row_weights)
                 else:
-                    projection.backward(tokens, place, torch.mul(error, row_weights, out=product), None)
-                del product, logits, error, slope
+                    projection.backward(tokens, place, torch.mul(error, row_weights, out=half), None)
             if wants_logits:
                 projection.close(group)
         d_latents, d_weight = projection.gradients()
@@ -119,27 +113,50 @@ def loss_and_gradients(
         return nll, (d_prior, d_weight, d_bias, *d_latents)
 
 
-def chunk_sizes(
-    num_tokens: int,
-    num_mixtures: int,
-    num_classes: int,
-    bytes_per_logit: int,
-    options: LossOptions,
-    shared_share: float,
-    device: torch.device,
-) -> tuple[int, int]:
-    """How many tokens are in work at a time, and how many share the wide products."""
-    budget = budget_bytes(device)
-    size = options.chunk_size
-    if size is None:
-        rows = max(MIN_ROWS, int(budget * (1 - shared_share)) // (num_classes * bytes_per_logit))
-        size = rows // num_mixtures
-    group_size = num_tokens
-    if shared_share:
-        rows = max(MIN_ROWS, int(budget * shared_share) // (num_classes * options.work_dtype.itemsize))
-        group_size = max(rows, size)
-    group_size = even(num_tokens, group_size)
-    return even(group_size, size), group_size
+class ChunkBuffers:
+    """The reused buffers of (chunk_size * K, V), as large as the budget allows."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        options: LossOptions,
+        sum_dtype: torch.dtype,
+        device: torch.device,
+        wants_logits: bool,
+    ) -> None:
+        self.num_classes, self.chunk_size, self.device = num_classes, options.chunk_size, device
+        # Processes that share the vocabulary share each chunk, and not all of them hold as many classes.
+        self.all_classes = num_classes if options.shard is None else options.shard.num_classes
+        self.work_dtype, self.sum_dtype = options.work_dtype, sum_dtype
+        self.has_half = self.work_dtype != sum_dtype
+        self.has_slope = options.softcap is not None and wants_logits
+        self.logits = self.half = torch.empty(0)
+        self.slope: Tensor | None = None
+
+    def allocate(self, num_tokens: int, num_mixtures: int, shared_share: float) -> tuple[int, int]:
+        """Makes the buffers; returns how many tokens are in work at a time, and how many share the wide products."""
+        bytes_per_logit = self.sum_dtype.itemsize * (1 + self.has_slope) + self.work_dtype.itemsize * self.has_half
+        budget = budget_bytes(self.device)
+        size = self.chunk_size
+        if size is None:
+            rows = max(MIN_ROWS, int(budget * (1 - shared_share)) // (self.all_classes * bytes_per_logit))
+            size = rows // num_mixtures
+        group_size = num_tokens
+        if shared_share:
+            rows = max(MIN_ROWS, int(budget * shared_share) // (self.all_classes * self.work_dtype.itemsize))
+            group_size = max(rows, size)
+        group_size = even(num_tokens, group_size)
+        size = even(group_size, size)
+        shape = (size * num_mixtures, self.num_classes)
+        self.logits = torch.empty(shape, dtype=self.sum_dtype, device=self.device)
+        if self.has_half:
+            self.half = torch.empty(shape, dtype=self.work_dtype, device=self.device)
+        if self.has_slope:
+            self.slope = torch.empty(shape, dtype=self.sum_dtype, device=self.device)
+        return size, group_size
+
+    def rows(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.logits[:count], self.half[:count], None if self.slope is None else self.slope[:count]
 
 
 def even(count: int, size: int) -> int:
@@ -167,12 +184,12 @@ def split_again(group: Tokens, size: int) -> Iterator[tuple[Tokens, slice]]:
             yield group[place], place
 
 
-def cap_(logits: Tensor, softcap: float, wants_slope: bool) -> Tensor | None:
-    """Equivalent to: `cap_logits` in place; returns its derivative at each logit, if it is wanted."""
+def cap_(logits: Tensor, softcap: float, slope: Tensor | None) -> None:
+    """Equivalent to: `cap_logits` in place; writes its derivative at each logit to `slope`, if there is one."""
     logits.div_(softcap).tanh_()
-    slope = logits.square().neg_().add_(1) if wants_slope else None
+    if slope is not None:
+        torch.mul(logits, logits, out=slope).neg_().add_(1)
     logits.mul_(softcap)
-    return slope
 
 
 def softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:

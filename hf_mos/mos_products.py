@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+TILE = 1024  # classes at a time, whose logits stay in the cache until they are where they belong
+
 
 def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Equivalent to: `F.linear(rows, weight, bias)`, which is `rows @ weight.T + bias`, without gradients.
@@ -20,17 +22,32 @@ def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     Returns:
         (n, V), in the dtype of the rows.
     """
-    if _suits_onednn(rows) and _suits_onednn(weight):
-        return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-    return F.linear(rows, weight, bias)
+    return _onednn(rows, weight, bias) if _suits_onednn(rows, weight) else F.linear(rows, weight, bias)
 
 
-def _suits_onednn(matrix: Tensor) -> bool:
-    """Whether oneDNN is there and takes the matrix without a slow path: fp32, and no gaps between rows or columns."""
+def multiply_into(out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Equivalent to: `out.copy_(multiply(rows, weight, bias))`, without memory of the size of `out`; returns `out`."""
+    if _suits_onednn(rows, weight):  # which writes to memory of its own
+        for start in range(0, weight.shape[0], TILE):
+            tile = slice(start, start + TILE)
+            out[:, tile] = _onednn(rows, weight[tile], None if bias is None else bias[tile])
+        return out
+    return torch.mm(rows, weight.t(), out=out) if bias is None else torch.addmm(bias, rows, weight.t(), out=out)
+
+
+def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+def _suits_onednn(*matrices: Tensor) -> bool:
+    """Whether oneDNN is there and takes the matrices on a fast path: fp32, and no gaps between rows or columns."""
     return (
-        matrix.device.type == "cpu"
-        and matrix.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
+        torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
-        and (matrix.is_contiguous() or matrix.t().is_contiguous())
+        and all(
+            matrix.device.type == "cpu"
+            and matrix.dtype == torch.float32
+            and (matrix.is_contiguous() or matrix.t().is_contiguous())
+            for matrix in matrices
+        )
     )

@@ -13,9 +13,15 @@ import torch
 from torch import Tensor
 
 from .mixture_of_softmaxes import SubspaceLatents
-from .mos_products import multiply
+from .mos_products import multiply, multiply_into
 
 Tokens = slice | Tensor  # which tokens a chunk holds
+
+
+def project(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, half: Tensor) -> Tensor:
+    """Equivalent to: `out.copy_(F.linear(rows, weight, bias))`, by way of `half` where `rows` are half precision."""
+    product = multiply_into(out if rows.dtype == out.dtype else half, rows, weight, bias)
+    return product if product is out else out.copy_(product)
 
 
 def weighted(rows: Tensor, row_weights: Tensor | None) -> Tensor:
@@ -58,15 +64,12 @@ class DenseProjection:
         self.d_latents = torch.zeros_like(latents) if wanted[0] else None
         self.d_weight = Accumulator(weight, wants_weight, sum_dtype)
 
-    def open(self, group: Tokens, bias: Tensor | None) -> None:
+    def open(self, group: Tokens, size: int, bias: Tensor | None) -> None:
         self.bias = bias
 
-    def logits(self, tokens: Tokens, place: slice) -> Tensor:
+    def logits(self, tokens: Tokens, place: slice, out: Tensor, half: Tensor) -> None:
         self.rows = self.latents[tokens].flatten(0, 1)
-        return multiply(self.rows, self.weight, self.bias)
-
-    def share_(self, logits: Tensor, place: slice) -> None:
-        pass
+        project(self.rows, self.weight, self.bias, out, half)
 
     def backward(self, tokens: Tokens, place: slice, error: Tensor, row_weights: Tensor | None) -> None:
         if self.d_latents is not None:
@@ -106,19 +109,20 @@ class SubspaceProjection:
         self.wants_basis, self.wants_shared = wanted[2], wanted[0] or wants_weight
         self.d_weight = Accumulator(weight, wants_weight, sum_dtype)
         self.d_narrow_weight = Accumulator(self.narrow_weight, wants_weight or self.wants_basis, sum_dtype)
-        self.shared = weight[:0]
+        self.buffer = weight[:0]
 
-    def open(self, group: Tokens, bias: Tensor | None) -> None:
-        del self.shared  # before the next group's are made
+    def open(self, group: Tokens, size: int, bias: Tensor | None) -> None:
+        if self.buffer.shape[0] < size:
+            self.buffer = self.weight.new_empty(size, self.weight.shape[0])
         self.group_rows = self.hidden_states[group]
-        self.shared = multiply(self.group_rows, self.weight, bias)
+        self.shared = self.buffer[: self.group_rows.shape[0]]
+        project(self.group_rows, self.weight, bias, self.shared, self.shared)
 
-    def logits(self, tokens: Tokens, place: slice) -> Tensor:
-        self.rows = self.shifts[tokens].flatten(0, 1)
-        return multiply(self.rows, self.narrow_weight)
-
-    def share_(self, logits: Tensor, place: slice) -> None:
-        logits.view(-1, self.shifts.shape[1], logits.shape[1]).add_(self.shared[place].unsqueeze(1))
+    def logits(self, tokens: Tokens, place: slice, out: Tensor, half: Tensor) -> None:
+        shifts = self.shifts[tokens]
+        self.rows = shifts.flatten(0, 1)
+        project(self.rows, self.narrow_weight, None, out, half)
+        out.view(*shifts.shape[:2], -1).add_(self.shared[place].unsqueeze(1))
 
     def backward(self, tokens: Tokens, place: slice, error: Tensor, row_weights: Tensor | None) -> None:
         K = self.shifts.shape[1]
