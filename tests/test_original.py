@@ -1,0 +1,88 @@
+"""Heads of the paper's own code compute what they computed there."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+
+from hf_mos.tools.original import load_original_head
+
+
+class OriginalHead(nn.Module):
+    """The paper's equations, section 2.3, with the module names of its code; in probability space, as there."""
+
+    def __init__(self, num_mixtures=3, input_size=10, latent_size=6, num_classes=17):
+        super().__init__()
+        self.num_mixtures, self.num_classes = num_mixtures, num_classes
+        self.prior = nn.Linear(input_size, num_mixtures, bias=False)
+        self.latent = nn.Sequential(nn.Linear(input_size, num_mixtures * latent_size), nn.Tanh())
+        self.decoder = nn.Linear(latent_size, num_classes)
+
+    def forward(self, hidden_states):
+        latents = self.latent(hidden_states).view(-1, self.decoder.in_features)
+        component_probs = self.decoder(latents).softmax(-1).view(-1, self.num_mixtures, self.num_classes)
+        mixture_weights = self.prior(hidden_states).softmax(-1)
+        return (component_probs * mixture_weights.unsqueeze(2)).sum(1)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 12), st.integers(1, 12), st.integers(2, 20))
+def test_a_head_predicts_what_the_paper_says(num_mixtures, input_size, latent_size, num_classes):
+    original = OriginalHead(num_mixtures, input_size, latent_size, num_classes).double()
+    head = load_original_head(original.state_dict())
+    hidden_states = 2 * torch.randn(7, input_size, dtype=torch.float64)
+    torch.testing.assert_close(head(hidden_states), original(hidden_states).log(), rtol=1e-12, atol=1e-12)
+
+
+def test_its_loss_and_gradients_are_those_of_the_paper():
+    original = OriginalHead().double()
+    head = load_original_head(original.state_dict())
+    hidden_states, targets = torch.randn(9, 10, dtype=torch.float64), torch.randint(17, (9,))
+    nn.functional.nll_loss(original(hidden_states).log(), targets).backward()
+    head(hidden_states, targets=targets).backward()
+    pairs = {"prior.weight": "prior.weight", "latent.0.bias": "latent.bias", "decoder.weight": "decoder.weight"}
+    theirs, ours = dict(original.named_parameters()), dict(head.named_parameters())
+    for their_name, our_name in pairs.items():
+        torch.testing.assert_close(ours[our_name].grad, theirs[their_name].grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_from_a_file_with_the_rest_of_the_model(tmp_path, suffix):
+    original = OriginalHead()
+    tensors = {f"module.{name}": tensor for name, tensor in original.state_dict().items()}
+    tensors["module.encoder.weight"] = torch.zeros(17, 6)
+    path = tmp_path / f"model{suffix}"
+    save_file(tensors, path) if suffix == ".safetensors" else torch.save(tensors, path)
+    head = load_original_head(path, prefix="module.", latent_dropout=0.3)
+    hidden_states = torch.randn(4, 10)
+    torch.testing.assert_close(head(hidden_states), original(hidden_states).log(), rtol=1e-4, atol=1e-5)
+    assert head.dropout.p == 0.3
+    assert not head.training
+
+
+def test_a_pickled_model_is_not_run(tmp_path):
+    torch.save(OriginalHead(), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="expected a state dict, given a pickle of other objects"):
+        load_original_head(tmp_path / "model.pt")
+
+
+def test_a_missing_tensor_is_named():
+    tensors = OriginalHead().state_dict()
+    del tensors["latent.0.bias"]
+    with pytest.raises(ValueError, match=r"expected \['latent.0.bias'\], given \['decoder.bias', "):
+        load_original_head(tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("latent.0.weight", (17, 10), r"latent.weight: expected \(18, 10\) beside a prior of \(3, 10\)"),
+        ("decoder.bias", (16,), r"decoder.bias: expected \(17,\)"),
+        ("prior.weight", (3,), r"prior.weight: expected 2 dimensions, given \(3,\)"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(name, shape, message):
+    with pytest.raises(ValueError, match=message):
+        load_original_head(OriginalHead().state_dict() | {name: torch.zeros(shape)})
