@@ -104,7 +104,13 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh: Any) -> Any:
         """As for every model of transformers, but a tied weight is one parameter to FSDP2, with one gradient."""
-        if mesh is not None:
+        is_tied = model.config.tie_word_embeddings
+        if mesh is not None and is_tied and getattr(distributed_config, "dp_size", distributed_config.fsdp_size) > 1:
+            if distributed_config.tp_size > 1:
+                raise ValueError(
+                    "tie_word_embeddings: expected False with both fsdp_size and tp_size, as transformers then trains "
+                    "the embedding and the decoder apart, given True"
+                )
             model.tie_weights(recompute_mapping=False)
         return super().maybe_distribute_model(model, distributed_config, mesh)
 

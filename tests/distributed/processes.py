@@ -20,13 +20,15 @@ WORLD_SIZE = 2
 PATIENCE = 240.0  # seconds
 
 
-def run_on_two(worker: Callable[..., None], *arguments: Any, environment: Mapping[str, str] | None = None) -> None:
-    """Runs the worker on both ranks. Fails with what they printed when one fails or takes too long."""
+def run_on_two(worker: Callable[..., None], *arguments: Any, environment: Mapping[str, str] | None = None) -> str:
+    """Runs the worker on both ranks. Returns what they printed; fails with it when one fails or takes too long."""
     file = worker.__code__.co_filename
-    run_command([sys.executable, "-W", "error", __file__, file, worker.__name__, *map(str, arguments)], environment)
+    return run_command(
+        [sys.executable, "-W", "error", __file__, file, worker.__name__, *map(str, arguments)], environment
+    )
 
 
-def run_command(command: list[str], environment: Mapping[str, str] | None = None) -> None:
+def run_command(command: list[str], environment: Mapping[str, str] | None = None) -> str:
     """Runs a command as both ranks of a group, as `torchrun --nproc-per-node 2` would."""
     port = free_port()
     processes = [
@@ -51,6 +53,7 @@ def run_command(command: list[str], environment: Mapping[str, str] | None = None
         stop(processes)
     printed = "\n".join(f"rank {rank}:\n{process.communicate()[0]}" for rank, process in enumerate(processes))
     assert failed == [0] * WORLD_SIZE, f"exit codes {failed} of {command}\n{printed}"
+    return printed
 
 
 def environment_of(rank: int, port: int) -> dict[str, str]:

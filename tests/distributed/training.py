@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import part_components, random_tokens, tiny_causal_lm
+from helpers import random_tokens, tiny_causal_lm
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -19,7 +19,9 @@ LEARNING_RATE = 0.05
 def make_model(name: str, **options: Any) -> MoSForCausalLM:
     """Of weights so small that rounding stays below what is compared."""
     model = MoSForCausalLM.from_causal_lm(tiny_causal_lm(name, initializer_range=0.1), num_mixtures=3, **options)
-    part_components(model)
+    projection = model.lm_head.latent if model.config.latent_rank is None else model.lm_head.shift
+    with torch.no_grad():
+        projection.weight += 0.1 * torch.randn(projection.weight.shape, generator=torch.Generator().manual_seed(1))
     return model.train()
 
 

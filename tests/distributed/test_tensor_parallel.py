@@ -1,0 +1,213 @@
+"""Tensor parallelism: two processes share the vocabulary, and loss, gradients and text are those of one."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers import VOCAB_SIZE, LargestTensor, greedy
+from processes import WORLD_SIZE, run_on_two
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from training import MODELS, assert_close_to, joint_batch, make_model
+from transformers.distributed import DistributedConfig
+
+from hf_mos import MoSForCausalLM
+from hf_mos.mixture_of_softmaxes import SubspaceLatents
+from hf_mos.mos_loss import mos_cross_entropy
+from hf_mos.mos_shared_decoder import is_shared
+from hf_mos.mos_vocabulary_shard import VocabularyShard
+
+# GPT-2 has no plan of its own.
+PLANS = {"gpt2": {"backbone.transformer.wte": "embedding_rowwise", "lm_head.decoder": "colwise_gather_output"}}
+HEADS: list[dict[str, Any]] = [{}, {"latent_rank": 4}]
+
+
+class Messages(TorchDispatchMode):
+    """Records the number of elements of each tensor that goes over the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            tensors = args[0] if isinstance(args[0], (tuple, list)) else args[:1]
+            self.sizes += [tensor.numel() for tensor in tensors if isinstance(tensor, Tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+# ------------------------------------------------------------------------------------------------------------ the loss
+
+N, K, E = 11, 3, 8
+CASES = {
+    "full latents": {},
+    "a subspace": {"rank": 2},
+    "a bias": {"bias": True},
+    "a softcap": {"softcap": 2.0, "bias": True},
+    "chunks": {"chunk_size": 2, "rank": 2},
+    "each token": {"reduction": "none"},
+    "the sum": {"reduction": "sum"},
+    "all ignored": {"ignored": N},
+    "a frozen decoder": {"frozen": True},
+    "large logits": {"scale": 1e4},
+    "half precision": {"dtype": torch.bfloat16, "tolerance": 0.05},
+}
+
+
+def random_inputs(num_classes: int, rank: int | None, scale: float, dtype: torch.dtype, frozen: bool) -> list[Tensor]:
+    """The same on all processes: prior logits, weight, bias and latents."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    latents = [draw(N, K, E)] if rank is None else [draw(N, E), draw(N, K, rank), draw(E, rank)]
+    prior, weight, bias = draw(N, K), scale * draw(num_classes, E).to(dtype), draw(num_classes).to(dtype)
+    inputs = [prior, weight, bias, *(tensor.to(dtype) for tensor in latents)]
+    return [tensor.requires_grad_(not (frozen and i in (1, 2))) for i, tensor in enumerate(inputs)]
+
+
+def loss_of(inputs: list[Tensor], targets: Tensor, bias: bool, **options: Any) -> tuple[Tensor, list[Tensor | None]]:
+    prior, weight, decoder_bias, *parts = inputs
+    latents = parts[0] if len(parts) == 1 else SubspaceLatents(*parts)
+    loss = mos_cross_entropy(latents, prior, weight, targets, decoder_bias=decoder_bias if bias else None, **options)
+    weights = torch.linspace(1, 2, loss.numel()).view(loss.shape)
+    (loss * weights).sum().backward()
+    return loss.detach(), [tensor.grad for tensor in inputs]
+
+
+def compare_losses() -> None:
+    rank = torch.distributed.get_rank()
+    for num_classes in (20, 17, 2):  # also where the processes hold unequal shares
+        targets = torch.arange(N) % num_classes
+        for name, case in CASES.items():
+            options = {"bias": False, "rank": None, "scale": 1.0, "dtype": torch.float32, "frozen": False} | case
+            ignored, tolerance = options.pop("ignored", 2), options.pop("tolerance", 1e-5)
+            drawing = {key: options.pop(key) for key in ("rank", "scale", "dtype", "frozen")}
+            labels = targets.masked_fill(torch.arange(N) < ignored, -100)
+            expected, gradients = loss_of(random_inputs(num_classes, **drawing), labels, **options)
+            here = slice(*(min(i * -(-num_classes // WORLD_SIZE), num_classes) for i in (rank, rank + 1)))
+            inputs = random_inputs(num_classes, **drawing)
+            inputs[1:3] = [tensor.detach()[here].requires_grad_(tensor.requires_grad) for tensor in inputs[1:3]]
+            shard = VocabularyShard(num_classes, here.start, torch.distributed.group.WORLD)
+            loss, ours = loss_of(inputs, labels, shard=shard, **options)
+            assert_near(loss, expected, tolerance, name)
+            for i, (mine, whole) in enumerate(zip(ours, gradients, strict=True)):
+                assert (mine is None) == (whole is None)
+                if mine is not None:
+                    assert_near(mine, whole[here] if i in (1, 2) else whole, tolerance, f"{name}, gradient {i}")
+
+
+def assert_near(given: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
+    size = max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(given / size, expected / size, rtol=0, atol=tolerance, msg=lambda m: f"{name}: {m}")
+
+
+def test_the_loss_is_that_of_one_process() -> None:
+    run_on_two(compare_losses)
+
+
+def read_peak(reset: bool = False) -> int:
+    """Bytes that this process holds, or held at most since the last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def measure(weight: Tensor, shard: VocabularyShard | None) -> tuple[int, int, list[int]]:
+    """What a step of the loss needs on top of what is there: elements of its largest tensor, bytes; and messages."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(512, 4, weight.shape[1], generator=generator).requires_grad_()
+    prior = torch.randn(512, 4, generator=generator).requires_grad_()
+    targets = torch.arange(512)
+    weight.grad = None
+    before = read_peak(reset=True)
+    with LargestTensor() as largest, Messages() as messages:
+        mos_cross_entropy(latents, prior, weight, targets, shard=shard).backward()
+    return largest.numel, read_peak() - before, messages.sizes
+
+
+def compare_memory() -> None:
+    V, E = 50_000, 64
+    rank = torch.distributed.get_rank()
+    weight = torch.randn(V, E, generator=torch.Generator().manual_seed(1))
+    whole = weight.clone().requires_grad_()
+    half = weight[rank * V // 2 : (rank + 1) * V // 2].clone().requires_grad_()
+    measure(whole, None)  # once, so that torch has loaded what it needs
+    largest, peak, _ = measure(whole, None)
+    shard = VocabularyShard(V, rank * V // 2, torch.distributed.group.WORLD)
+    measure(half, shard)
+    largest_here, peak_here, messages = measure(half, shard)
+    assert largest_here <= 0.51 * largest
+    assert peak_here <= 0.6 * peak, f"{peak_here / 2**20:.1f} MiB of {peak / 2**20:.1f} MiB"
+    # The latents' gradient once, and for each row of logits its largest, its sum and its target's.
+    assert messages.count(512 * 4 * E) == 1
+    assert sum(messages) == 512 * 4 * E + 512 * 4 * 3
+    if rank == 0:
+        print(f"{peak / 2**20:.1f} MiB in one process, {peak_here / 2**20:.1f} MiB in each of two")
+
+
+def test_the_memory_halves_and_no_logits_travel() -> None:
+    print(run_on_two(compare_memory))
+
+
+# ----------------------------------------------------------------------------------------------------------- the model
+
+
+def load_parallel(folder: Path, name: str) -> MoSForCausalLM:
+    config = DistributedConfig(tp_size=WORLD_SIZE, tp_plan=PLANS.get(name))
+    return MoSForCausalLM.from_pretrained(folder, distributed_config=config).train()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def compare_models(folder: str) -> None:
+    for name in MODELS:
+        for options in HEADS:
+            path = Path(folder, name + str(len(options)))
+            alone = make_model(name, **options)
+            if torch.distributed.get_rank() == 0:
+                alone.save_pretrained(path)
+            torch.distributed.barrier()
+            model = load_parallel(path, name)
+            decoder = model.lm_head.decoder.weight
+            assert decoder.to_local().shape[0] in (VOCAB_SIZE // 2, VOCAB_SIZE // 2 + 1)
+            tied = alone.config.tie_word_embeddings
+            assert is_shared(model.lm_head.decoder)
+            assert (decoder is model.get_input_embeddings().weight) == tied
+
+            batch = joint_batch(0)
+            loss, expected = model(**batch).loss, alone(**batch).loss
+            torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+            loss.backward()
+            expected.backward()
+            for key, parameter in model.named_parameters():
+                reference = alone.get_parameter(key).grad
+                torch.testing.assert_close(whole(parameter.grad), reference, rtol=0, atol=1e-5, msg=key)
+                assert reference.abs().max() > 1e-3, f"{key} has hardly a gradient"
+
+            model.eval()
+            alone.eval()
+            prompt = batch["input_ids"][:, :5]
+            with torch.no_grad():
+                logits = alone(batch["input_ids"]).logits
+                torch.testing.assert_close(model(batch["input_ids"]).logits, logits, rtol=0, atol=1e-5)
+            differentiable = model(batch["input_ids"]).logits
+            torch.testing.assert_close(differentiable, logits, rtol=0, atol=1e-5)
+            assert torch.equal(greedy(model, prompt), greedy(alone, prompt))
+
+            with torch.no_grad():
+                for one in (model, alone):
+                    for parameter in one.parameters():
+                        parameter -= 0.1 * parameter.grad
+            model.save_pretrained(path.with_suffix(".saved"))
+            assert_close_to(MoSForCausalLM.from_pretrained(path.with_suffix(".saved")), dict(alone.named_parameters()))
+
+
+def test_a_model_is_that_of_one_process(tmp_path: Path) -> None:
+    """Loss, gradients, logits, what it generates and what it saves; 97 classes are 49 and 48."""
+    run_on_two(compare_models, tmp_path)
