@@ -75,8 +75,9 @@ def build_app(model: Any, tokenizer: Any, name: str) -> gr.Blocks:
             "# What a mixture of softmaxes does\n"
             f"`{name}` predicts each token with {model.lm_head.num_mixtures} softmaxes, weighed anew every time."
         )
-        text = gr.Textbox(EXAMPLES[0], label="Text", lines=3, max_lines=12, elem_id="text")
-        button = gr.Button("Inspect", variant="primary", elem_id="inspect")
+        with gr.Row(equal_height=True):
+            text = gr.Textbox(EXAMPLES[0], label="Text", lines=2, max_lines=12, scale=6, elem_id="text")
+            button = gr.Button("Inspect", variant="primary", scale=1, min_width=120, elem_id="inspect")
         gr.Examples([[example] for example in EXAMPLES], inputs=text)
         view = gr.HTML(apply_default_css=False, elem_id="view")
         gr.on([button.click, text.submit], look, inputs=text, outputs=view, api_name="inspect")

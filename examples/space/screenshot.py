@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=FOLDER / "screenshot.png")
     parser.add_argument("--app-python", type=Path, default=APP_PYTHON, help="one that has gradio")
     arguments = parser.parse_args()
-    with running_app(arguments.model, arguments.app_python) as address, browser(1280, 1000) as chrome:
+    with running_app(arguments.model, arguments.app_python) as address, browser(1280, 1460) as chrome:
         chrome.get(address)
         inspect(chrome, arguments.text)
         time.sleep(1)  # until nothing moves any more

@@ -260,14 +260,18 @@ class Inspector:
         self.head = model.lm_head
         self.top = min(top, self.head.decoder.out_features)
         self.window, self.stride = window, stride
-        self.prefix = next((id for id in (tokenizer.bos_token_id, tokenizer.eos_token_id) if id is not None), None)
+        specials = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        self.prefix = [id for id in specials if id is not None][:1]
 
     def windows_of(self, token_ids: list[int]) -> list[Window]:
-        """The windows of a text, in which all its tokens are predicted, and what follows them if it ends with -1."""
-        prefix = [] if self.prefix is None else [self.prefix]
-        windows = list(windows_of([*prefix, *token_ids], self.window, self.stride))
+        """The windows of a text, in which each of its tokens is predicted once that can be."""
+        windows = list(windows_of([*self.prefix, *token_ids], self.window, self.stride))
         check_tokens(self.model, windows)
         return windows
+
+    def window_after(self, token_ids: list[int]) -> Window:
+        """The window in which is predicted what follows a text."""
+        return Window([*self.prefix, *token_ids][-self.window :], [UNKNOWN_TARGET])
 
     @torch.inference_mode()
     def chunks(self, window: Window) -> Iterator[Chunk]:
@@ -289,16 +293,14 @@ class Inspector:
         token_ids = tokenize(self.tokenizer, text)
         if not token_ids:
             raise ValueError(f"text: expected at least one token, given {text!r}, of which the tokenizer makes none")
-        predictions: list[Prediction | None] = [] if self.prefix is not None else [None]
-        for window in self.windows_of([*token_ids, UNKNOWN_TARGET]):
-            for chunk in self.chunks(window):
-                predictions.extend(self.predictions(chunk))
+        windows = [*self.windows_of(token_ids), self.window_after(token_ids)]
+        predictions = [p for window in windows for chunk in self.chunks(window) for p in self.predictions(chunk)]
         following = predictions.pop()
-        assert following is not None
+        unpredicted = [None] * (len(token_ids) - len(predictions))  # the first, where nothing stands before it
         names = self.tokenizer.convert_ids_to_tokens(token_ids)
         texts = self.texts.of_text(token_ids)
-        tokens = [Token(*fields) for fields in zip(token_ids, names, texts, predictions, strict=True)]
-        return TextInspection(text, self.prefix, tokens, following)
+        tokens = [Token(*fields) for fields in zip(token_ids, names, texts, [*unpredicted, *predictions], strict=True)]
+        return TextInspection(text, self.prefix[0] if self.prefix else None, tokens, following)
 
     def predictions(self, chunk: Chunk) -> Iterator[Prediction]:
         log_prior, component_log_probs = chunk.mixture

@@ -303,6 +303,13 @@ def svg(draw: Callable[[Any], None], width: float, height: float, label: str) ->
     drawing = buffer.getvalue()
     drawing = drawing[drawing.index("<svg") :]
     drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.DOTALL)
-    drawing = re.sub(r' id="[A-Za-z]+_[A-Za-z0-9_.]*\d"', "", drawing)  # other plots of the page have the same
+    drawing = own_ids(drawing, prefix=hashlib.sha256(drawing.encode()).hexdigest()[:8])
     drawing = drawing.replace(INK, "currentColor")
     return drawing.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
+
+
+def own_ids(drawing: str, prefix: str) -> str:
+    """An SVG element with no more ids than it refers to, which no other of the page has."""
+    used = set(re.findall(r"""(?:url\(|href=")#([^)"]+)""", drawing))
+    drawing = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", drawing)
+    return re.sub(r"""( id="|url\(#|href="#)""", rf"\g<1>{prefix}-", drawing)
