@@ -461,6 +461,19 @@ def push_command(
     )
 
 
+@app.command("serve", context_settings=PASS_ON, add_help_option=False)
+def serve_command(context: typer.Context) -> None:
+    """Serve a model with transformers' own OpenAI-compatible server. Every option of `transformers serve` works.
+
+    Example:
+
+    $ hf-mos serve gpt2-mos --port 8000
+    """
+    from .serve import serve
+
+    serve(context.args, prog=context.command_path)
+
+
 # -------------------------------------------------------------------------------------------------------------- output
 
 
