@@ -1,0 +1,126 @@
+"""One text, one backbone and one recipe, under one head after the other; every training is run once and kept."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cost import operations, seconds_in_turn
+from models import SOFTMAX, Head, Size, new_softmax_model, with_head
+from results import Results
+from text import Text
+from torch import Tensor
+from training import Recipe, fit
+from transformers import GPT2LMHeadModel
+
+from hf_mos import MoSForCausalLM
+
+FIT_FILE = "fit.json"  # in a checkpoint's folder, the result of its training
+
+
+@dataclass(frozen=True)
+class Experiment:
+    text: Text
+    size: Size
+    recipe: Recipe
+    results: Results
+    checkpoint: Path | None = None  # what each training starts from; `None`: random weights
+
+    def with_size(self, hidden_size: int) -> "Experiment":
+        return replace(self, size=replace(self.size, hidden_size=hidden_size))
+
+    def with_recipe(self, **changes: Any) -> "Experiment":
+        return replace(self, recipe=replace(self.recipe, **changes))
+
+    def model(self, head: Head, seed: int = 0) -> MoSForCausalLM:
+        if self.checkpoint is None:
+            backbone = new_softmax_model(self.size, self.text.vocab_size, self.text.train.shape[1], seed)
+        else:
+            backbone = GPT2LMHeadModel.from_pretrained(self.checkpoint)
+        return with_head(backbone, head, seed)
+
+    def settings(self, head: Head, seed: int) -> dict[str, Any]:
+        return {
+            **self.text.settings,
+            "size": self.size.settings,
+            "checkpoint": self.checkpoint.name if self.checkpoint else None,
+            "head": head.settings,
+            "recipe": self.recipe.settings,
+            "seed": seed,
+        }
+
+    def train(self, head: Head, seed: int) -> dict[str, Any]:
+        """The result of `fit`; the model of seed 0 is saved beside the results, named by its settings."""
+        settings = self.settings(head, seed)
+
+        def fit_and_save() -> dict[str, Any]:
+            model = self.model(head, seed)
+            name = f"{head.name}, hidden size {self.size.hidden_size}, seed {seed}"
+            result = fit(model, self.text, self.recipe, seed, name)
+            if seed == 0 and head.kind == "mixture":
+                model.save_pretrained(self.results.path.parent / "models" / folder_name(head.name, settings))
+            return result
+
+        return self.results.run(settings, fit_and_save)
+
+    def from_checkpoint(self, seed: int = 0) -> "Experiment":
+        """Starting from a softmax model that is trained with this recipe, once, and kept beside the results."""
+        settings = self.settings(SOFTMAX, seed)
+        folder = self.results.path.parent / "models" / folder_name("checkpoint", settings)
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            backbone = new_softmax_model(self.size, self.text.vocab_size, self.text.train.shape[1], seed)
+            result = fit(with_head(backbone, SOFTMAX, seed), self.text, self.recipe, seed, "the checkpoint")
+            with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+                staged = Path(work, "checkpoint")
+                backbone.save_pretrained(staged)
+                Path(staged, FIT_FILE).write_text(json.dumps(result), encoding="utf-8")
+                staged.rename(folder)
+        return replace(self, checkpoint=folder)
+
+    def checkpoint_result(self) -> dict[str, Any]:
+        """What `fit` returned for the checkpoint."""
+        assert self.checkpoint is not None
+        saved = self.checkpoint / FIT_FILE
+        return self.results.run({"checkpoint": saved.parent.name}, lambda: json.loads(saved.read_text("utf-8")))
+
+    def tuned(self, head: Head, rates: Sequence[dict[str, float]]) -> "Experiment":
+        """With the learning rates of the lowest validation loss, by the runs of seed 0."""
+        candidates = [self.with_recipe(**each) for each in rates]
+        return min(candidates, key=lambda candidate: candidate.train(head, 0)["valid_nats"])
+
+    @property
+    def batch(self) -> Tensor:
+        return self.text.train[: self.recipe.batch_size]
+
+    def operations(self, head: Head) -> float:
+        """Multiplications and additions of a training step, per token."""
+        return operations(self.model(head), self.batch, self.recipe)
+
+    def widened(self, head: Head, budget: float) -> "Experiment":
+        """With the smallest backbone of this head that spends at least `budget` operations per token."""
+        wider = self
+        while wider.operations(head) < budget:
+            wider = wider.with_size(wider.size.hidden_size + 2 * self.size.num_heads)
+        return wider
+
+    def seconds(self, configurations: dict[str, tuple["Experiment", Head]], rounds: int) -> dict[str, float]:
+        """Of a training step, per token: measured once, in turn."""
+        settings = {
+            **self.text.settings,
+            "seconds": {name: [other.size.settings, head.settings] for name, (other, head) in configurations.items()},
+            "batch_size": self.recipe.batch_size,
+            "rounds": rounds,
+        }
+        makers = {name: partial(other.model, head) for name, (other, head) in configurations.items()}
+        return self.results.run(settings, lambda: seconds_in_turn(makers, self.batch, self.recipe, rounds))
+
+
+def folder_name(name: str, settings: dict[str, Any]) -> str:
+    """A name that no other settings have."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{name.replace(' ', '-').replace('=', '')}-{digest}"

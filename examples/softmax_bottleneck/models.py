@@ -1,0 +1,126 @@
+"""The models that are compared: one backbone under different heads, all with the library's own loss.
+
+The controls are heads of the same class, so that nothing but the maths differs, in quality and in cost:
+
+    softmax     log_softmax(decoder(h))
+    contexts    log_softmax(decoder(sum_k prior_k(h) latent_k(h))), a mixture of contexts: the mixture's parameters
+                and one softmax, whose rank is bounded as any softmax's is
+    mixture     log(sum_k prior_k(h) softmax(decoder(latent_k(h)))); with one component a softmax of a latent
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from hf_mos import MoSConfig, MoSForCausalLM, MoSLMHead
+
+
+class SoftmaxHead(MoSLMHead):
+    """Equivalent to: `log_softmax(decoder(h))`, the control, with the mixture's loss for one component."""
+
+    def __init__(self, config: MoSConfig, decoder: nn.Linear) -> None:
+        super().__init__(config, decoder)
+        del self.prior, self.latent
+
+    def prior_logits(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states.new_zeros(*hidden_states.shape[:-1], 1)
+
+    def latents(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states.unsqueeze(-2)
+
+
+class ContextsHead(MoSLMHead):
+    """Equivalent to: `log_softmax(decoder(sum_k prior_k(h) latent_k(h)))`, the mixture of contexts of the paper."""
+
+    def prior_logits(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states.new_zeros(*hidden_states.shape[:-1], 1)
+
+    def latents(self, hidden_states: Tensor) -> Tensor:
+        weights = super().prior_logits(hidden_states).softmax(-1)
+        return torch.einsum("...k,...ke->...e", weights, super().latents(hidden_states)).unsqueeze(-2)
+
+
+HEAD_CLASSES = {"softmax": SoftmaxHead, "contexts": ContextsHead, "mixture": MoSLMHead}
+
+
+@dataclass(frozen=True)
+class Head:
+    """A kind of HEAD_CLASSES, and its options in MoSConfig."""
+
+    kind: str = "mixture"
+    options: dict[str, Any] = field(default_factory=dict)
+    prior_spread: float = 1.0  # of the prior's first weights, times that of MoSLMHead
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"kind": self.kind, **self.options, "prior_spread": self.prior_spread}
+
+    @property
+    def name(self) -> str:
+        if self.kind == "softmax":
+            return "softmax"
+        options = dict(self.options)
+        K, rank = options.pop("num_mixtures", 4), options.pop("latent_rank", None)
+        activation = options.pop("latent_activation", "identity")
+        parts = [f"{'contexts' if self.kind == 'contexts' else 'mixture'} K={K}"]
+        parts += [f"R={rank}"] if rank else []
+        parts += [activation] if activation != "identity" else []
+        parts += [f"prior_spread={self.prior_spread:g}"] if self.prior_spread != 1 else []
+        return " ".join([*parts, *(f"{name}={value}" for name, value in options.items())])
+
+
+SOFTMAX = Head("softmax", {"num_mixtures": 1})
+
+
+def mixture(num_mixtures: int = 4, **options: Any) -> Head:
+    return Head("mixture", {"num_mixtures": num_mixtures, **options})
+
+
+def contexts(num_mixtures: int = 4, **options: Any) -> Head:
+    return Head("contexts", {"num_mixtures": num_mixtures, **options})
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of the backbone, a GPT-2 with its decoder tied to its embedding."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int = 2
+    dropout: float = 0.0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def new_softmax_model(size: Size, vocab_size: int, block_size: int, seed: int) -> GPT2LMHeadModel:
+    """Random weights, the same for the same seed whatever head comes next."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=vocab_size,
+        n_embd=size.hidden_size,
+        n_layer=size.num_layers,
+        n_head=size.num_heads,
+        n_positions=block_size,
+        resid_pdrop=size.dropout,
+        embd_pdrop=size.dropout,
+        attn_pdrop=size.dropout,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def with_head(model: PreTrainedModel, head: Head, seed: int) -> MoSForCausalLM:
+    """The model with another head in place of its own; it shares its weights with the result."""
+    torch.manual_seed(seed)
+    result = MoSForCausalLM.from_causal_lm(model, **head.options)
+    if head.kind != "mixture":
+        result.lm_head = HEAD_CLASSES[head.kind](result.config, decoder=result.lm_head.decoder)
+    if head.prior_spread != 1:
+        result.lm_head.prior.weight.data *= head.prior_spread
+    return result

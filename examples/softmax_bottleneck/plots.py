@@ -1,0 +1,82 @@
+"""The plots of the questions."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+WIDTH, HEIGHT = 9, 4  # inches
+DPI = 110
+
+
+def color_of(name: str) -> str:
+    """Of a head's family: softmaxes are grey, however they are trained."""
+    families = {"softmax": "0.35", "contexts": "tab:green", "tanh": "tab:orange", "R=": "tab:purple"}
+    return next((color for word, color in families.items() if word in name), "tab:blue")
+
+
+def plot_costs(path: Path, title: str, rows: Sequence[dict[str, Any]], name_column: str = "head") -> None:
+    """Perplexity against operations and against seconds, with the best of the softmaxes that cost as much or less."""
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    for axes, column, label in zip(
+        figure.subplots(1, 2, sharey=True),
+        ("Top", "seconds"),
+        ("operations of the training, 10^12", "seconds of the training, one thread"),
+        strict=True,
+    ):
+        points = [(row[column], float(str(row["validation"]).split(" ")[0]), row[name_column]) for row in rows]
+        draw_frontier(axes, sorted(point for point in points if "softmax" in point[2]))
+        for x, y, name in points:
+            axes.plot(x, y, "o", color=color_of(name), markersize=5)
+            axes.annotate(name.removeprefix("mixture "), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6)
+        axes.set(xlabel=label, xscale="log")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("validation perplexity")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=DPI)
+
+
+def draw_frontier(axes: Any, softmaxes: Sequence[tuple[float, float, str]]) -> None:
+    best, xs, ys = float("inf"), [], []
+    for x, y, _ in softmaxes:
+        best = min(best, y)
+        xs.append(x)
+        ys.append(best)
+    axes.step(xs, ys, where="post", color="0.35", linewidth=1, label="softmax")
+    axes.axhline(best, color="0.35", linewidth=0.5, linestyle=":")
+
+
+def plot_spectra(path: Path, bound: int, spectra: dict[str, Sequence[Sequence[float]]]) -> None:
+    """Singular values, largest first, as shares of the largest."""
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    axes = figure.subplots()
+    for name, values in spectra.items():
+        index, value = zip(*values, strict=True)
+        style = "--" if "contexts" in name else "-"
+        axes.plot(index, value, style, label=name)
+    axes.axvline(bound, color="0.35", linewidth=0.8, linestyle=":")
+    axes.annotate("hidden size + 1", (bound, 1e-1), xytext=(4, 0), textcoords="offset points", fontsize=8)
+    axes.set(
+        yscale="log",
+        ylim=(1e-16, 2),
+        xlabel="singular value, in order",
+        ylabel="share of the largest",
+        title="Singular values of the log-probability matrix",
+    )
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_synthetic(path: Path, title: str, hidden_size: int, points: dict[str, Sequence[tuple[int, float]]]) -> None:
+    """Excess over the entropy of the language against its rank."""
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    axes = figure.subplots()
+    for name, values in points.items():
+        axes.plot(*zip(*values, strict=True), "o-", label=name)
+    axes.axvline(hidden_size, color="0.35", linewidth=0.8, linestyle=":")
+    axes.set(xscale="log", xlabel="rank of the language", ylabel="nats per token above its entropy", title=title)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=DPI)

@@ -1,0 +1,98 @@
+"""The runs of a question in one JSON file: each is written when it is done, and what is there is not run again."""
+
+import json
+import math
+import os
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+
+# Flags that all questions have.
+Out = Annotated[Path, typer.Option(help="Folder of the JSON of every run and of the plots.")]
+Quick = Annotated[bool, typer.Option("--quick", help="A smaller version of the question, in two minutes.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Runs of each configuration, with seeds 0, 1, ...")]
+DEFAULT_OUT = Path("softmax-bottleneck-out")
+
+
+class Results:
+    """The JSON file of a question, which an interrupted script takes up again."""
+
+    def __init__(self, out: Path, question: str, quick: bool = False) -> None:
+        self.path = out / f"{question}{'-quick' if quick else ''}.json"
+        self.runs: list[dict[str, Any]] = []
+        if self.path.exists():
+            self.runs = json.loads(self.path.read_text(encoding="utf-8"))["runs"]
+
+    def run(self, settings: dict[str, Any], function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of the run with these settings: that in the file, or what the function returns now."""
+        settings = json.loads(json.dumps(settings))  # as they read in the file
+        for run in self.runs:
+            if run["settings"] == settings:
+                return run["result"]
+        self.runs.append({"settings": settings, "result": function(), "command": command(), "versions": versions()})
+        self.write()
+        return self.runs[-1]["result"]
+
+    def write(self) -> None:
+        """Whole or not at all."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        staged = self.path.with_suffix(".unfinished")
+        lines = ",\n".join(json.dumps(run) for run in self.runs)
+        staged.write_text(f'{{"runs": [\n{lines}\n]}}\n', encoding="utf-8")
+        os.replace(staged, self.path)
+
+
+def command() -> str:
+    """What was called, a path by its last name."""
+    arguments = [Path(argument).name if Path(argument).exists() else argument for argument in sys.argv[1:]]
+    return shlex.join(["python", f"examples/softmax_bottleneck/{Path(sys.argv[0]).name}", *arguments])
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """The mean, and the standard deviation where there are several."""
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def perplexities(results: Sequence[dict[str, Any]], split: str = "valid") -> list[float]:
+    return [math.exp(result[f"{split}_nats"]) for result in results]
+
+
+def mean(results: Sequence[dict[str, Any]], field: str) -> float:
+    return statistics.mean(result[field] for result in results)
+
+
+def show(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Prints a table in Markdown."""
+    print(f"\n{title}\n")
+    columns = list(rows[0])
+    print("| " + " | ".join(columns) + " |")
+    print("| --- |" + " ---: |" * (len(columns) - 1))
+    for row in rows:
+        print(
+            "| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row.values()) + " |"
+        )
+
+
+def start(threads: int = 1) -> None:
+    """One thread, so that the seconds of a run are those of its own work; and a quiet transformers."""
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()

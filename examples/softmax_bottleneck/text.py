@@ -1,0 +1,118 @@
+"""The text that every question is asked of: blocks of tokens to train on, to validate and to test."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from tokenizers import ByteLevelBPETokenizer
+from torch import Tensor
+
+END_OF_TEXT = "<|endoftext|>"
+SPLITS = ("train", "valid", "test")
+
+# The flags by which each script chooses its text. Without them it is the documentation that ships inside Python.
+DataDir = Annotated[Path | None, typer.Option(help="A folder of train.txt, valid.txt and test.txt: Penn Treebank.")]
+TrainFile = Annotated[Path | None, typer.Option(help="A text file to train on.")]
+ValidationFile = Annotated[Path | None, typer.Option(help="A text file, half to validate and half to test.")]
+DatasetName = Annotated[str | None, typer.Option(help="A dataset of the Hub, or a folder that load_dataset reads.")]
+DatasetConfigName = Annotated[str | None, typer.Option(help="As in load_dataset.")]
+VocabSize = Annotated[int, typer.Option(help="Of the byte-level BPE tokenizer that is trained on the text.")]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the text comes from; one of the three, or none for Python's own documentation."""
+
+    data_dir: Path | None = None
+    train_file: Path | None = None
+    validation_file: Path | None = None
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("data_dir", "train_file", "dataset_name") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise typer.BadParameter(f"expected one of --data-dir, --train-file, --dataset-name, given {given}")
+        if (self.train_file is None) != (self.validation_file is None):
+            raise typer.BadParameter("expected --train-file and --validation-file, both or neither")
+        for path in self.files().values():
+            if not path.is_file():
+                raise typer.BadParameter(f"expected a file, given {path}, which is none")
+
+    @property
+    def name(self) -> str:
+        path = self.data_dir or self.train_file
+        return path.name if path else self.dataset_name or "python documentation"
+
+    def files(self) -> dict[str, Path]:
+        if self.data_dir is not None:
+            return {split: self.data_dir / f"{split}.txt" for split in SPLITS}
+        if self.train_file is not None and self.validation_file is not None:
+            return {"train": self.train_file, "valid": self.validation_file}
+        return {}
+
+    def texts(self) -> dict[str, list[str]]:
+        """The texts of each split. Where there is none to test, the last half of those to validate is."""
+        if self.files():
+            found = {split: path.read_text(encoding="utf-8").split("\n") for split, path in self.files().items()}
+        elif self.dataset_name is not None:
+            from datasets import load_dataset
+
+            dataset: Any = load_dataset(self.dataset_name, self.dataset_config_name)
+            names = {"train": "train", "valid": "validation", "test": "test"}
+            found = {split: list(dataset[name]["text"]) for split, name in names.items() if name in dataset}
+        else:
+            sys.path.insert(0, str(Path(__file__).parents[1]))
+            from quickstart import python_documentation
+
+            documents = python_documentation()
+            found = {"train": [text for i, text in enumerate(documents) if i % 10], "valid": documents[::10]}
+        if "test" not in found:
+            half = len(found["valid"]) // 2
+            found["valid"], found["test"] = found["valid"][:half], found["valid"][half:]
+        return found
+
+
+@dataclass(frozen=True)
+class Text:
+    """Blocks of tokens, each (blocks, block_size)."""
+
+    name: str
+    vocab_size: int
+    train: Tensor
+    valid: Tensor
+    test: Tensor
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What identifies the text among the settings of a run."""
+        return {"text": self.name, "vocab_size": self.vocab_size, "blocks": [len(self.train), *self.train.shape[1:]]}
+
+
+def load_text(source: Source, vocab_size: int, block_size: int = 64, max_valid_blocks: int = 1024) -> Text:
+    """Trains a tokenizer on the training texts and cuts every split into blocks; each text ends with its own token."""
+    texts = source.texts()
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(
+        texts["train"], vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False
+    )
+
+    def blocks(split: str) -> Tensor:
+        end = tokenizer.token_to_id(END_OF_TEXT)
+        encodings = tokenizer.encode_batch([text for text in texts[split] if text])
+        ids = torch.tensor([token for encoding in encodings for token in [*encoding.ids, end]])
+        count = len(ids) // block_size
+        if count == 0:
+            raise typer.BadParameter(f"expected at least {block_size} tokens to {split}, given {len(ids)}")
+        return ids[: count * block_size].view(count, block_size)
+
+    return Text(
+        source.name,
+        tokenizer.get_vocab_size(),
+        blocks("train"),
+        blocks("valid")[:max_valid_blocks],
+        blocks("test")[:max_valid_blocks],
+    )

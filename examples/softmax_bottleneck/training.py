@@ -1,0 +1,155 @@
+"""One training: for a fixed number of steps, or until the validation loss no longer falls.
+
+Seconds are those that the processor spent on the steps, of one thread (`time.process_time`): other work on the machine
+hardly changes them. Evaluation is not counted.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from text import Text
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+MODEL_BATCH = 64  # blocks in an evaluation
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained: AdamW, warm-up over a twentieth of the steps, gradients of norm 1 at most."""
+
+    steps: int  # all of them, or at most where it stops early
+    learning_rate: float
+    head_learning_rate: float | None = None  # of the prior and the latents; `None`: as all the rest
+    batch_size: int = 16  # blocks
+    weight_decay: float = 0.01
+    train_backbone: bool = True  # `False`: the head alone, with the decoder, which the input embedding then lets go
+    to_convergence: bool = False  # constant learning rate, a quarter of it whenever the validation loss stays
+    evaluate_every: int = 100
+    patience: int = 2  # evaluations without an improvement of `least_gain` before the learning rate is cut
+    least_gain: float = 0.002  # nats
+    cuts: int = 3
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def fit(model: PreTrainedModel, text: Text, recipe: Recipe, seed: int, name: str) -> dict[str, Any]:
+    """Trains the model and measures it, in nats per token.
+
+    Returns:
+        `valid_nats` and `test_nats` of the weights that the training ends with (on convergence the best ones),
+        `seconds`, `steps`, `stopped_early`, `parameters`, and the `curve` of (step, seconds, validation nats).
+    """
+    optimizer = make_optimizer(model, recipe)
+    batches = random_batches(text.train, recipe.batch_size, seed)
+    torch.manual_seed(seed)  # of dropout
+    stop = Plateau(recipe) if recipe.to_convergence else None
+    curve: list[tuple[int, float, float]] = []
+    seconds, step, stopped_early, best = 0.0, 0, False, None
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(name, total=recipe.steps)
+        while step < recipe.steps and not stopped_early:
+            scale = min(1.0, (step + 1) / (recipe.steps / 20))
+            scale *= stop.scale if stop else 1 - step / recipe.steps
+            started = time.process_time()
+            take_step(model, next(batches), optimizer, scale)
+            seconds += time.process_time() - started
+            step += 1
+            progress.advance(task)
+            if stop and step % recipe.evaluate_every == 0:
+                curve.append((step, round(seconds, 3), nats_per_token(model, text.valid)))
+                is_best, is_over = stop.judge(curve[-1][2])
+                if is_best:
+                    best = copy.deepcopy(model.state_dict())
+                elif is_over and best is not None:
+                    model.load_state_dict(best)
+                stopped_early = is_over and stop.cuts > recipe.cuts
+    if best is not None:
+        model.load_state_dict(best)
+    valid_nats = nats_per_token(model, text.valid)
+    if not math.isfinite(valid_nats):
+        raise FloatingPointError(f"{name}: the validation loss is {valid_nats}")
+    return {
+        "valid_nats": valid_nats,
+        "test_nats": nats_per_token(model, text.test),
+        "seconds": round(seconds, 3),
+        "steps": step,
+        "stopped_early": stopped_early,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "curve": curve,
+    }
+
+
+class Plateau:
+    """Cuts the learning rate when the validation loss stays, and in the end stops."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.scale, self.lowest, self.waited, self.cuts = 1.0, math.inf, 0, 0
+
+    def judge(self, nats: float) -> tuple[bool, bool]:
+        """Whether this validation loss is the lowest, and whether the learning rate has given what it could."""
+        gain, self.lowest = self.lowest - nats, min(self.lowest, nats)
+        self.waited = 0 if gain > self.recipe.least_gain else self.waited + 1
+        is_over = self.waited >= self.recipe.patience
+        if is_over:
+            self.waited, self.cuts, self.scale = 0, self.cuts + 1, self.scale / 4
+        return gain > 0, is_over
+
+
+def make_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimizer:
+    if not recipe.train_backbone:
+        untie_decoder(model)
+    new, old = [], []
+    for name, parameter in model.named_parameters():
+        is_head = name.startswith("lm_head.")
+        parameter.requires_grad_(recipe.train_backbone or is_head)
+        if parameter.requires_grad:
+            (new if is_head and not name.startswith("lm_head.decoder") else old).append(parameter)
+    groups = [
+        {"params": old, "peak": recipe.learning_rate},
+        {"params": new, "peak": recipe.head_learning_rate or recipe.learning_rate},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=recipe.weight_decay)
+
+
+def untie_decoder(model: PreTrainedModel) -> None:
+    decoder = model.lm_head.decoder
+    decoder.weight = nn.Parameter(decoder.weight.detach().clone())
+
+
+def take_step(model: PreTrainedModel, batch: Tensor, optimizer: torch.optim.Optimizer, scale: float) -> None:
+    model.train()
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * scale
+    optimizer.zero_grad()
+    model(input_ids=batch, labels=batch).loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+def random_batches(blocks: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Epoch after epoch, each in an order of its own; the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for chosen in torch.randperm(len(blocks), generator=generator).split(batch_size):
+            yield blocks[chosen]
+
+
+@torch.no_grad()
+def nats_per_token(model: PreTrainedModel, blocks: Tensor) -> float:
+    model.eval()
+    total = sum(
+        len(batch) * model(input_ids=batch, labels=batch, skip_logits=True).loss.item()
+        for batch in blocks.split(MODEL_BATCH)
+    )
+    return total / len(blocks)
