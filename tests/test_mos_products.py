@@ -1,0 +1,50 @@
+"""The products against F.linear, where oneDNN takes them and where it does not."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_mos.mos_products import TILE, multiply, multiply_into
+
+SIZES = [(1, 8, 5), (7, 16, TILE), (33, 24, 2 * TILE + 3)]  # rows, width, classes; the last do not fill their tile
+
+
+@pytest.fixture(params=[True, False], ids=["onednn", "blas"])
+def onednn(request, monkeypatch):
+    if request.param and not torch.backends.mkldnn.is_available():
+        pytest.skip("torch is built without oneDNN")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: request.param)
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("n", "E", "V"), SIZES)
+@pytest.mark.parametrize("has_bias", [False, True])
+@torch.no_grad()
+def test_equals_linear(n, E, V, dtype, has_bias):
+    rows, weight = torch.randn(n, E, dtype=dtype), torch.randn(V, E, dtype=dtype)
+    bias = torch.randn(V, dtype=dtype) if has_bias else None
+    expected = F.linear(rows, weight, bias)
+    torch.testing.assert_close(multiply(rows, weight, bias), expected)
+    out = torch.full((n, V), torch.nan, dtype=dtype)
+    assert multiply_into(out, rows, weight, bias) is out
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.usefixtures("onednn")
+@torch.no_grad()
+def test_layouts():
+    """Transposed, with gaps between the rows, and empty."""
+    weight, wide = torch.randn(40, 12), torch.randn(9, 80)
+    rows = torch.randn(6, 12)
+    torch.testing.assert_close(multiply(torch.randn(6, 40).zero_() + 1, weight.t()), weight.sum(0).expand(6, 12))
+    torch.testing.assert_close(multiply(rows, wide[:, ::5][:, :12]), rows @ wide[:, ::5][:, :12].t())
+    torch.testing.assert_close(multiply(wide[:, :12], weight), wide[:, :12] @ weight.t())
+    assert multiply(rows[:0], weight).shape == (0, 40)
+    assert multiply_into(torch.empty(0, 40), rows[:0], weight).shape == (0, 40)
+
+
+@torch.no_grad()
+def test_autocast_decides_the_dtype():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert multiply(torch.randn(3, 8), torch.randn(5, 8)).dtype == torch.bfloat16
