@@ -114,6 +114,7 @@ class Experiment:
             **self.text.settings,
             "seconds": {name: [other.size.settings, head.settings] for name, (other, head) in configurations.items()},
             "batch_size": self.recipe.batch_size,
+            "train_backbone": self.recipe.train_backbone,
             "rounds": rounds,
         }
         makers = {name: partial(other.model, head) for name, (other, head) in configurations.items()}

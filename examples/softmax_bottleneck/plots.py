@@ -80,3 +80,24 @@ def plot_synthetic(path: Path, title: str, hidden_size: int, points: dict[str, S
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=DPI)
+
+
+def plot_gain(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """The cost at which the mixture breaks even, and its cost, against the hidden size."""
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    sizes = [row["D"] for row in rows]
+    left.plot(sizes, [row["gain, nats"] for row in rows], "o-", label="the mixture of 4, at the same steps")
+    left.plot(
+        sizes, [row["doubling, nats"] for row in rows], "o-", color="0.35", label="the softmax, at twice the steps"
+    )
+    left.axhline(0, color="0.35", linewidth=0.5)
+    left.set(xscale="log", xlabel="hidden size", ylabel="gain, nats per token")
+    right.plot(sizes, [row["break-even cost"] for row in rows], "o-", label="break-even")
+    right.plot(sizes, [row["cost, operations"] for row in rows], "o--", label="operations")
+    right.plot(sizes, [row["cost, seconds"] for row in rows], "o--", label="seconds")
+    right.set(xscale="log", xlabel="hidden size", ylabel="cost of the mixture, in softmaxes")
+    for axes in (left, right):
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=DPI)

@@ -74,13 +74,13 @@ def main(
     vocab_size: Annotated[int, typer.Option(help="V, of contexts and of tokens.")] = 256,
     hidden_size: Annotated[int, typer.Option(help="D.")] = 8,
     logit_spread: Annotated[float, typer.Option(help="Standard deviation of the language's logits.")] = 2.0,
-    steps: int = 1500,
+    steps: int = 1000,
     seeds: Seeds = 3,
     out: Out = DEFAULT_OUT,
     quick: Quick = False,
 ) -> None:
     start()
-    ranks = [2, 4, 8, 16, 32, 64]
+    ranks = [4, 8, 16, 32, 64]
     if quick:
         vocab_size, ranks, steps, seeds = 128, [4, 16, 64], 400, 1
     results = Results(out, "synthetic", quick)

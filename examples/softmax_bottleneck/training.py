@@ -42,6 +42,11 @@ class Recipe:
         return asdict(self)
 
 
+def checkpoint_recipe(steps: int) -> Recipe:
+    """Of the softmax model that a fine-tuning starts from: until its validation loss no longer falls."""
+    return Recipe(steps, learning_rate=2e-2, to_convergence=True, evaluate_every=max(50, steps // 40))
+
+
 def fit(model: PreTrainedModel, text: Text, recipe: Recipe, seed: int, name: str) -> dict[str, Any]:
     """Trains the model and measures it, in nats per token.
 

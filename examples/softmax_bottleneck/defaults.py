@@ -1,0 +1,84 @@
+"""Is each default of the mixture's options the best one? One option changed at a time, everything else the same.
+
+    python examples/softmax_bottleneck/defaults.py --quick
+    python examples/softmax_bottleneck/defaults.py --data-dir ptb
+
+Each variant is put on the same softmax model, which was trained until its validation loss no longer fell, and is
+fine-tuned for the same steps. A difference below the spread of the seeds is none.
+"""
+
+from typing import Annotated
+
+import typer
+from experiment import Experiment
+from models import SOFTMAX, Head, Size, mixture
+from results import DEFAULT_OUT, Out, Quick, Results, Seeds, perplexities, show, spread, start
+from text import DataDir, DatasetConfigName, DatasetName, Source, TrainFile, ValidationFile, VocabSize, load_text
+from training import checkpoint_recipe
+
+# The head, and the learning rate of what is new in it as a multiple of that of the trained weights.
+VARIANTS: dict[str, tuple[Head, float]] = {
+    "one softmax": (SOFTMAX, 1),
+    "the defaults": (mixture(4), 10),
+    "num_mixtures=2": (mixture(2), 10),
+    "num_mixtures=8": (mixture(8), 10),
+    "latent_rank=16": (mixture(4, latent_rank=16), 10),
+    "latent_rank=16, latent_activation='tanh'": (mixture(4, latent_rank=16, latent_activation="tanh"), 10),
+    "latent_activation='tanh'": (mixture(4, latent_activation="tanh"), 10),
+    "latent_bias=True": (mixture(4, latent_bias=True), 10),
+    "prior_bias=True": (mixture(4, prior_bias=True), 10),
+    "latent_dropout=0.1": (mixture(4, latent_dropout=0.1), 10),
+    "balance_coefficient=0.01": (mixture(4, balance_coefficient=0.01), 10),
+    "a third of the prior's spread": (Head("mixture", {"num_mixtures": 4}, prior_spread=1 / 3), 10),
+    "three times the prior's spread": (Head("mixture", {"num_mixtures": 4}, prior_spread=3), 10),
+    "the head's learning rate that of the rest": (mixture(4), 1),
+    "the head's learning rate 3 times that of the rest": (mixture(4), 3),
+    "the head's learning rate 30 times that of the rest": (mixture(4), 30),
+}
+QUICK = ["one softmax", "the defaults", "num_mixtures=2", "prior_bias=True"]
+
+
+def main(
+    data_dir: DataDir = None,
+    train_file: TrainFile = None,
+    validation_file: ValidationFile = None,
+    dataset_name: DatasetName = None,
+    dataset_config_name: DatasetConfigName = None,
+    vocab_size: VocabSize = 2048,
+    hidden_size: int = 32,
+    num_layers: int = 2,
+    checkpoint_steps: Annotated[int, typer.Option(help="Of the softmax model that all start from, at most.")] = 8000,
+    steps: Annotated[int, typer.Option(help="Of each fine-tuning.")] = 400,
+    learning_rate: Annotated[float, typer.Option(help="Of the trained weights.")] = 1e-3,
+    seeds: Seeds = 1,
+    out: Out = DEFAULT_OUT,
+    quick: Quick = False,
+) -> None:
+    start()
+    if quick:
+        vocab_size, hidden_size, num_layers, checkpoint_steps, steps, seeds = 512, 16, 1, 600, 60, 1
+    text = load_text(Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size)
+    results = Results(out, "defaults", quick)
+    recipe = checkpoint_recipe(checkpoint_steps)
+    start_of_all = Experiment(text, Size(hidden_size, num_layers), recipe, results).from_checkpoint()
+    base = start_of_all.with_recipe(steps=steps, learning_rate=learning_rate, to_convergence=False)
+    chosen = QUICK if quick else list(VARIANTS)
+    runs: dict[str, list[dict]] = {name: [] for name in chosen}
+    for seed in range(seeds):
+        for name in chosen:
+            head, factor = VARIANTS[name]
+            variant = base if factor == 1 else base.with_recipe(head_learning_rate=factor * learning_rate)
+            runs[name].append(variant.train(head, seed))
+    rows = [
+        {
+            "one change": name,
+            "validation": spread(perplexities(runs[name]), 2),
+            "test": spread(perplexities(runs[name], "test"), 2),
+        }
+        for name in chosen
+    ]
+    show(f"Fine-tuned on {text.name}, {steps} steps, perplexity, {seeds} seeds", rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)

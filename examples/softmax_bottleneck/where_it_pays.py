@@ -1,0 +1,133 @@
+"""At which sizes does the mixture pay? Its gain at the same steps, against its cost, as the hidden size grows.
+
+    python examples/softmax_bottleneck/where_it_pays.py --quick
+    python examples/softmax_bottleneck/where_it_pays.py --data-dir ptb
+
+For each hidden size D a softmax and a mixture of 4 are trained from scratch for the same steps, and the softmax for
+twice as many. The gain is in nats per token. The mixture costs `cost` times the softmax, in operations and in seconds.
+A softmax that is given more steps gains too: `doubling` is what twice the steps gained it. So the mixture is ahead at
+equal cost where it costs less than
+
+    break-even = 2 ** (gain / doubling)
+
+times the softmax. The last table asks the same of models in use: what the mixture multiplies the operations of a
+training step by is `1 + (K - 1) x the head's share`, or with `latent_rank` R `1 + K R / D x the head's share`.
+"""
+
+import math
+from typing import Annotated, Any
+
+import torch
+import typer
+from experiment import Experiment
+from models import SOFTMAX, Size, mixture
+from plots import plot_gain
+from results import DEFAULT_OUT, Out, Quick, Results, Seeds, mean, perplexities, show, spread, start
+from text import DataDir, DatasetConfigName, DatasetName, Source, TrainFile, ValidationFile, VocabSize, load_text
+from training import Recipe
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+
+MIXTURE = mixture(4)
+HIDDEN_SIZES = [16, 32, 64, 128]
+# As their configs have them; only the numbers of their parameters are used.
+LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "num_attention_heads": 32}
+MODELS_IN_USE = {
+    "GPT-2": GPT2Config(),
+    "Qwen3-0.6B": Qwen3Config(
+        vocab_size=151936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+    ),
+    "Llama-3.2-1B": LlamaConfig(**LLAMA, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16),
+    "Llama-3.1-8B": LlamaConfig(**LLAMA, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32),
+}
+
+
+def measure(experiment: Experiment, seeds: int, rounds: int) -> dict[str, Any]:
+    longer = experiment.with_recipe(steps=2 * experiment.recipe.steps)
+    softmaxes, longers, mixtures = [], [], []
+    for seed in range(seeds):
+        softmaxes.append(experiment.train(SOFTMAX, seed))
+        mixtures.append(experiment.train(MIXTURE, seed))
+        longers.append(longer.train(SOFTMAX, seed))
+    seconds = experiment.seconds({"softmax": (experiment, SOFTMAX), "mixture": (experiment, MIXTURE)}, rounds)
+    gain = mean(softmaxes, "valid_nats") - mean(mixtures, "valid_nats")
+    doubling = mean(softmaxes, "valid_nats") - mean(longers, "valid_nats")
+    return {
+        "D": experiment.size.hidden_size,
+        "V / D": experiment.text.vocab_size // experiment.size.hidden_size,
+        "softmax": spread(perplexities(softmaxes)),
+        "mixture K=4": spread(perplexities(mixtures)),
+        "softmax, 2 x steps": spread(perplexities(longers)),
+        "gain, nats": round(gain, 3),
+        "doubling, nats": round(doubling, 3),
+        "break-even cost": round(2 ** (gain / doubling), 2),
+        "cost, operations": round(experiment.operations(MIXTURE) / experiment.operations(SOFTMAX), 2),
+        "cost, seconds": round(seconds["mixture"] / seconds["softmax"], 2),
+    }
+
+
+def costs_in_use() -> list[dict[str, Any]]:
+    """What a mixture multiplies the operations of training by; those of the attention's own products are left out."""
+    rows = []
+    for name, config in MODELS_IN_USE.items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        D, V = config.hidden_size, config.vocab_size
+        embedding = model.get_input_embeddings().weight
+        unread = {id(embedding), id(model.get_output_embeddings().weight)}
+        layers = sum(weight.numel() for weight in model.parameters() if id(weight) not in unread)
+        whole = layers + V * D
+
+        def cost(K: int, R: int | None = None, D: int = D, V: int = V, whole: int = whole) -> float:
+            extra = K * R * (V + 2 * D) if R else (K - 1) * V * D + K * D * D
+            return round(1 + (extra + K * D) / whole, 2)
+
+        rows.append(
+            {
+                "model": name,
+                "head's share": round(V * D / whole, 2),
+                "K=4": cost(4),
+                "K=4 R=32": cost(4, 32),
+                "K=8 R=32": cost(8, 32),
+            }
+        )
+    return rows
+
+
+def main(
+    data_dir: DataDir = None,
+    train_file: TrainFile = None,
+    validation_file: ValidationFile = None,
+    dataset_name: DatasetName = None,
+    dataset_config_name: DatasetConfigName = None,
+    vocab_size: VocabSize = 2048,
+    hidden_sizes: Annotated[list[int] | None, typer.Option(help="D; give it several times.")] = None,
+    num_layers: int = 2,
+    steps: int = 300,
+    learning_rate: Annotated[float, typer.Option(help="At D = 32; in proportion to 1 / sqrt(D) elsewhere.")] = 1e-2,
+    seeds: Seeds = 1,
+    out: Out = DEFAULT_OUT,
+    quick: Quick = False,
+) -> None:
+    start()
+    sizes = hidden_sizes or HIDDEN_SIZES
+    if quick:
+        vocab_size, sizes, num_layers, steps = 512, [8, 16, 32], 1, 60
+    text = load_text(Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size)
+    results, rows = Results(out, "where_it_pays", quick), []
+    for hidden_size in sizes:
+        rate = learning_rate * math.sqrt(32 / hidden_size)
+        experiment = Experiment(text, Size(hidden_size, num_layers), Recipe(steps, rate), results)
+        rows.append(measure(experiment, seeds, rounds=2 if quick else 5))
+    show(f"From scratch on {text.name}, {steps} steps, perplexity, {seeds} seeds", rows)
+    show("Operations of a training step with a mixture, as a multiple of those with one softmax", costs_in_use())
+    plot_gain(results.path.with_suffix(".png"), rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,191 @@
+"""The scripts that measure what the mixture buys: their controls are what they claim, and they run."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+SCRIPTS = Path(__file__).parents[1] / "examples" / "softmax_bottleneck"
+D, V, LENGTH = 8, 60, 16
+TINY = ["--vocab-size", "300", "--hidden-size", str(D), "--num-layers", "1", "--steps", "2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripts():
+    """The scripts' modules can be imported, and are forgotten afterwards."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(SCRIPTS))
+    yield
+    sys.path.remove(str(SCRIPTS))
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == SCRIPTS:
+            del sys.modules[name]
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    """Sentences over a few words, which a small model learns something of."""
+    words, generator = ["the", "cat", "dog", "sees", "hears", "big", "house", "and", "runs"], random.Random(0)
+    for split, lines in (("train", 400), ("valid", 60), ("test", 60)):
+        text = "\n".join(" ".join(generator.choices(words, k=9)) for _ in range(lines))
+        (tmp_path / f"{split}.txt").write_text(text)
+    return tmp_path
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def some_text():
+    from text import Text
+
+    blocks = torch.randint(V, (40, LENGTH), generator=torch.Generator().manual_seed(0))
+    return Text("random", V, blocks[:20], blocks[20:30], blocks[30:])
+
+
+def test_the_softmax_control_is_the_softmax():
+    from models import SOFTMAX, Size, new_softmax_model, with_head
+
+    model, tokens = new_softmax_model(Size(D, 1), V, LENGTH, seed=0).eval(), torch.randint(V, (3, LENGTH))
+    control = with_head(model, SOFTMAX, seed=0).eval()
+    with torch.no_grad():
+        logits = model(input_ids=tokens).logits
+        torch.testing.assert_close(control(input_ids=tokens).logits, logits.log_softmax(-1))
+        expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        torch.testing.assert_close(control(input_ids=tokens, labels=tokens).loss, expected)
+    assert control.num_parameters() == model.num_parameters()
+
+
+def test_the_contexts_control_mixes_before_its_one_softmax():
+    from models import Size, contexts, new_softmax_model, with_head
+
+    head = with_head(new_softmax_model(Size(D, 1), V, LENGTH, seed=0), contexts(3), seed=0).lm_head.eval()
+    head.latent.weight.data.normal_()
+    hidden_states = torch.randn(5, D)
+    weights = head.prior(hidden_states).softmax(-1)
+    mixed = (weights.unsqueeze(-1) * head.latent(hidden_states).view(5, 3, D)).sum(1)
+    with torch.no_grad():
+        torch.testing.assert_close(head(hidden_states), head.decoder(mixed).log_softmax(-1))
+
+
+def test_a_seed_gives_every_head_the_same_backbone():
+    from models import Size, contexts, mixture, new_softmax_model, with_head
+
+    size = Size(D, 1)
+    models = [with_head(new_softmax_model(size, V, LENGTH, seed=3), head, 3) for head in (mixture(4), contexts(2))]
+    first, second = (dict(model.backbone.named_parameters()) for model in models)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_operations_are_counted_whole():
+    from cost import operations
+    from models import Size, mixture, new_softmax_model, with_head
+    from training import Recipe
+
+    batch = torch.randint(V, (4, LENGTH))
+    counted = [
+        operations(with_head(new_softmax_model(Size(D, 1), V, LENGTH, 0), mixture(K), 0), batch, Recipe(1, 1e-3))
+        for K in (1, 5)
+    ]
+    # Per token and component, a multiplication and an addition: three products with the decoder, for each token but
+    # the last of a row, which has no target, and three with the latent's and the prior's projections.
+    of_a_component = 2 * 3 * (D * V * (LENGTH - 1) / LENGTH + D * D + D)
+    assert counted[1] - counted[0] == pytest.approx(4 * of_a_component, rel=0.1)
+
+
+def test_training_the_head_alone_leaves_the_backbone():
+    from models import Size, mixture, new_softmax_model, with_head
+    from training import Recipe, fit
+
+    model = with_head(new_softmax_model(Size(D, 1), V, LENGTH, 0), mixture(2), 0)
+    before = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()}
+    decoder = model.lm_head.decoder.weight.clone()
+    result = fit(model, some_text(), Recipe(3, 1e-2, batch_size=4, train_backbone=False), seed=0, name="")
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.backbone.state_dict().items())
+    assert not torch.equal(decoder, model.lm_head.decoder.weight)
+    assert result["steps"] == 3
+    assert result["seconds"] > 0
+
+
+def test_training_to_convergence_ends_with_its_best_weights():
+    from models import SOFTMAX, Size, new_softmax_model, with_head
+    from training import Recipe, fit
+
+    recipe = Recipe(400, 3e-2, batch_size=10, to_convergence=True, evaluate_every=5, cuts=1)
+    model = with_head(new_softmax_model(Size(D, 1), V, LENGTH, 0), SOFTMAX, 0)
+    result = fit(model, some_text(), recipe, seed=0, name="")  # of random tokens: it can but learn them by heart
+    assert result["stopped_early"]
+    assert result["steps"] < 400
+    assert result["valid_nats"] == pytest.approx(min(nats for _, _, nats in result["curve"]))
+
+
+@pytest.mark.parametrize("rank", [2, 5])
+def test_the_synthetic_language_has_its_rank(rank):
+    from synthetic import language
+
+    log_probs = language(40, rank, spread=1.0, seed=0)
+    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(40))
+    assert torch.linalg.matrix_rank(log_probs, rtol=1e-5) == rank + 1  # and one for the normalisation
+
+
+def test_a_wide_enough_softmax_learns_the_synthetic_language_and_a_narrow_one_cannot():
+    from models import SOFTMAX
+    from synthetic import language, learn
+
+    truth = language(40, 6, spread=2.0, seed=0)
+    wide, narrow = (learn(SOFTMAX, hidden_size, truth, steps=400, seed=0)["excess"] for hidden_size in (7, 2))
+    assert 0 <= wide < 0.02
+    assert narrow > 0.2
+
+
+def test_an_interrupted_question_is_taken_up_where_it_was(tmp_path):
+    from results import Results
+
+    first = Results(tmp_path, "question")
+    first.run({"seed": 0}, lambda: {"nats": 1.0})
+    with pytest.raises(KeyboardInterrupt):
+        first.run({"seed": 1}, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    again = Results(tmp_path, "question")
+    assert again.run({"seed": 0}, lambda: pytest.fail("run twice")) == {"nats": 1.0}
+    assert again.run({"seed": 1}, lambda: {"nats": 2.0}) == {"nats": 2.0}
+    assert [file.name for file in tmp_path.iterdir()] == ["question.json"]
+
+
+def test_rank_by_its_command(tmp_path, data_dir):
+    arguments = ["--data-dir", data_dir, *TINY, "--num-contexts", "250", "--out", tmp_path / "out"]
+    printed = run("rank.py", *arguments)
+    runs = json.loads((tmp_path / "out" / "rank.json").read_text())["runs"]
+    ranks = {(run["settings"]["head"]["kind"], run["settings"]["head"]["num_mixtures"]): run["result"] for run in runs}
+    assert ranks["softmax", 1]["rank"] == D + 1
+    assert ranks["contexts", 4]["rank"] <= D + 1
+    assert ranks["mixture", 4]["rank"] > D + 1
+    assert "| mixture K=15 |" in printed
+    assert (tmp_path / "out" / "rank.png").stat().st_size > 0
+
+
+def test_retrofit_by_its_command(tmp_path, data_dir):
+    arguments = ["--data-dir", data_dir, *TINY, "--checkpoint-steps", "60", "--seeds", "1", "--out", tmp_path / "out"]
+    printed = run("retrofit.py", *arguments)
+    results = (tmp_path / "out" / "retrofit.json").read_text()
+    assert "| mixture K=4 R=16 |" in printed
+    assert str(data_dir.parent) not in results
+    assert (tmp_path / "out" / "retrofit.png").stat().st_size > 0
+
+
+def test_a_text_that_is_not_there_is_named():
+    import typer
+    from text import Source
+
+    with pytest.raises(typer.BadParameter, match=r"expected a file, given nowhere/train\.txt"):
+        Source(data_dir=Path("nowhere"))
