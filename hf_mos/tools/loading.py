@@ -41,9 +41,17 @@ def load_model(
 def load_tokenizer(
     model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Equivalent to: `AutoTokenizer.from_pretrained(model, ...)`."""
+    """Equivalent to: `AutoTokenizer.from_pretrained(model, ...)`.
+
+    Raises:
+        OSError: there is no such model.
+        ValueError: it has no tokenizer. For some architectures transformers makes one up, of special tokens alone.
+    """
     check_exists(model)
-    return AutoTokenizer.from_pretrained(model, **hub_options(revision, trust_remote_code))
+    tokenizer = AutoTokenizer.from_pretrained(model, **hub_options(revision, trust_remote_code))
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError(f"tokenizer: expected the files of one in {str(model)!r}, given none")
+    return tokenizer
 
 
 def hub_options(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:

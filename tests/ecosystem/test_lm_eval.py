@@ -40,7 +40,7 @@ folder, pairs, texts, prompt, task = map(json.loads, sys.argv[1:])
 model = HFLM(pretrained=folder, trust_remote_code=True, device="cpu", batch_size=2)
 
 def ask(kind, requests):
-    return getattr(model, kind)([Instance(kind, {}, request, i) for i, request in enumerate(requests)])
+    return getattr(model, kind)([Instance(kind, {}, tuple(request), i) for i, request in enumerate(requests)])
 
 print(json.dumps({
     "class": type(model.model).__module__,

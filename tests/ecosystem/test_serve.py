@@ -45,9 +45,10 @@ def server(folder: Path, cache: Path, *options: str) -> Iterator[OpenAI]:
     finally:
         process.send_signal(signal.SIGINT)
         try:
-            process.communicate(timeout=60)
-        finally:
+            process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:  # the thread of continuous batching goes on
             process.kill()
+            process.communicate()
 
 
 @pytest.fixture(scope="module")

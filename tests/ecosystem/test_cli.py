@@ -1,0 +1,418 @@
+"""The `hf-mos` command: what it prints, what it leaves behind, how it fails."""
+
+import json
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from commands import run_command
+from helpers import BACKBONES, LargestTensor, log_prob_gap, part_components, run_python, tiny_causal_lm, tiny_mos
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+import hf_mos
+from hf_mos import MoSForCausalLM
+from hf_mos.tools import cli
+from hf_mos.tools.evaluate import evaluate
+
+COMMANDS = ("convert", "evaluate", "inspect", "train", "card", "push", "serve")
+
+
+class Printed(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Printed]:
+    """Calls the console script in this process."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: Any) -> Printed:
+        monkeypatch.setattr(sys, "argv", ["hf-mos", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            cli.run()
+        return Printed(int(exit.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------------- the whole
+
+
+def test_version(run: Callable[..., Printed]) -> None:
+    assert run("--version") == Printed(0, f"hf-mos {hf_mos.__version__}\n", "")
+
+
+def test_help_names_the_commands(run: Callable[..., Printed]) -> None:
+    printed = run("--help")
+    assert printed.code == 0
+    assert all(re.search(rf"\b{command}\b", printed.out) for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_has_an_example(run: Callable[..., Printed], command: str) -> None:
+    printed = run(command, "--help")
+    assert printed.code == 0
+    assert f"hf-mos {command} " in printed.out.replace(f"Usage: hf-mos {command} ", "")
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "message"),
+    [
+        ("convert", 2, "Missing argument"),
+        ("convert BASE OUT --num-mixtures 0", 2, "--num-mixtures"),
+        ("convert BASE OUT --num-softmaxes 3", 2, "--num-softmaxes"),
+        ("convert BASE OUT --latent-dropout 1", 1, "latent_dropout: expected a number in [0, 1), given 1.0"),
+        ("convert BASE OUT --dtype float12", 1, "dtype: expected 'auto' or a dtype of torch"),
+        ("convert BASE OUT --device cuda:99", 1, "device: expected one that torch can use, given 'cuda:99'"),
+        ("convert BASE BASE", 1, "folder: expected another than the model's own"),
+        ("convert BASE MIXTURE", 1, "which holds a checkpoint"),
+        ("convert MIXTURE OUT", 1, "expected a causal LM with a softmax head"),
+        ("convert ./none OUT", 1, "model: expected a folder or a Hub id, given './none', which is neither"),
+        ("convert BASE TEXT", 1, "folder: expected a folder, given"),
+        ("evaluate BASE", 2, "expected --file or --dataset, one of the two, given neither"),
+        ("evaluate BASE --file TEXT --dataset x", 2, "given both"),
+        ("evaluate BASE --file none.txt", 1, "file: expected a file, given 'none.txt', which is none"),
+        ("evaluate BASE --file EMPTY", 1, "which is empty"),
+        ("evaluate BASE --file BYTES", 1, "file: expected UTF-8"),
+        ("evaluate BASE --file TEXT --window 129", 1, "at most the model's 128 positions, given 129"),
+        ("evaluate BASE --file TEXT --window 16 --stride 17", 1, "at most the window's 16, given 17"),
+        ("evaluate BASE --file ROWS --text-column words", 1, "text_column: expected one of ['text'], given 'words'"),
+        ("train --model BASE", 2, "expected --train-file or --dataset-name"),
+        ("card BASE", 1, "expected 'mos', given 'llama'"),
+        ("card MIXTURE --results TEXT", 1, "expected JSON"),
+        ("push OUT user/name", 1, "expected a folder with a checkpoint, given none"),
+        ("mix", 2, "mix"),
+    ],
+)
+def test_what_is_wrong_is_said_without_a_traceback(
+    run: Callable[..., Printed],
+    base: Path,
+    mixture: Path,
+    text_file: Path,
+    tmp_path: Path,
+    line: str,
+    code: int,
+    message: str,
+) -> None:
+    places = {"BASE": base, "MIXTURE": mixture, "TEXT": text_file, "OUT": tmp_path / "out"}
+    for name, content in (("EMPTY", b""), ("BYTES", b"\xff\xfe"), ("ROWS.jsonl", b'{"text": "a b"}\n')):
+        places[name.partition(".")[0]] = tmp_path / name
+        (tmp_path / name).write_bytes(content)
+    printed = run(*(places.get(word, word) for word in line.split()))
+    assert printed.code == code
+    assert message in " ".join(printed.err.replace("│", " ").split())
+    assert "Traceback" not in printed.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_where(run: Callable[..., Printed], base: Path) -> None:
+    with pytest.raises(ValueError, match="which is neither"):
+        run("--debug", "convert", "./none", "out")
+
+
+def test_an_extra_that_is_missing_is_named(run: Callable[..., Printed], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    error = ModuleNotFoundError("No module named 'fastapi'", name="fastapi.responses")
+    assert cli.message_of(error) == "expected fastapi, which is not installed: pip install 'hf_mos[serve]'"
+
+
+def test_without_typer_the_extra_is_named(tmp_path: Path) -> None:
+    code = """
+sys.modules["typer"] = None
+try:
+    import hf_mos.tools.cli
+except SystemExit as error:
+    print(error)
+"""
+    assert "pip install 'hf_mos[cli]'" in run_python(code, cache=tmp_path, without_hf_mos=False)
+
+
+# ------------------------------------------------------------------------------------------------------------- convert
+
+
+def test_convert_is_exact_and_loads_without_hf_mos(run: Callable[..., Printed], base: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.generation_config = GenerationConfig(max_new_tokens=7, do_sample=True, top_k=3, bos_token_id=0)
+    model.save_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.save_pretrained(source)
+    printed = run("convert", source, out, "--num-mixtures", 5, "--json")
+    assert printed.code == 0, printed.err
+    conversion = json.loads(printed.out)
+    assert conversion["num_mixtures"] == 5
+    assert conversion["gap"] < 1e-5
+    assert conversion["is_exact"]
+    assert conversion["num_new_parameters"] == 5 * 32 * 32 + 5 * 32
+    assert AutoTokenizer.from_pretrained(out)("Sentence 3").input_ids == tokenizer("Sentence 3").input_ids
+    assert AutoTokenizer.from_pretrained(out).chat_template == tokenizer.chat_template
+    assert GenerationConfig.from_pretrained(out).top_k == 3
+    code = """
+from transformers import AutoModelForCausalLM
+import torch
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+with torch.no_grad():
+    print(float((model(torch.arange(9)[None]).logits - torch.load(sys.argv[2])).abs().max()))
+"""
+    tokens = torch.arange(9)[None]
+    with torch.no_grad():
+        torch.save(model(tokens).logits.log_softmax(-1), tmp_path / "log_probs.pt")
+    assert float(run_python(code, out, tmp_path / "log_probs.pt", cache=tmp_path)) < 1e-5
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_convert_of_each_kind(
+    run: Callable[..., Printed], tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    tiny_causal_lm(name).save_pretrained(tmp_path / "base")
+    options = ["--latent-rank", 4, "--max-shard-size", "20KB"]
+    printed = run("convert", tmp_path / "base", tmp_path / "out", *options)
+    assert printed.code == 0, printed.err
+    assert "none found" in printed.out  # these have no tokenizer
+    assert "no tokenizer is saved" in caplog.text
+    assert not list((tmp_path / "out").glob("tokenizer*"))
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+    tokens = torch.arange(3, 60)[None]
+    out = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert log_prob_gap(out, tiny_causal_lm(name), input_ids=tokens) < 1e-4
+
+
+def test_convert_to_bfloat16(run: Callable[..., Printed], base: Path, tmp_path: Path) -> None:
+    printed = run("convert", base, tmp_path / "out", "--dtype", "bfloat16", "--untie", "--json")
+    assert printed.code == 0, printed.err
+    assert json.loads(printed.out)["dtype"] == "bfloat16"
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert weights["lm_head.decoder.weight"].dtype == torch.bfloat16
+    assert weights["lm_head.prior.weight"].dtype == torch.float32
+
+
+def test_a_tanh_is_said_to_change_predictions(run: Callable[..., Printed], base: Path, tmp_path: Path) -> None:
+    printed = run("convert", base, tmp_path / "out", "--latent-activation", "tanh", "--json")
+    assert printed.code == 0
+    assert not json.loads(printed.out)["is_exact"]
+
+
+def test_convert_fails_where_the_head_is_not_exact(
+    run: Callable[..., Printed], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert = MoSForCausalLM.from_causal_lm
+
+    def wrong(*arguments: Any, **options: Any) -> MoSForCausalLM:
+        model = convert(*arguments, **options)
+        part_components(model)
+        return model
+
+    monkeypatch.setattr(MoSForCausalLM, "from_causal_lm", wrong)
+    printed = run("convert", base, tmp_path / "out")
+    assert printed.code == 1
+    assert "expected a gap of at most" in printed.err
+
+
+def test_force_replaces_the_checkpoint_and_nothing_else(
+    run: Callable[..., Printed], base: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    refused = run("convert", base, out)
+    assert refused.code == 1
+    assert "something else than a checkpoint" in refused.err
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    assert run("convert", base, out, "--force").code == 0
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluate
+
+
+def test_evaluate_is_the_sum_over_one_window(run: Callable[..., Printed], mixture: Path, tmp_path: Path) -> None:
+    text = "Sentence 3 says that 3 times 3 is 9."
+    file = tmp_path / "short.txt"
+    file.write_text(text)
+    printed = run("evaluate", mixture, "--file", file, "--json")
+    assert printed.code == 0, printed.err
+    result = json.loads(printed.out)
+    tokens = torch.tensor([[0, *AutoTokenizer.from_pretrained(mixture)(text).input_ids]])
+    model = AutoModelForCausalLM.from_pretrained(mixture)
+    with torch.no_grad():
+        nats = F.nll_loss(model(tokens).logits[0, :-1], tokens[0, 1:], reduction="sum").item()
+    assert result["num_tokens"] == tokens.shape[1] - 1
+    assert result["num_bytes"] == len(text)
+    assert result["nats_per_token"] == pytest.approx(nats / result["num_tokens"], rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(nats / result["num_tokens"]), rel=1e-4)
+    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text), rel=1e-5)
+    assert result["command"].startswith("hf-mos evaluate")
+
+
+@pytest.mark.parametrize(("window", "stride"), [(16, 16), (16, 1), (16, 5), (1, 1), (33, 32), (128, 64)])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_each_token_is_counted_once_with_its_context(mixture: Path, window: int, stride: int, batch_size: int) -> None:
+    model = AutoModelForCausalLM.from_pretrained(mixture).eval()
+    tokenizer = AutoTokenizer.from_pretrained(mixture)
+    texts = ["Sentence 3 says that 3 times 3 is 9, and 3 plus one is 4. " * 2, "Sentence 7", "Sentence 1 says"]
+    result = evaluate(model, tokenizer, texts, window=window, stride=stride, batch_size=batch_size)
+    nats, count = 0.0, 0
+    for text in texts:
+        tokens = [0, *tokenizer(text).input_ids]
+        for target in range(1, len(tokens)):
+            # The first window counts all of its tokens, each later one its last `stride`.
+            over = max(target - window, 0)
+            end = min(window + math.ceil(over / stride) * stride, len(tokens) - 1)
+            inputs = torch.tensor([tokens[max(end - window, 0) : target]])
+            with torch.no_grad():
+                nats -= model(inputs).logits[0, -1, tokens[target]].item()
+            count += 1
+    assert result.num_tokens == count
+    assert result.num_texts == 3
+    assert result.nats == pytest.approx(nats, rel=1e-5)
+
+
+def test_the_mixture_counts_as_the_softmax_that_it_was(
+    run: Callable[..., Printed], base: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("Sentence 3 says that 3 times 3 is 9. " * 20)
+    run("convert", base, tmp_path / "out")
+    nats = [
+        json.loads(run("evaluate", model, "--file", file, "--window", 64, "--batch-size", 2, "--json").out)["nats"]
+        for model in (base, tmp_path / "out")
+    ]
+    assert nats[0] == pytest.approx(nats[1], rel=1e-6)
+
+
+def test_bytes_are_those_of_the_text_as_it_is(run: Callable[..., Printed], mixture: Path, tmp_path: Path) -> None:
+    """Not of what a tokenizer makes of it, nor of Python's line ends."""
+    text = "ÄÖÜ: naïve\r\nSentence\r\n  日本\n"
+    file = tmp_path / "text.txt"
+    file.write_bytes(text.encode())
+    printed = run("evaluate", mixture, "--file", file, "--json")
+    assert json.loads(printed.out)["num_bytes"] == len(text.encode()) == file.stat().st_size
+
+    words = Tokenizer(models.WordLevel({"<s>": 0, "naive": 1, "aou": 2, "[UNK]": 3}, unk_token="[UNK]"))
+    words.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()])
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", unk_token="[UNK]")
+    result = evaluate(tiny_mos(), tokenizer, ["ÄÖÜ  naïve"])
+    assert result.num_tokens == 2
+    assert result.num_bytes == len("ÄÖÜ  naïve".encode())
+
+
+def test_rows_are_texts_of_their_own_unless_joined(run: Callable[..., Printed], mixture: Path, tmp_path: Path) -> None:
+    rows = ["Sentence 3 says", "", " that 3"]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"passage": row}) for row in rows))
+    options = ["--file", file, "--text-column", "passage", "--json"]
+    apart = json.loads(run("evaluate", mixture, *options).out)
+    joined = json.loads(run("evaluate", mixture, *options, "--join-rows").out)
+    (tmp_path / "joined.txt").write_text("".join(rows))
+    assert (apart["num_texts"], joined["num_texts"]) == (2, 1)
+    whole = json.loads(run("evaluate", mixture, "--file", tmp_path / "joined.txt", "--json").out)
+    assert joined["nats"] == whole["nats"]
+    assert joined["nats"] != apart["nats"]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    file.rename(folder / "test.jsonl")
+    dataset = json.loads(run("evaluate", mixture, "--dataset", folder, *options[2:]).out)
+    assert dataset["nats"] == apart["nats"]
+
+
+def test_a_mixture_is_evaluated_without_a_tensor_of_the_vocabulary(mixture: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(mixture)
+    model = tiny_mos()
+    model.resize_token_embeddings(50_000, mean_resizing=False)
+    with LargestTensor() as largest:
+        result = evaluate(model, tokenizer, ["Sentence 3 says that 3 times 3 is 9. " * 8], window=64)
+    assert result.num_tokens > 64
+    # The decoder in fp32 is the largest, or a chunk of rows of the loss; never (tokens, V).
+    assert largest.numel < 64 * 50_000
+
+
+def test_a_loss_that_is_not_finite_is_an_error(base: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="expected a finite loss"):
+        evaluate(model, AutoTokenizer.from_pretrained(base), ["Sentence"])
+
+
+def test_a_tokenizer_of_another_model_is_named(base: Path) -> None:
+    with pytest.raises(ValueError, match="expected tokens below the model's 97"):
+        evaluate(tiny_mos(), AutoTokenizer.from_pretrained(base), ["Sentence 3 says that"])
+
+
+def test_training_mode_is_refused(base: Path) -> None:
+    with pytest.raises(ValueError, match="expected one in evaluation mode"):
+        evaluate(tiny_mos().train(), AutoTokenizer.from_pretrained(base), ["Sentence"])
+
+
+# ---------------------------------------------------------------------------------------------------------------- card
+
+
+def test_measurements_go_into_the_card(
+    run: Callable[..., Printed], mixture: Path, text_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    AutoModelForCausalLM.from_pretrained(mixture).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(mixture).save_pretrained(folder)
+    measured = run("evaluate", folder, "--file", text_file, "--stride", 32, "--json")
+    (tmp_path / "results.json").write_text(measured.out)
+    (folder / "emissions.csv").write_text("emissions,gpu_model,country_name\n0.5,,\n0.0123,H100,Iceland\n")
+    about = ["--base-model", "someone/llama", "--license", "mit", "--language", "en", "--limit", "It has read little."]
+    measures = ["--results", tmp_path / "results.json", "--model-id", "user/name"]
+    printed = run("card", folder, *about, *measures)
+    assert printed.code == 0, printed.err
+
+    card = ModelCard.load(folder / "README.md")
+    result = json.loads(measured.out)
+    found = {entry.metric_type: entry.metric_value for entry in card.data.eval_results}
+    assert found == {
+        "perplexity": round(result["perplexity"], 3),
+        "bits_per_byte": round(result["bits_per_byte"], 4),
+    }
+    assert card.data.co2_eq_emissions == {
+        "emissions": 12.3,
+        "source": "codecarbon",
+        "geographical_location": "Iceland",
+        "hardware_used": "H100",
+    }
+    assert "Training emitted 12.3 g of CO2 equivalents on H100" in card.text
+    assert f"Measured by `{result['command']}` on CPU." in card.text
+    assert "mixture of 3 softmaxes" in card.text
+    assert f"{AutoModelForCausalLM.from_pretrained(mixture).num_parameters():,}" in card.text
+    assert "- It has read little." in card.text
+    assert (card.data.base_model, card.data.license, card.data.language) == ("someone/llama", "mit", ["en"])
+
+    again = run("card", folder)
+    assert again.code == 1
+    assert "or --force" in again.err
+    assert run("card", folder, "--force").code == 0
+    assert "None measured." in ModelCard.load(folder / "README.md").text
+
+
+# --------------------------------------------------------------------------------------------------------------- train
+
+
+def test_train_and_evaluate_agree(base: Path, text_file: Path, tmp_path: Path) -> None:
+    """From the installed command; what it logs is what `evaluate` measures on the same blocks."""
+    options = ["--model", base, "--train-file", text_file, "--validation-file", text_file, "--output-dir", "out"]
+    options += ["--use-cpu", "--report-to", "none", "--disable-tqdm", "true", "--block-size", 64, "--max-steps", 3]
+    run_command("train", *options, cache=tmp_path)
+    metrics = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert isinstance(model, MoSForCausalLM)
+    tokens = AutoTokenizer.from_pretrained(base)(text_file.read_text()).input_ids
+    blocks = torch.tensor(tokens[: len(tokens) // 64 * 64]).view(-1, 64)
+    with torch.no_grad():
+        expected = model(blocks, labels=blocks).loss.item()
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-4)
