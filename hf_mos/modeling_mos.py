@@ -545,9 +545,7 @@ def read_score_options(function: Any, head: MoSLMHead) -> ScoreOptions:
             "balance_coefficient: expected 0 with a trainer of TRL, which makes its loss of the log-probabilities "
             f"alone, given {head.balance_coefficient}. Load the model with balance_coefficient=0.0."
         )
-    given = dict(
-        zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__), strict=True)
-    )
+    given = inspect.getclosurevars(function).nonlocals
     if not {"temperature", "outputs"} <= given.keys() or not set(given["outputs"]) <= set(SCORES):
         raise ValueError(
             f"forward: expected the fused head of TRL 1.16, whose options are temperature and outputs of {SCORES}, "
