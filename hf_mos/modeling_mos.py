@@ -317,6 +317,11 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             The backbone's output class: `loss` in nats per token (with a mixture-of-experts backbone's `aux_loss`
             joined as the backbone does), `logits` (batch, positions, V).
         """
+        if hasattr(self.lm_head.decoder, "base_layer") and self.config.tie_word_embeddings:
+            logger.warning_once(
+                "An adapter is on lm_head.decoder, whose weight is the input embedding too: merging it would change "
+                "both. Convert the model with tie_word_embeddings=False first, or do not merge."
+            )
         returns_scores = kwargs.pop("fused_lm_head", False)
         shift_labels = kwargs.pop("shift_labels", None)
         targets = shift(labels) if shift_labels is None and labels is not None else shift_labels

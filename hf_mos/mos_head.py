@@ -202,7 +202,7 @@ class MoSLMHead(nn.Module):
             return F.nll_loss(log_probs, targets, ignore_index=ignore_index, reduction="none")
 
         dense = latents.dense() if isinstance(latents, SubspaceLatents) else latents
-        size = chunk_size or tokens_per_chunk(self.num_mixtures, self.decoder.out_features, 24, dense.device)
+        size = chunk_size or self._tokens_per_call(dense.device)
         chunks = zip(dense.split(size), prior_logits.split(size), targets.split(size), strict=True)
         nll = torch.cat([checkpoint(chunk_nll, *chunk, use_reentrant=False) for chunk in chunks])
         if reduction == "none":
@@ -222,10 +222,16 @@ class MoSLMHead(nn.Module):
             return score(self._log_probs_through_decoder(latents, prior_logits), targets, options)
 
         dense = latents.dense() if isinstance(latents, SubspaceLatents) else latents
-        size = tokens_per_chunk(self.num_mixtures, self.decoder.out_features, 24, dense.device)
+        size = self._tokens_per_call(dense.device)
         chunks = zip(dense.split(size), prior_logits.split(size), targets.split(size), strict=True)
         parts = [checkpoint(chunk_scores, *chunk, use_reentrant=False) for chunk in chunks]
         return tuple(None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
+
+    def _tokens_per_call(self, device: torch.device) -> int:
+        """How many tokens the decoder is called for at a time. Not every adapter names its width."""
+        decoder = self.decoder
+        V = decoder.out_features if hasattr(decoder, "out_features") else decoder.weight.shape[0]
+        return tokens_per_chunk(self.num_mixtures, V, 24, device)
 
     def extra_repr(self) -> str:
         return f"num_mixtures={self.num_mixtures}, latent_rank={self.latent_rank}, softcap={self.softcap}"
