@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .mixture_of_softmaxes import SubspaceLatents, widen
 from .mos_projections import Tokens, projection_for
-from .mos_vocabulary_shard import VocabularyShard
+from .mos_vocabulary import VocabularyShard, WholeVocabulary
 
 # Working memory of the loss. On the CPU a chunk that stays in the cache is the fastest; on an accelerator larger
 # products keep more of it busy, so the budget follows its memory.
@@ -51,6 +51,7 @@ def loss_and_gradients(
     wants_prior, wants_weight, wants_bias, *wants_latents = wanted
     wants_logits = any(wanted[1:])  # whether the gradient has to pass through the component logits
     (N, K), V, device = prior_logits.shape, decoder_weight.shape[0], prior_logits.device
+    vocabulary = WholeVocabulary(V) if options.shard is None else options.shard
     sum_dtype = widen(latent_tensors[0][:0]).dtype
     with torch.autocast(device.type, enabled=False):
         cast = [tensor.to(work_dtype) for tensor in latent_tensors]
@@ -63,7 +64,7 @@ def loss_and_gradients(
         d_prior = torch.zeros_like(log_prior) if wants_prior else None
         d_bias = torch.zeros(V, dtype=sum_dtype, device=device) if wants_bias else None
 
-        buffers = ChunkBuffers(V, options, sum_dtype, device, wants_logits)
+        buffers = ChunkBuffers(V, vocabulary.num_classes, options, sum_dtype, device, wants_logits)
         kept = (targets != options.ignore_index).nonzero().squeeze(1)
         size, group_size = buffers.allocate(kept.shape[0], K, projection.shared_share)
         for group in split(kept, group_size, of=N):
@@ -74,14 +75,7 @@ def loss_and_gradients(
                 projection.logits(tokens, place, logits, half)
                 if options.softcap is not None:
                     cap_(logits, options.softcap, slope)
-                if options.shard is None:
-                    target_logits = logits.gather(1, target_rows)
-                    largest, log_total = softmax_(logits)  # the buffer now holds the softmax
-                    component_nll = (largest - target_logits) + log_total
-                else:
-                    component_nll = options.shard.softmax_(logits, target_rows)
-                component_nll = component_nll.view(-1, K)
-
+                component_nll = vocabulary.softmax_(logits, target_rows).view(-1, K)
                 log_joint = log_prior[tokens] - component_nll
                 chunk_nll = -torch.logsumexp(log_joint, dim=-1, keepdim=True)
                 nll[tokens] = chunk_nll.squeeze(1)
@@ -91,10 +85,7 @@ def loss_and_gradients(
                     d_prior[tokens] = (log_prior[tokens].exp() - responsibilities) * token_weight
                 if not wants_logits:
                     continue
-                if options.shard is None:
-                    error = logits.scatter_add_(1, target_rows, logits.new_full((), -1.0).expand_as(target_rows))
-                else:
-                    error = options.shard.subtract_targets_(logits, target_rows)
+                error = vocabulary.subtract_targets_(logits, target_rows)
                 if slope is not None:
                     error.mul_(slope)
                 row_weights = (responsibilities * token_weight).view(-1, 1)  # (n K, 1)
@@ -107,9 +98,8 @@ def loss_and_gradients(
             if wants_logits:
                 projection.close(group)
         d_latents, d_weight = projection.gradients()
-        if options.shard is not None:
-            for gradient in d_latents:
-                options.shard.sum_(gradient)
+        for gradient in d_latents:
+            vocabulary.sum_(gradient)
         return nll, (d_prior, d_weight, d_bias, *d_latents)
 
 
@@ -119,14 +109,15 @@ class ChunkBuffers:
     def __init__(
         self,
         num_classes: int,
+        all_classes: int,
         options: LossOptions,
         sum_dtype: torch.dtype,
         device: torch.device,
         wants_logits: bool,
     ) -> None:
-        self.num_classes, self.chunk_size, self.device = num_classes, options.chunk_size, device
         # Processes that share the vocabulary share each chunk, and not all of them hold as many classes.
-        self.all_classes = num_classes if options.shard is None else options.shard.num_classes
+        self.num_classes, self.all_classes = num_classes, all_classes
+        self.chunk_size, self.device = options.chunk_size, device
         self.work_dtype, self.sum_dtype = options.work_dtype, sum_dtype
         self.has_half = self.work_dtype != sum_dtype
         self.has_slope = options.softcap is not None and wants_logits
@@ -190,17 +181,6 @@ def cap_(logits: Tensor, softcap: float, slope: Tensor | None) -> None:
     if slope is not None:
         torch.mul(logits, logits, out=slope).neg_().add_(1)
     logits.mul_(softcap)
-
-
-def softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over the last dimension, in place; returns each row's largest logit and `logsumexp(logits - largest)`.
-
-    The latter is read back from the largest probability, its negative exponential, which cannot underflow: three
-    passes over the buffer, where logsumexp and softmax take six and a copy of it. Both are (rows, 1).
-    """
-    largest = logits.amax(dim=-1, keepdim=True)
-    torch.softmax(logits, dim=-1, out=logits)
-    return largest, -logits.amax(dim=-1, keepdim=True).log()
 
 
 def budget_bytes(device: torch.device) -> int:

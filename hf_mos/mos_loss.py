@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from .mixture_of_softmaxes import SubspaceLatents, check_shapes
 from .mos_chunks import LossOptions, loss_and_gradients
-from .mos_vocabulary_shard import VocabularyShard
+from .mos_vocabulary import VocabularyShard
 
 REDUCTIONS = ("mean", "sum", "none")
 

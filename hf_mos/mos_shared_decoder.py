@@ -5,7 +5,7 @@ the forward of its module. The loss takes the place of the decoder's own forward
 whole, and the engine sees when it is needed.
 
 Where the vocabulary is sharded (tensor parallelism), the weight stays what it is, and the processes share the softmax:
-see `mos_vocabulary_shard.py`.
+see `mos_vocabulary.py`.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .mixture_of_softmaxes import SubspaceLatents
 from .mos_loss import mos_cross_entropy
-from .mos_vocabulary_shard import VocabularyShard
+from .mos_vocabulary import VocabularyShard
 
 ENGINES = ("torch.distributed.fsdp.", "deepspeed.")  # where hooks that gather a weight are defined
 TENSOR_PARALLEL = "tp"  # what a mesh calls the dimension that shares the vocabulary

@@ -16,7 +16,7 @@ from hf_mos import MoSForCausalLM
 from hf_mos.mixture_of_softmaxes import SubspaceLatents
 from hf_mos.mos_loss import mos_cross_entropy
 from hf_mos.mos_shared_decoder import is_shared
-from hf_mos.mos_vocabulary_shard import VocabularyShard
+from hf_mos.mos_vocabulary import VocabularyShard
 
 # GPT-2 has no plan of its own.
 PLANS = {"gpt2": {"backbone.transformer.wte": "embedding_rowwise", "lm_head.decoder": "colwise_gather_output"}}

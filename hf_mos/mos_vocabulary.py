@@ -1,20 +1,48 @@
-"""The softmax over a vocabulary whose classes several processes share.
+"""The softmax of component logits over the vocabulary: one process holds all classes, or several share them.
 
     R rows of component logits, V classes, of which this process holds the logits of V_r
-    largest      = max over the processes of max_V_r(logits)                              (R, 1)
-    total        = sum over the processes of sum_V_r(exp(logits - largest))               (R, 1)
-    target_logit = the logit of the target minus the largest, from the process that holds it     (R, 1)
-    component_nll = log(total) - target_logit                                             (R, 1)
+    largest       = max over the processes of max_V_r(logits)                                  (R, 1)
+    total         = sum over the processes of sum_V_r(exp(logits - largest))                   (R, 1)
+    target_logit  = the logit of the target minus the largest, from the process that holds it  (R, 1)
+    component_nll = log(total) - target_logit                                                  (R, 1)
 
 Three numbers a row cross the network, never logits.
 
-Source: Shoeybi et al. 2019, Megatron-LM, arXiv 1909.08053, section 3.
+Source of the latter: Shoeybi et al. 2019, Megatron-LM, arXiv 1909.08053, section 3.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class WholeVocabulary(NamedTuple):
+    """All classes are here."""
+
+    num_classes: int  # V
+
+    def softmax_(self, logits: Tensor, target_rows: Tensor) -> Tensor:
+        """Softmax of the logits (R, V), in place; returns the component_nll (R, 1).
+
+        log(total) is read back from the largest probability, its negative exponential, which cannot underflow: three
+        passes over the logits, where logsumexp and softmax take six and a copy of them.
+
+        Args:
+            logits: the component logits.
+            target_rows: (R, 1), class indices.
+        """
+        target_logits = logits.gather(1, target_rows)
+        largest = logits.amax(dim=-1, keepdim=True)
+        torch.softmax(logits, dim=-1, out=logits)
+        return (largest - target_logits) - logits.amax(dim=-1, keepdim=True).log()
+
+    def subtract_targets_(self, probs: Tensor, target_rows: Tensor) -> Tensor:
+        """Equivalent to: `probs - onehot(target)`, in place."""
+        return probs.scatter_add_(1, target_rows, probs.new_full((), -1.0).expand_as(target_rows))
+
+    def sum_(self, part: Tensor | None) -> None:
+        """Nothing is elsewhere."""
 
 
 class VocabularyShard(NamedTuple):
@@ -28,12 +56,7 @@ class VocabularyShard(NamedTuple):
     group: Any  # torch.distributed.ProcessGroup
 
     def softmax_(self, logits: Tensor, target_rows: Tensor) -> Tensor:
-        """Softmax over the whole vocabulary of the logits (R, V_r), in place; returns the component_nll (R, 1).
-
-        Args:
-            logits: of the classes that this process holds.
-            target_rows: (R, 1), classes of the whole vocabulary.
-        """
+        """As of `WholeVocabulary`, for the logits (R, V_r) and targets of the whole vocabulary."""
         largest = logits.amax(dim=-1, keepdim=True)
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, self.group)
         logits.sub_(largest)
