@@ -144,7 +144,7 @@ def test_push_to_hub_of_the_trainer(hub: HubServer, base: Path, text_file: Path,
     run_command("train", *options, cache=tmp_path, **hub.environment(TOKEN))
     repo = hub.repos[NAME]
     *_, commit, pin = repo.commits
-    assert {"model.safetensors", "modeling_mos.py", "tokenizer.json", "README.md"} <= set(commit.changed)
+    assert {"model.safetensors", "modeling_mos.py", "tokenizer.json", "README.md"} <= set(commit.files)
     assert pin.changed == ["README.md"]
     card = ModelCard(pin.files["README.md"].content.decode())
     (result,) = card.data.eval_results
