@@ -62,7 +62,10 @@ class Experiment:
             name = f"{head.name}, hidden size {self.size.hidden_size}, seed {seed}"
             result = fit(model, self.text, self.recipe, seed, name)
             if seed == 0 and head.kind == "mixture":
-                model.save_pretrained(self.results.path.parent / "models" / folder_name(head.name, settings))
+                folder = self.results.path.parent / "models" / folder_name(head.name, settings)
+                model.save_pretrained(folder)
+                if self.text.tokenizer is not None:
+                    self.text.tokenizer.save_pretrained(folder)
             return result
 
         return self.results.run(settings, fit_and_save)

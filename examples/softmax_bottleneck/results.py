@@ -5,7 +5,9 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,11 +59,16 @@ def command() -> str:
 
 
 def versions() -> dict[str, str]:
-    return {
+    """Of what a run was made with; the commit where the scripts lie in a repository."""
+    found = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    if shutil.which("git") and not (commit := subprocess.run(git, capture_output=True, text=True)).returncode:
+        found["commit"] = commit.stdout.strip()
+    return found
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:

@@ -9,6 +9,7 @@ import torch
 import typer
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train", "valid", "test")
@@ -85,6 +86,7 @@ class Text:
     train: Tensor
     valid: Tensor
     test: Tensor
+    tokenizer: PreTrainedTokenizerFast | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -109,10 +111,14 @@ def load_text(source: Source, vocab_size: int, block_size: int = 64, max_valid_b
             raise typer.BadParameter(f"expected at least {block_size} tokens to {split}, given {len(ids)}")
         return ids[: count * block_size].view(count, block_size)
 
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer._tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
     return Text(
         source.name,
         tokenizer.get_vocab_size(),
         blocks("train"),
         blocks("valid")[:max_valid_blocks],
         blocks("test")[:max_valid_blocks],
+        fast,
     )

@@ -28,7 +28,7 @@ from training import Recipe
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 MIXTURE = mixture(4)
-HIDDEN_SIZES = [16, 32, 64, 128]
+HIDDEN_SIZES = [16, 32, 64]
 # As their configs have them; only the numbers of their parameters are used.
 LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "num_attention_heads": 32}
 MODELS_IN_USE = {
@@ -109,7 +109,9 @@ def main(
     hidden_sizes: Annotated[list[int] | None, typer.Option(help="D; give it several times.")] = None,
     num_layers: int = 2,
     steps: int = 300,
-    learning_rate: Annotated[float, typer.Option(help="At D = 32; in proportion to 1 / sqrt(D) elsewhere.")] = 1e-2,
+    learning_rate: Annotated[
+        float, typer.Option(help="At D = 32; in proportion to 1 / sqrt(D) elsewhere, and a tenth for the latents.")
+    ] = 5e-3,
     seeds: Seeds = 1,
     out: Out = DEFAULT_OUT,
     quick: Quick = False,
@@ -122,7 +124,7 @@ def main(
     results, rows = Results(out, "where_it_pays", quick), []
     for hidden_size in sizes:
         rate = learning_rate * math.sqrt(32 / hidden_size)
-        experiment = Experiment(text, Size(hidden_size, num_layers), Recipe(steps, rate), results)
+        experiment = Experiment(text, Size(hidden_size, num_layers), Recipe(steps, rate, rate / 10), results)
         rows.append(measure(experiment, seeds, rounds=2 if quick else 5))
     show(f"From scratch on {text.name}, {steps} steps, perplexity, {seeds} seeds", rows)
     show("Operations of a training step with a mixture, as a multiple of those with one softmax", costs_in_use())
