@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..mixture_of_softmaxes import cap_logits, widen
 from .evaluate import Window, check_tokens, choose_window, tokenize, windows_of
 from .loading import is_mixture
-from .mixture_statistics import MixturePredictions, StatisticsSum, predict_in_chunks
+from .mixture_statistics import MixturePredictions, StatisticsSum, entropy, predict_in_chunks
 from .rank import log_prob_rank
 from .token_texts import TokenTexts
 
@@ -303,7 +303,7 @@ class Inspector:
         return TextInspection(text, self.prefix[0] if self.prefix else None, tokens, following)
 
     def predictions(self, chunk: Chunk) -> Iterator[Prediction]:
-        log_prior, component_log_probs = chunk.mixture
+        log_prior, component_log_probs, _ = chunk.mixture
         component_nll = chunk.mixture.component_nll(chunk.targets.clamp(min=0))
         log_joint = log_prior - component_nll
         candidates, component_candidates = self.candidates(chunk.log_probs), self.candidates(component_log_probs)
@@ -316,7 +316,7 @@ class Inspector:
             "softmax_nll": None if softmax is None else -_gather(softmax, chunk.targets.clamp(min=0)),
             "mixture_weights_entropy": entropy(log_prior),
             "entropy": entropy(chunk.log_probs),
-            "component_entropies": entropy(component_log_probs),
+            "component_entropies": chunk.mixture.component_entropies(),
             "softmax_entropy": None if softmax is None else entropy(softmax),
         }
         rows = {name: [None] * n if values is None else values.tolist() for name, values in columns.items()}
@@ -435,7 +435,7 @@ class CorpusSum:
             softmax_nll = -float(_gather(chunk.softmax_log_probs, targets).cpu().double().sum())
             self.softmax_nll = (self.softmax_nll or 0.0) + softmax_nll
         self.entropy += float(entropy(chunk.log_probs).cpu().double().sum())
-        self.component_entropies += entropy(mixture.component_log_probs).cpu().double().sum(0)
+        self.component_entropies += mixture.component_entropies().cpu().double().sum(0)
         self.leads += torch.bincount(responsibilities.argmax(-1), minlength=len(self.leads))
         self.token_responsibilities.index_add_(0, targets.cpu(), responsibilities)
         self.token_counts.update(targets.tolist())
@@ -450,11 +450,6 @@ def softmax_log_probs(head: Any, hidden_states: Tensor) -> Tensor | None:
         return None
     logits = head.decoder(hidden_states.to(head.decoder.weight.dtype))
     return F.log_softmax(cap_logits(widen(logits), head.softcap), dim=-1)
-
-
-def entropy(log_probs: Tensor) -> Tensor:
-    """Of distributions (..., V), (...) in nats."""
-    return torch.special.entr(log_probs.exp()).sum(-1)
 
 
 def _gather(log_probs: Tensor, targets: Tensor) -> Tensor:

@@ -23,6 +23,11 @@ class MixturePredictions(NamedTuple):
 
     log_prior: Tensor  # (n, K)
     component_log_probs: Tensor  # (n, K, V)
+    component_probs: Tensor  # (n, K, V)
+
+    def component_entropies(self) -> Tensor:
+        """(n, K), in nats."""
+        return entropy(self.component_log_probs, self.component_probs)
 
     def log_probs(self) -> Tensor:
         """The mixture's natural log-probabilities, (n, V)."""
@@ -48,7 +53,14 @@ def predict_in_chunks(head: Any, hidden_states: Tensor) -> Iterator[tuple[slice,
         dense = latents if isinstance(latents, Tensor) else latents.dense()
         log_prior = F.log_softmax(widen(head.prior_logits(hidden_states[tokens])), dim=-1)
         logits = cap_logits(widen(head.decoder(dense)), head.softcap)
-        yield tokens, MixturePredictions(log_prior, F.log_softmax(logits, dim=-1))
+        yield tokens, MixturePredictions(log_prior, F.log_softmax(logits, dim=-1), F.softmax(logits, dim=-1))
+
+
+def entropy(log_probs: Tensor, probs: Tensor | None = None) -> Tensor:
+    """Of distributions (..., V), (...) in nats; `probs`, if they are there, spare their computation."""
+    if probs is None:
+        probs = F.softmax(log_probs, dim=-1)  # faster than exp
+    return -(log_probs.clamp(min=torch.finfo(log_probs.dtype).min) * probs).sum(-1)  # 0 log 0 is 0
 
 
 class MixtureStatistics(NamedTuple):
@@ -76,9 +88,9 @@ class StatisticsSum:
         responsibilities = F.softmax(log_prior - predictions.component_nll(targets), dim=-1)
         self.count += len(targets)
         self.weights += _sum(log_prior.exp())
-        self.entropy += _sum(torch.special.entr(log_prior.exp()).sum(-1))
+        self.entropy += _sum(entropy(log_prior))
         self.responsibilities += _sum(responsibilities)
-        self.divergence += _sum(divergence(predictions.component_log_probs))
+        self.divergence += _sum(divergence(predictions))
 
     def result(self) -> MixtureStatistics:
         count = max(self.count, 1)
@@ -91,16 +103,16 @@ def _sum(values: Tensor) -> Tensor:
     return values.sum(0).cpu().double()
 
 
-def divergence(component_log_probs: Tensor) -> Tensor:
-    """The Jensen-Shannon divergence in nats of each two components (n, K, K), for (n, K, V)."""
-    n, K, _ = component_log_probs.shape
-    probs = component_log_probs.exp()
-    entropies = torch.special.entr(probs).sum(-1)
+def divergence(predictions: MixturePredictions) -> Tensor:
+    """The Jensen-Shannon divergence in nats of each two components, (n, K, K)."""
+    probs, entropies = predictions.component_probs, predictions.component_entropies()
+    n, K = entropies.shape
     result = probs.new_zeros(n, K, K)
     for j in range(K):
         for k in range(j):
-            middle = torch.special.entr((probs[:, j] + probs[:, k]) / 2).sum(-1)
-            result[:, j, k] = result[:, k, j] = middle - (entropies[:, j] + entropies[:, k]) / 2
+            middle = (probs[:, j] + probs[:, k]).div_(2)
+            of_middle = entropy(middle.log(), middle)
+            result[:, j, k] = result[:, k, j] = of_middle - (entropies[:, j] + entropies[:, k]) / 2
     return result.clamp_(min=0)  # of clones it is zero but for rounding
 
 
