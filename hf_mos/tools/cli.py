@@ -274,6 +274,9 @@ def inspect_command(
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Candidates and tokens that are listed.")] = 5,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Of the file, the first.", show_default="all")] = None,
+    rank_contexts: Annotated[
+        int, typer.Option(min=0, help="Contexts of which the rank is measured; above the width of the hidden state.")
+    ] = 2048,
     window: Annotated[
         int | None, typer.Option(help="Tokens read at a time.", show_default="the model's positions, at most 2048")
     ] = None,
@@ -325,6 +328,7 @@ def inspect_command(
         window=window,
         stride=stride,
         max_tokens=max_tokens,
+        rank_contexts=rank_contexts,
         track=functools.partial(track, description="inspecting"),
     )
     if html is not None:

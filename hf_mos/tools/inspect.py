@@ -31,8 +31,7 @@ from .rank import log_prob_rank
 from .token_texts import TokenTexts
 
 UNKNOWN_TARGET = -1  # of the position after a text's end
-RANK_CONTEXTS = 2048
-RANK_CLASSES = 8192
+RANK_CLASSES = 4096
 
 
 # --------------------------------------------------------------------------------------------------------- the results
@@ -133,7 +132,7 @@ class CorpusInspection:
     entropy: float
     components: list[ComponentInspection]
     divergence: list[list[float]]  # K x K, Jensen-Shannon
-    rank: RankInspection | None  # None: the decoder is quantized or elsewhere, or a class has no probability
+    rank: RankInspection | None  # None: not asked for, a quantized or offloaded head, or a class of no probability
 
 
 @dataclass(frozen=True)
@@ -181,6 +180,7 @@ def inspect_mixture(
     window: int | None = None,
     stride: int | None = None,
     max_tokens: int | None = None,
+    rank_contexts: int = 2048,
     track: Track = iter,
 ) -> Inspection:
     """Looks at a mixture on a text token by token, on a corpus on average, or both.
@@ -198,6 +198,8 @@ def inspect_mixture(
         window: tokens that the model reads at a time. `None`: its positions, at most 2048.
         stride: how far the window slides, in [1, window]. `None`: half of the window.
         max_tokens: of the corpus, the first. `None`: all.
+        rank_contexts: how many contexts all over the corpus make the log-probability matrix whose rank is measured,
+            at most. Choose it above `input_size + 1`. It costs as many tokens of the head in float64. 0: no rank.
         track: takes the list of the corpus's windows and yields them, to show progress.
 
     Raises:
@@ -211,11 +213,13 @@ def inspect_mixture(
         raise ValueError(f"top: expected at least 1, given {top}")
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens: expected at least 1, given {max_tokens}")
+    if rank_contexts < 0:
+        raise ValueError(f"rank_contexts: expected at least 0, given {rank_contexts}")
     inspector = Inspector(model, tokenizer, top, *choose_window(model, window, stride))
     return Inspection(
         model=describe(model),
         text=None if text is None else inspector.inspect_text(text),
-        corpus=None if corpus is None else inspector.inspect_corpus(corpus, max_tokens, track),
+        corpus=None if corpus is None else inspector.inspect_corpus(corpus, max_tokens, rank_contexts, track),
     )
 
 
@@ -343,14 +347,16 @@ class Inspector:
 
         return name(top_ids.tolist(), top_log_probs.exp().tolist())
 
-    def inspect_corpus(self, corpus: Sequence[str], max_tokens: int | None, track: Track) -> CorpusInspection:
+    def inspect_corpus(
+        self, corpus: Sequence[str], max_tokens: int | None, rank_contexts: int, track: Track
+    ) -> CorpusInspection:
         windows, num_texts = self.corpus_windows(corpus, max_tokens)
         num_tokens = sum(len(window.targets) for window in windows)
         if not num_tokens:
             raise ValueError(
                 "corpus: expected some text, given texts of which the tokenizer makes no token that can be predicted"
             )
-        total = CorpusSum(self.head, every=-(-num_tokens // RANK_CONTEXTS))
+        total = CorpusSum(self.head, sample_every=-(-num_tokens // rank_contexts) if rank_contexts else None)
         for window in track(windows):
             for chunk in self.chunks(window):
                 total.add(chunk)
@@ -375,7 +381,7 @@ class Inspector:
                 for k in range(self.head.num_mixtures)
             ],
             divergence=statistics.divergence.tolist(),
-            rank=measure_rank(self.head, torch.cat(total.sample)),
+            rank=measure_rank(self.head, torch.cat(total.sample)) if total.sample else None,
         )
 
     def corpus_windows(self, corpus: Sequence[str], max_tokens: int | None) -> tuple[list[Window], int]:
@@ -414,9 +420,9 @@ class Inspector:
 class CorpusSum:
     """What a corpus adds up to, in float64 on the CPU."""
 
-    def __init__(self, head: Any, every: int) -> None:
+    def __init__(self, head: Any, sample_every: int | None) -> None:
         K, V = head.num_mixtures, head.decoder.out_features
-        self.head, self.every, self.count = head, every, 0
+        self.sample_every, self.count = sample_every, 0
         self.statistics = StatisticsSum(K)
         self.nll = self.entropy = 0.0
         self.softmax_nll: float | None = None
@@ -424,7 +430,7 @@ class CorpusSum:
         self.component_entropies = torch.zeros(K, dtype=torch.float64)
         self.token_responsibilities = torch.zeros(V, K, dtype=torch.float64)
         self.token_counts: Counter[int] = Counter()
-        self.sample: list[Tensor] = []  # hidden states of each `every`-th context, (m, D)
+        self.sample: list[Tensor] = []  # hidden states of some contexts, (m, D)
 
     def add(self, chunk: Chunk) -> None:
         targets, mixture = chunk.targets, chunk.mixture
@@ -439,8 +445,9 @@ class CorpusSum:
         self.leads += torch.bincount(responsibilities.argmax(-1), minlength=len(self.leads))
         self.token_responsibilities.index_add_(0, targets.cpu(), responsibilities)
         self.token_counts.update(targets.tolist())
-        first = -self.count % self.every
-        self.sample.append(chunk.hidden_states[first :: self.every].cpu())
+        if self.sample_every is not None:
+            first = -self.count % self.sample_every
+            self.sample.append(chunk.hidden_states[first :: self.sample_every].cpu())
         self.count += len(targets)
 
 

@@ -283,10 +283,9 @@ def test_the_rank_passes_the_bound_of_one_softmax() -> None:
 
 
 def test_of_a_long_corpus_contexts_all_over_it_are_ranked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_mos.tools.inspect.RANK_CONTEXTS", 120)
     monkeypatch.setattr("hf_mos.tools.inspect.RANK_CLASSES", 80)
     tokenizer = tokenizer_of(eos_token=END)
-    corpus = inspect_mixture(mixture_for(tokenizer), tokenizer, corpus=CORPUS).corpus
+    corpus = inspect_mixture(mixture_for(tokenizer), tokenizer, corpus=CORPUS, rank_contexts=120).corpus
     rank = corpus.rank
     every = math.ceil(corpus.num_tokens / 120)
     assert every > 1
@@ -298,11 +297,11 @@ def test_of_a_long_corpus_contexts_all_over_it_are_ranked(monkeypatch: pytest.Mo
 def test_memory_holds_a_chunk_of_distributions_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tokenizer_of(eos_token=END)
     model = mixture_for(tokenizer, num_mixtures=4)
-    monkeypatch.setattr("hf_mos.tools.inspect.RANK_CONTEXTS", 40)
-    whole = inspect_mixture(model, tokenizer, corpus=CORPUS).corpus
+    whole = inspect_mixture(model, tokenizer, corpus=CORPUS, rank_contexts=0).corpus
+    assert whole.rank is None
     monkeypatch.setattr("hf_mos.mos_chunks.CPU_BUDGET_BYTES", 100_000)  # 5 tokens of 4 components
     with LargestTensor() as largest:
-        corpus = inspect_mixture(model, tokenizer, corpus=CORPUS).corpus
+        corpus = inspect_mixture(model, tokenizer, corpus=CORPUS, rank_contexts=40).corpus
     assert largest.numel <= 40 * len(tokenizer)
     assert largest.numel < corpus.num_tokens * len(tokenizer) / 10
     assert corpus.nll == pytest.approx(whole.nll, abs=1e-5)
@@ -408,6 +407,7 @@ def test_a_vocabulary_smaller_than_the_top() -> None:
         ({"corpus": []}, "corpus: expected some text"),
         ({"text": "x", "top": 0}, "top: expected at least 1"),
         ({"text": "x", "max_tokens": 0}, "max_tokens: expected at least 1"),
+        ({"text": "x", "rank_contexts": -1}, "rank_contexts: expected at least 0"),
         ({"text": "x", "window": 1000}, "window: expected at least 1 and at most the model's 128 positions"),
         ({"text": "x", "window": 8, "stride": 9}, "stride: expected at least 1"),
     ],
