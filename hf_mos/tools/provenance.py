@@ -10,8 +10,9 @@ import torch
 def own_command() -> str:
     """The command that this process was started with, without the folders of this machine."""
     script = Path(sys.argv[0])
-    if script.parent == Path(__file__).parent:  # python -m
-        launcher = ["python", "-m", f"hf_mos.tools.{script.stem}"]
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    if module is not None:  # python -m
+        launcher = ["python", "-m", module.name]
     elif script.suffix == ".py":
         launcher = ["python", script.name if script.is_absolute() else str(script)]
     else:
