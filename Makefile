@@ -4,6 +4,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 ECOSYSTEM_INSTALLED := $(VENV)/.installed-ecosystem
+DISTRIBUTED_INSTALLED := $(VENV)/.installed-distributed
 SPACE_INSTALLED := $(VENV)-space/.installed
 CANDIDATES := python3 python3.13 python3.12 python3.11
 # The first Python on the path that is new enough; used only to make the virtual environment.
@@ -11,7 +12,7 @@ HOST_PYTHON = $(shell for python in $(CANDIDATES); do \
 	$$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: quickstart space test test-faults test-ecosystem test-package test-versions test-mixins lint format install clean
+.PHONY: quickstart space test test-faults test-ecosystem test-distributed test-package test-versions test-mixins lint format install clean
 
 quickstart: install
 	$(PYTHON) examples/quickstart.py
@@ -28,6 +29,10 @@ test-faults: install
 # The tools that people use with a model: command line, Hub, servers, evaluation, adapters, trackers.
 test-ecosystem: $(ECOSYSTEM_INSTALLED) $(SPACE_INSTALLED)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'slow or not slow' tests/ecosystem
+
+# Two processes on this machine: DDP, FSDP2, tensor parallelism, DeepSpeed, conversion of what does not fit twice.
+test-distributed: $(DISTRIBUTED_INSTALLED)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m 'slow or not slow' tests/distributed
 
 # The wheel with its dependencies in an empty environment. Needs the package index.
 test-package: install
@@ -64,6 +69,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(ECOSYSTEM_INSTALLED): $(INSTALLED)
 	$(PYTHON) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,ecosystem]'
+	touch $@
+
+$(DISTRIBUTED_INSTALLED): $(INSTALLED)
+	DS_BUILD_OPS=0 $(PYTHON) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,distributed]'
 	touch $@
 
 # The app of examples/space, apart: gradio does not take the pillow of constraints.txt.

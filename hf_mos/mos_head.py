@@ -94,6 +94,8 @@ class MoSLMHead(nn.Module):
         if self.latent_rank is not None:
             init.zeros_(self.shift.weight)
             init.normal_(self.basis, std=self.latent_size**-0.5)
+        elif self.latent.weight.numel() == 0:
+            pass  # ZeRO-3 has taken it away, while a checkpoint is loaded
         elif isinstance(self.activation, nn.Identity):
             eye = torch.eye(self.latent_size, self.input_size)
             init.copy_(self.latent.weight, eye.repeat(self.num_mixtures, 1).to(self.latent.weight))

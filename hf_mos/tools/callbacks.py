@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from ..mos_checkpoint import STAGING_PREFIX, check_files, read_header
 from ..mos_head import MoSLMHead
-from .mixture_statistics import MixtureStatistics, mixture_statistics
+from .mixture_statistics import MixtureStatistics, StatisticsSum, predict_in_chunks
 
 logger = logging.get_logger(__name__)
 
@@ -95,7 +95,8 @@ class MixtureUsage(TrainerCallback):
 
     The logs are `mixture_entropy` (nats), `smallest_mixture_weight` (the mean over tokens), `responsibility_0` ...
     (the share of the targets that each component accounts for) and `divergence_0_1` ... (Jensen-Shannon, nats), on a
-    sample of the last batch before the log. `balance_coefficient` of [`MoSConfig`] revives a component that starves.
+    sample of the last batch before the log, of all processes together. `balance_coefficient` of [`MoSConfig`] revives
+    a component that starves.
 
     Args:
         max_tokens: how many tokens are looked at. The cost of a log is `max_tokens` rows of K softmaxes.
@@ -123,10 +124,12 @@ class MixtureUsage(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        heads = [module for module in model.modules() if type(module).__name__ == MoSLMHead.__name__]
+        # FSDP2 has put its name before the class's.
+        heads = [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") == MoSLMHead.__name__]
         if not heads:
             raise ValueError(f"model: expected a mixture of softmaxes, given {type(model).__name__}")
         self.head = heads[0]
+        self.config = model.config
         self.starved = set()
         self.hook = self.head.register_forward_pre_hook(self.keep, with_kwargs=True)
 
@@ -143,13 +146,23 @@ class MixtureUsage(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        if "loss" not in logs or self.sample is None or self.head is None:
+        if "loss" not in logs or self.head is None:
             return
-        was_training = self.head.training
-        self.head.eval()  # without dropout
-        statistics = mixture_statistics(self.head, *self.sample)
-        self.head.train(was_training)
+        head = whole_head(self.head, self.config)
+        total = StatisticsSum(head.num_mixtures)
+        was_training = head.training
+        head.eval()  # without dropout
+        if self.sample is not None:
+            hidden_states, targets = self.sample
+            for tokens, predictions in predict_in_chunks(head, hidden_states):
+                total.add(predictions, targets[tokens])
+        head.train(was_training)
         self.sample = None
+        if torch.distributed.is_initialized():
+            total.add_up_over_processes(args.device)
+        if total.count == 0:
+            return
+        statistics = total.result()
         entries = usage_logs(statistics)
         logs.update(entries)
         state.log_history[-1].update(entries)
@@ -169,6 +182,24 @@ class MixtureUsage(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.hook.remove()
+
+
+def whole_head(head: MoSLMHead, config: Any) -> MoSLMHead:
+    """The head, or where processes share its weights a copy that holds them whole. All of them must call this."""
+    weights: dict[str, Any] = {name: parameter.detach() for name, parameter in head.named_parameters()}
+    if any(hasattr(parameter, "ds_id") for parameter in head.parameters()):  # of DeepSpeed's ZeRO-3
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters(list(head.parameters())):
+            weights = {name: parameter.detach().clone() for name, parameter in head.named_parameters()}
+    elif any(hasattr(weight, "full_tensor") for weight in weights.values()):
+        weights = {name: w.full_tensor() if hasattr(w, "full_tensor") else w for name, w in weights.items()}
+    else:
+        return head
+    V, E = weights["decoder.weight"].shape
+    whole = MoSLMHead(config, decoder=nn.Linear(E, V, bias="decoder.bias" in weights, device="meta"))
+    whole.load_state_dict(weights, assign=True)
+    return whole
 
 
 def usage_logs(statistics: MixtureStatistics) -> dict[str, float]:

@@ -92,6 +92,18 @@ class StatisticsSum:
         self.responsibilities += _sum(responsibilities)
         self.divergence += _sum(divergence(predictions))
 
+    def add_up_over_processes(self, device: torch.device) -> None:
+        """All processes must call this; each then holds the statistics of the tokens of all."""
+        parts = [self.weights, self.entropy, self.responsibilities, self.divergence]
+        sums = torch.cat([torch.tensor([self.count], dtype=torch.float64), *(part.flatten() for part in parts)]).to(
+            device
+        )
+        torch.distributed.all_reduce(sums)
+        count, *summed = sums.cpu().split([1, *(part.numel() for part in parts)])
+        self.count = int(count)
+        for part, total in zip(parts, summed, strict=True):
+            part.copy_(total.view_as(part))
+
     def result(self) -> MixtureStatistics:
         count = max(self.count, 1)
         return MixtureStatistics(

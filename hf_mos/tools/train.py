@@ -326,7 +326,7 @@ def load_model(options: ModelOptions, config: PreTrainedConfig, tokenizer: PreTr
         model = MoSForCausalLM.from_causal_lm(options.source, **options.head_options(), **loading)
     else:
         model = AutoModelForCausalLM.from_pretrained(options.source, **loading)
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().num_embeddings  # the weight may be sharded
     if len(tokenizer) > rows:
         raise ValueError(f"--tokenizer: expected at most the model's {rows} tokens, given {len(tokenizer)}")
     return model

@@ -4,22 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_tokens
 from processes import WORLD_SIZE, run_on_two
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from training import (
-    LENGTH,
     MODELS,
-    STEPS,
     assert_close_to,
     assert_like_one_process,
     load_results,
+    losses_of,
     make_model,
+    run_trainer,
     save_results,
     train,
 )
-from transformers import Trainer, TrainingArguments
 
 
 def plain_ddp(folder: str) -> None:
@@ -41,44 +38,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", MODELS)
 def test_ddp(plain: Path, name: str, rank: int) -> None:
     assert_like_one_process(plain, f"{name}-{rank}", make_model(name))
-
-
-ACCUMULATION = 2
-
-
-def training_rows() -> list[dict[str, Tensor]]:
-    """Each row has another number of labels that count."""
-    rows = []
-    for i, tokens in enumerate(random_tokens(STEPS * ACCUMULATION * 4, LENGTH)):
-        labels = tokens.clone()
-        labels[: i % (LENGTH - 1)] = -100
-        rows.append({"input_ids": tokens, "labels": labels})
-    return rows
-
-
-def run_trainer(folder: str, name: str, world_size: int) -> Trainer:
-    arguments = TrainingArguments(
-        output_dir=f"{folder}/{name}-out",
-        per_device_train_batch_size=4 // world_size,
-        gradient_accumulation_steps=ACCUMULATION,
-        optim="sgd",  # Adam blows up the rounding of gradients that are zero
-        learning_rate=0.05,
-        max_steps=STEPS,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        ddp_find_unused_parameters=False,
-    )
-    trainer = Trainer(model=make_model(name), args=arguments, train_dataset=training_rows())
-    trainer.train()
-    return trainer
-
-
-def losses_of(trainer: Trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def trainer_on_two(folder: str) -> None:

@@ -8,12 +8,14 @@ import torch
 from helpers import random_tokens, tiny_causal_lm
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
 
 from hf_mos import MoSForCausalLM
 
 MODELS = ("gpt2", "llama-tied", "llama")  # the first is tied too
 STEPS, BATCH, LENGTH = 5, 4, 12
 LEARNING_RATE = 0.05
+ACCUMULATION = 2  # of the Trainer
 
 
 def make_model(name: str, **options: Any) -> MoSForCausalLM:
@@ -68,6 +70,41 @@ def take_steps(
             torch.distributed.all_reduce(mean)
         losses.append(float(mean))
     return losses
+
+
+def training_rows() -> list[dict[str, Tensor]]:
+    """Each row has another number of labels that count."""
+    rows = []
+    for i, tokens in enumerate(random_tokens(STEPS * ACCUMULATION * BATCH, LENGTH)):
+        labels = tokens.clone()
+        labels[: i % (LENGTH - 1)] = -100
+        rows.append({"input_ids": tokens, "labels": labels})
+    return rows
+
+
+def run_trainer(folder: str | Path, name: str, world_size: int = 1, **options: Any) -> Trainer:
+    """A few steps of a Trainer, of the same batches whatever the number of processes."""
+    arguments = TrainingArguments(
+        output_dir=f"{folder}/{name}-out",
+        per_device_train_batch_size=BATCH // world_size,
+        gradient_accumulation_steps=ACCUMULATION,
+        optim="sgd",  # Adam blows up the rounding of gradients that are zero
+        learning_rate=0.05,
+        max_steps=STEPS,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **{"use_cpu": True, "ddp_find_unused_parameters": False, **options},
+    )
+    trainer = Trainer(model=make_model(name), args=arguments, train_dataset=training_rows())
+    trainer.train()
+    return trainer
+
+
+def losses_of(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def save_results(folder: str | Path, name: str, losses: list[float], weights: dict[str, Tensor]) -> None:
