@@ -3,6 +3,7 @@
 It stands outside the package, whose import takes seconds: so the help and a wrong option do not wait for torch.
 """
 
+import contextlib
 import functools
 import json
 import sys
@@ -46,8 +47,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, an
 
 def run() -> NoReturn:
     """The console script: the library's errors are messages, unless `--debug` asks for the traceback."""
+    # What a library prints of its own accord is not the result.
+    aside = contextlib.redirect_stdout(sys.stderr) if "--json" in sys.argv else contextlib.nullcontext()
     try:
-        app()
+        with aside:
+            app()
     except KeyboardInterrupt:
         errors.print("interrupted")
         sys.exit(130)
@@ -336,7 +340,7 @@ def inspect_command(
     if html is not None:
         save_page(inspection, html)
     if as_json:
-        print(inspection.to_json())
+        print_json(inspection.to_json())
     elif html is not None:
         console.print(f"{html} shows it", markup=False)
     else:
@@ -483,8 +487,10 @@ def serve_command(context: typer.Context) -> None:
 # -------------------------------------------------------------------------------------------------------------- output
 
 
-def print_json(result: dict[str, Any]) -> None:
-    print(json.dumps(result, indent=2))
+def print_json(result: dict[str, Any] | str) -> None:
+    """On the standard output itself, see `run`."""
+    text = result if isinstance(result, str) else json.dumps(result, indent=2)
+    print(text, file=sys.__stdout__, flush=True)
 
 
 def print_table(title: str, rows: dict[str, str]) -> None:

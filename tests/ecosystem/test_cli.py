@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import hf_mos
 import hf_mos_cli as cli
 from hf_mos import MoSForCausalLM
+from hf_mos.tools import loading
 from hf_mos.tools.evaluate import evaluate
 
 COMMANDS = ("convert", "evaluate", "inspect", "train", "card", "push", "serve")
@@ -33,7 +34,7 @@ class Printed(NamedTuple):
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Printed]:
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Printed]:
     """Calls the console script in this process."""
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -41,7 +42,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         monkeypatch.setattr(sys, "argv", ["hf-mos", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit:
             cli.run()
-        return Printed(int(exit.value.code or 0), *capsys.readouterr())
+        return Printed(int(exit.value.code or 0), *capfd.readouterr())
 
     return run
 
@@ -148,6 +149,19 @@ except SystemExit as error:
     print(error)
 """
     assert "pip install 'hf_mos[cli]'" in run_python(code, cache=tmp_path, without_hf_mos=False)
+
+
+def test_json_is_all_that_is_on_the_standard_output(
+    run: Callable[..., Printed], base: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chatty(*arguments: Any) -> str:
+        print("a library has something to say")
+        return "cpu"
+
+    monkeypatch.setattr(loading, "choose_device", chatty)
+    printed = run("evaluate", base, "--file", text_file, "--json")
+    assert json.loads(printed.out)["machine"] == "CPU"
+    assert "a library has something to say" in printed.err
 
 
 # ------------------------------------------------------------------------------------------------------------- convert
