@@ -269,9 +269,7 @@ class Inspector:
 
     def windows_of(self, token_ids: list[int]) -> list[Window]:
         """The windows of a text, in which each of its tokens is predicted once that can be."""
-        windows = list(windows_of([*self.prefix, *token_ids], self.window, self.stride))
-        check_tokens(self.model, windows)
-        return windows
+        return list(windows_of([*self.prefix, *token_ids], self.window, self.stride))
 
     def window_after(self, token_ids: list[int]) -> Window:
         """The window in which is predicted what follows a text."""
@@ -298,6 +296,7 @@ class Inspector:
         if not token_ids:
             raise ValueError(f"text: expected at least one token, given {text!r}, of which the tokenizer makes none")
         windows = [*self.windows_of(token_ids), self.window_after(token_ids)]
+        check_tokens(self.model, windows)
         predictions = [p for window in windows for chunk in self.chunks(window) for p in self.predictions(chunk)]
         following = predictions.pop()
         unpredicted = [None] * (len(token_ids) - len(predictions))  # the first, where nothing stands before it
@@ -356,6 +355,7 @@ class Inspector:
             raise ValueError(
                 "corpus: expected some text, given texts of which the tokenizer makes no token that can be predicted"
             )
+        check_tokens(self.model, windows)
         total = CorpusSum(self.head, sample_every=-(-num_tokens // rank_contexts) if rank_contexts else None)
         for window in track(windows):
             for chunk in self.chunks(window):
