@@ -188,9 +188,9 @@ def whole_head(head: MoSLMHead, config: Any) -> MoSLMHead:
     """The head, or where processes share its weights a copy that holds them whole. All of them must call this."""
     weights: dict[str, Any] = {name: parameter.detach() for name, parameter in head.named_parameters()}
     if any(hasattr(parameter, "ds_id") for parameter in head.parameters()):  # of DeepSpeed's ZeRO-3
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters(list(head.parameters())):
+        with deepspeed.zero.GatheredParameters(list(head.parameters())):
             weights = {name: parameter.detach().clone() for name, parameter in head.named_parameters()}
     elif any(hasattr(weight, "full_tensor") for weight in weights.values()):
         weights = {name: w.full_tensor() if hasattr(w, "full_tensor") else w for name, w in weights.items()}

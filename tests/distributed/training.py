@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from hf_mos import MoSForCausalLM
+from hf_mos.tools.callbacks import MixtureUsage
 
 MODELS = ("gpt2", "llama-tied", "llama")  # the first is tied too
 STEPS, BATCH, LENGTH = 5, 4, 12
@@ -82,12 +83,20 @@ def training_rows() -> list[dict[str, Tensor]]:
     return rows
 
 
-def run_trainer(folder: str | Path, name: str, world_size: int = 1, **options: Any) -> Trainer:
+def run_trainer(
+    folder: str | Path,
+    name: str,
+    world_size: int = 1,
+    *,
+    callbacks: Any = (),
+    usage: MixtureUsage | None = None,
+    rows: list[dict[str, Tensor]] | None = None,
+    **options: Any,
+) -> Trainer:
     """A few steps of a Trainer, of the same batches whatever the number of processes."""
     arguments = TrainingArguments(
         output_dir=f"{folder}/{name}-out",
         per_device_train_batch_size=BATCH // world_size,
-        gradient_accumulation_steps=ACCUMULATION,
         optim="sgd",  # Adam blows up the rounding of gradients that are zero
         learning_rate=0.05,
         max_steps=STEPS,
@@ -96,9 +105,17 @@ def run_trainer(folder: str | Path, name: str, world_size: int = 1, **options: A
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        **{"use_cpu": True, "ddp_find_unused_parameters": False, **options},
+        **{
+            "gradient_accumulation_steps": ACCUMULATION,
+            "use_cpu": True,
+            "ddp_find_unused_parameters": False,
+            **options,
+        },
     )
-    trainer = Trainer(model=make_model(name), args=arguments, train_dataset=training_rows())
+    rows = training_rows() if rows is None else rows
+    trainer = Trainer(model=make_model(name), args=arguments, train_dataset=rows, callbacks=list(callbacks))
+    if usage is not None:
+        usage.add_to(trainer)
     trainer.train()
     return trainer
 

@@ -1,0 +1,92 @@
+"""DeepSpeed ZeRO-2 and ZeRO-3 through the Trainer: two processes train as one does, and save what one loads."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from accelerate import DistributedType, PartialState
+from helpers import run_python
+from processes import WORLD_SIZE, run_on_two
+from training import ACCUMULATION, MODELS, STEPS, assert_close_to, load_results, losses_of, run_trainer, save_results
+
+import hf_mos.mos_loss
+from hf_mos import MoSForCausalLM
+from hf_mos.tools.callbacks import MixtureUsage
+
+STAGES = (2, 3)
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false"}
+
+
+def config_of(stage: int) -> dict[str, Any]:
+    return {
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_gather_16bit_weights_on_model_save": True,
+            "stage3_param_persistence_threshold": 0,  # the weights of a tiny model too are sharded
+        },
+        "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+    }
+
+
+def start_deepspeed() -> None:
+    """Accelerate names no backend for DeepSpeed on a machine without an accelerator, and would run one process."""
+    mock.patch.object(PartialState, "_prepare_backend", return_value=("gloo", DistributedType.NO)).start()
+    for module in ("torch", "deepspeed", "accelerate"):
+        warnings.filterwarnings("ignore", module=module)  # DeepSpeed calls what torch has deprecated
+
+
+def train_and_save(folder: str, stage: str) -> None:
+    start_deepspeed()
+    loss_and_gradients = hf_mos.mos_loss.loss_and_gradients
+    for name in MODELS:
+        with mock.patch("hf_mos.mos_loss.loss_and_gradients", wraps=loss_and_gradients) as fused:
+            trainer = run_trainer(
+                folder, name, WORLD_SIZE, use_cpu=False, deepspeed=config_of(int(stage)), usage=MixtureUsage()
+            )
+        assert all("mixture_entropy" in entry for entry in trainer.state.log_history if "loss" in entry)
+        assert trainer.args.world_size == WORLD_SIZE
+        assert trainer.model_wrapped.zero_optimization_stage() == int(stage)
+        assert fused.call_count == STEPS * ACCUMULATION
+        parameters = list(trainer.model.parameters())
+        assert all((parameter.numel() == 0) == (stage == "3") for parameter in parameters)
+        trainer.save_model()
+        if torch.distributed.get_rank() == 0:
+            save_results(folder, name, losses_of(trainer), {})
+    if stage == "3":
+        torch.distributed.barrier()
+        model = MoSForCausalLM.from_pretrained(trainer.args.output_dir)  # sharded while it is made
+        assert all(parameter.numel() == 0 for parameter in model.parameters())
+
+
+@pytest.fixture(scope="module", params=STAGES)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(f"zero{request.param}")
+    run_on_two(train_and_save, folder, request.param, environment=ENVIRONMENT)
+    return folder
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_trains_as_one_process_and_saves_whole_weights(trained: Path, tmp_path: Path, name: str) -> None:
+    alone = run_trainer(tmp_path, name)
+    losses, _ = load_results(trained, name)
+    torch.testing.assert_close(losses, losses_of(alone), rtol=0, atol=1e-6)
+    saved = trained / f"{name}-out"
+    assert_close_to(alone.model, dict(MoSForCausalLM.from_pretrained(saved).named_parameters()))
+
+
+def test_a_save_loads_in_a_fresh_process(trained: Path, tmp_path: Path) -> None:
+    code = (
+        "import torch\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "print(type(model).__name__, model.generate(torch.tensor([[3, 4]]), max_new_tokens=2).shape)"
+    )
+    printed = run_python(code, trained / "llama-out", cache=tmp_path)
+    assert printed.splitlines()[-1] == "MoSForCausalLM torch.Size([1, 4])"
