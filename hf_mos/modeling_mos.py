@@ -75,7 +75,8 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = {"lm_head.prior"}  # in bf16 as in fp16
-    _keep_in_fp32_modules = {"prior"}  # the same module, as quantizers look for it: by the end of its name
+    # The same module, as quantizers look for it: by the end of its name, or by the beginning of its weight's.
+    _keep_in_fp32_modules = {"prior", "lm_head.prior"}
     backbone: Any
     lm_head: Any
     score_options = ScoreOptions()
@@ -180,7 +181,8 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             module._is_hf_initialized = True  # post_init must not draw its weights again
         result = cls(config, backbone=backbone)
         result.generation_config = backbone.generation_config
-        result.name_or_path = config.name_or_path = backbone.name_or_path
+        config.name_or_path = backbone.name_or_path  # for cards and tokenizers
+        result.name_or_path = ""  # which PEFT takes for the base of an adapter; the softmax model is not that base
         return result.train(backbone.training)
 
     # ----------------------------------------------------------------------------------------------- save and load

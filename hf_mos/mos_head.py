@@ -168,7 +168,8 @@ class MoSLMHead(nn.Module):
     def latents(self, hidden_states: Tensor) -> Tensor | SubspaceLatents:
         """The latents (..., K, E) for hidden states (..., D)."""
         projection = self.latent if self.latent_rank is None else self.shift
-        hidden_states = hidden_states.to(projection.weight.dtype)
+        if projection.weight.is_floating_point():  # not of a quantizer, whose dtype is that of its codes
+            hidden_states = hidden_states.to(projection.weight.dtype)
         outputs = self.dropout(self.activation(_project(projection, hidden_states)))
         outputs = outputs.unflatten(-1, (self.num_mixtures, -1))
         if self.latent_rank is None:

@@ -152,7 +152,8 @@ def test_a_path_takes_the_arguments_of_from_pretrained(tmp_path: Path) -> None:
     assert model.dtype == model.config.dtype == torch.bfloat16
     assert model.lm_head.latent.weight.dtype == torch.bfloat16
     assert model.lm_head.prior.weight.dtype == torch.float32
-    assert model.name_or_path == str(tmp_path)
+    assert model.config.name_or_path == str(tmp_path)
+    assert not model.name_or_path
     assert not model.training
     assert (model.generation_config.max_new_tokens, model.generation_config.temperature) == (7, 0.5)
     assert log_prob_gap(model, original.to(torch.bfloat16), input_ids=random_tokens()) < 0.1

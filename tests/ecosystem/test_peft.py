@@ -1,0 +1,341 @@
+"""PEFT's adapters on a mixture: trained, saved, loaded, merged and taken off, with the same predictions."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import greedy, random_tokens, run_python, tiny_causal_lm, tiny_mos
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from hf_mos import MoSForCausalLM, modeling_mos
+
+pytestmark = [
+    pytest.mark.filterwarnings("default:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("default:fan_in_fan_out is set"),  # of GPT-2, whose layers are Conv1D
+    pytest.mark.filterwarnings("default:Input and output embeddings are no longer tied after merging"),
+]
+
+TOKENS = random_tokens()
+
+
+def lora(**options: Any) -> LoraConfig:
+    return LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "init_lora_weights": True, **options})
+
+
+def rank_mos() -> MoSForCausalLM:
+    return MoSForCausalLM.from_causal_lm(tiny_causal_lm(), num_mixtures=3, latent_rank=4)
+
+
+def untied_mos() -> MoSForCausalLM:
+    return MoSForCausalLM.from_causal_lm(tiny_causal_lm("llama-tied"), num_mixtures=3, tie_word_embeddings=False)
+
+
+def tied_mos() -> MoSForCausalLM:
+    return tiny_mos("llama-tied")
+
+
+def gpt2_mos() -> MoSForCausalLM:
+    return tiny_mos("gpt2")
+
+
+def gemma2_mos() -> MoSForCausalLM:
+    return MoSForCausalLM.from_causal_lm(tiny_causal_lm("gemma2"), num_mixtures=3, tie_word_embeddings=False)
+
+
+# The base, the adapter, and the parts of the head that train with it.
+ADAPTERS: dict[str, tuple[Callable[[], MoSForCausalLM], PeftConfig, set[str]]] = {
+    "backbone, head saved": (
+        tiny_mos,
+        lora(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head.prior", "lm_head.latent"]),
+        {"prior", "latent"},
+    ),
+    "backbone, whole head saved": (
+        tiny_mos,
+        lora(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        {"prior", "latent", "decoder"},
+    ),
+    "prior and latent": (tiny_mos, lora(target_modules=["lm_head.prior", "lm_head.latent"]), {"prior", "latent"}),
+    "decoder": (tiny_mos, lora(target_modules=["lm_head.decoder"]), {"decoder"}),
+    "decoder with a softcap": (gemma2_mos, lora(target_modules=["lm_head.decoder"]), {"decoder"}),
+    "untied decoder": (untied_mos, lora(target_modules=["lm_head.decoder"]), {"decoder"}),
+    "decoder saved": (tiny_mos, lora(target_modules=["q_proj"], modules_to_save=["lm_head.decoder"]), {"decoder"}),
+    "tied decoder saved": (
+        tied_mos,
+        lora(target_modules=["q_proj"], modules_to_save=["lm_head.decoder"]),
+        {"decoder"},
+    ),
+    "all-linear": (tiny_mos, lora(target_modules="all-linear"), {"prior", "latent"}),
+    "all-linear, tied": (tied_mos, lora(target_modules="all-linear"), {"prior", "latent"}),
+    "all-linear, gpt2": (gpt2_mos, lora(target_modules="all-linear"), {"prior", "latent"}),
+    "shift": (rank_mos, lora(target_modules=["lm_head.shift", "lm_head.prior"]), {"shift", "prior"}),
+    "shift and decoder": (rank_mos, lora(target_modules=["lm_head.shift", "lm_head.decoder"]), {"shift", "decoder"}),
+    "shift saved": (
+        rank_mos,
+        lora(target_modules=["q_proj"], modules_to_save=["lm_head.shift", "lm_head.prior"]),
+        {"shift", "prior"},
+    ),
+    "DoRA": (tiny_mos, lora(target_modules=["q_proj", "latent", "decoder"], use_dora=True), {"latent", "decoder"}),
+    "rank-stabilised": (tiny_mos, lora(target_modules=["q_proj", "latent"], use_rslora=True), {"latent"}),
+    "tokens": (tied_mos, lora(target_modules=["q_proj"], trainable_token_indices=TOKENS[0, :4].tolist()), set()),
+    "IA3": (
+        tiny_mos,
+        IA3Config(
+            task_type="CAUSAL_LM", target_modules=["v_proj", "latent", "down_proj"], feedforward_modules=["down_proj"]
+        ),
+        {"latent"},
+    ),
+}
+
+
+def losses_of_training(model: Any, steps: int = 8, autocast: bool = False) -> list[float]:
+    """Every trained parameter gets a gradient within the steps."""
+    model.train()
+    parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    optimizer = torch.optim.Adam(parameters.values(), lr=2e-2)
+    losses, moved = [], set()
+    for _ in range(steps):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=TOKENS, labels=TOKENS).loss
+        loss.backward()
+        moved |= {name for name, weight in parameters.items() if weight.grad is not None and weight.grad.any()}
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    assert moved == parameters.keys()
+    return losses
+
+
+@torch.no_grad()
+def predictions(model: Any) -> tuple[Tensor, Tensor]:
+    outputs = model(input_ids=TOKENS, labels=TOKENS)
+    return outputs.logits, outputs.loss
+
+
+def assert_same(model: Any, expected: tuple[Tensor, Tensor]) -> None:
+    for ours, theirs in zip(predictions(model), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_adapters(case: str, tmp_path: Path) -> None:
+    new_base, config, in_head = ADAPTERS[case]
+    base = new_base()
+    before = predictions(base)
+    model = get_peft_model(base, copy.deepcopy(config))
+    assert_same(model, before)
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    for layer in ("prior", "latent", "shift", "decoder"):
+        assert any("lm_head" in name and f"{layer}." in name for name in trained) == (layer in in_head), layer
+
+    losses = losses_of_training(model)
+    assert losses[-1] < 0.95 * losses[0]
+    expected = predictions(model)
+    assert not torch.allclose(expected[1], before[1], atol=1e-2)
+    log_probs = expected[0][:, :-1].gather(-1, TOKENS[:, 1:, None])
+    torch.testing.assert_close(expected[1], -log_probs.mean())
+    assert model.base_model.model.lm_head.prior.weight.dtype == torch.float32
+
+    model.save_pretrained(tmp_path / "adapter")
+    reloaded = PeftModel.from_pretrained(new_base(), tmp_path / "adapter").eval()
+    assert_same(reloaded, expected)
+    with reloaded.disable_adapter():
+        assert_same(reloaded, before)
+    if not config.modules_to_save:  # which PEFT leaves in the model
+        assert_same(reloaded.unload(), before)
+
+    merged = model.merge_and_unload()
+    assert isinstance(merged, MoSForCausalLM)
+    assert not any("lora" in name or "modules_to_save" in name for name in merged.state_dict())
+    assert_same(merged, expected)
+    merged.save_pretrained(tmp_path / "merged")
+    assert_same(MoSForCausalLM.from_pretrained(tmp_path / "merged"), expected)
+
+
+def test_an_adapter_on_a_tied_decoder_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    modeling_mos.logger.warning_once.cache_clear()
+    model = get_peft_model(tied_mos(), lora(target_modules=["lm_head.decoder"]))
+    losses = losses_of_training(model)
+    assert "merging it would change both" in caplog.text
+    assert losses[-1] < losses[0]
+    expected = predictions(model)
+    model.save_pretrained(tmp_path)
+    assert_same(PeftModel.from_pretrained(tied_mos(), tmp_path).eval(), expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("new_base", [tiny_mos, rank_mos, gemma2_mos])
+def test_gradients_through_an_adapted_decoder(new_base: Callable[[], MoSForCausalLM], reduction: str) -> None:
+    """Those of the loss are those of the log-probabilities, down to the adapter's weights."""
+    model = get_peft_model(new_base(), lora(target_modules=["lm_head.decoder", "lm_head.prior"])).train()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    head = model.base_model.model.lm_head
+    hidden_states = torch.randn(10, 32, requires_grad=True)
+    targets = TOKENS.flatten()[:10].clone()
+    targets[3] = -100
+    token_weights = torch.rand(10) if reduction == "none" else torch.tensor(1.0)
+    loss = (head(hidden_states, targets=targets, reduction=reduction) * token_weights).sum()
+    log_probs = head(hidden_states)
+    nll = torch.nn.functional.nll_loss(log_probs, targets, reduction=reduction)
+    wanted = [hidden_states, *(weight for weight in head.parameters() if weight.requires_grad)]
+    gradients = torch.autograd.grad(loss, wanted)
+    expected = torch.autograd.grad((nll * token_weights).sum(), wanted)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_head_alone_leaves_the_backbone_and_the_decoder(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_mos(), lora(target_modules=["lm_head.prior", "lm_head.latent"]))
+    assert not any("backbone" in name for name, weight in model.named_parameters() if weight.requires_grad)
+    frozen = {name: weight.clone() for name, weight in model.named_parameters() if not weight.requires_grad}
+    losses_of_training(model)
+    for name, weight in model.named_parameters():
+        assert name not in frozen or torch.equal(weight, frozen[name])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    ],
+    ids=["prompt", "prefix"],
+)
+def test_virtual_tokens(config: PeftConfig, tmp_path: Path) -> None:
+    model = get_peft_model(tiny_mos(), config)
+    losses = losses_of_training(model)
+    assert losses[-1] < losses[0]
+    expected = predictions(model)
+    log_probs = expected[0][:, -TOKENS.shape[1] : -1].gather(-1, TOKENS[:, 1:, None])
+    if config.peft_type == "PREFIX_TUNING":  # a prompt predicts the first token as well
+        torch.testing.assert_close(expected[1], -log_probs.mean())
+    model.save_pretrained(tmp_path)
+    assert_same(PeftModel.from_pretrained(tiny_mos(), tmp_path).eval(), expected)
+
+
+@pytest.mark.parametrize("target_modules", ["all-linear", ["q_proj", "decoder"]], ids=str)
+def test_gradient_checkpointing(target_modules: Any) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_mos(), lora(target_modules=target_modules, init_lora_weights=False)).train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            base = model.base_model.model
+            getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        gradients.append([weight.grad for weight in model.parameters() if weight.requires_grad])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+@pytest.mark.parametrize("target_modules", ["all-linear", ["q_proj", "decoder"]], ids=str)
+def test_half_precision(target_modules: Any) -> None:
+    model = get_peft_model(tiny_mos().to(torch.bfloat16), lora(target_modules=target_modules))
+    losses = losses_of_training(model)
+    assert losses[-1] < 0.9 * losses[0]
+    model = get_peft_model(tiny_mos(), lora(target_modules=target_modules))
+    losses = losses_of_training(model, autocast=True)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_trainer_trains_adapters(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_mos(), lora(target_modules="all-linear", modules_to_save=["lm_head.prior"]))
+    rows = [{"input_ids": row, "labels": row} for row in random_tokens(8)]
+    arguments = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, max_steps=6, logging_steps=1, save_steps=6,
+        learning_rate=1e-2, per_device_train_batch_size=4, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    model.eval()
+    assert_same(PeftModel.from_pretrained(tiny_mos(), tmp_path / "checkpoint-6").eval(), predictions(model))
+
+
+@pytest.mark.parametrize("case", ["prior and latent", "decoder", "backbone, head saved"])
+def test_adapters_of_transformers_itself(case: str, tmp_path: Path) -> None:
+    _, config, _ = ADAPTERS[case]
+    model = tiny_mos()
+    before = predictions(model)
+    if config.modules_to_save:  # transformers trains adapters alone
+        config = lora(target_modules=config.target_modules)
+    model.add_adapter(copy.deepcopy(config))
+    losses = losses_of_training(model)
+    assert losses[-1] < losses[0]
+    expected = predictions(model)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    other = tiny_mos()
+    other.load_adapter(str(tmp_path))
+    assert_same(other.eval(), expected)
+    other.disable_adapters()
+    assert_same(other, before)
+
+
+FRESH = """
+warnings.filterwarnings("default", ".is_gradient_checkpointing. is deprecated")
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+model = PeftModel.from_pretrained(base, sys.argv[2])
+tokens = torch.arange(3, 15).view(2, 6)
+print(type(model.base_model.model.lm_head.prior).__name__)
+print(model(input_ids=tokens, labels=tokens).loss.item())
+auto = AutoPeftModelForCausalLM.from_pretrained(
+    sys.argv[2], trust_remote_code=True
+)
+print(auto(input_ids=tokens, labels=tokens).loss.item())
+print(model.merge_and_unload().generate(tokens, max_new_tokens=4, do_sample=False).tolist())
+"""
+
+
+@pytest.mark.parametrize("case", ["decoder", "backbone, head saved"])
+def test_an_adapter_in_a_fresh_process(case: str, tmp_path: Path) -> None:
+    tiny_mos().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, copy.deepcopy(ADAPTERS[case][1]))
+    losses_of_training(model)
+    model.save_pretrained(tmp_path / "adapter")
+    assert PeftConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path == str(tmp_path / "base")
+    tokens = torch.arange(3, 15).view(2, 6)
+    with torch.no_grad():
+        loss = float(model(input_ids=tokens, labels=tokens).loss)
+    lines = run_python(FRESH, tmp_path / "base", tmp_path / "adapter", cache=tmp_path).splitlines()
+    kind, *printed, generated = [line for line in lines if not line.startswith("[20")]
+    assert kind == ("Linear" if case == "decoder" else "ModulesToSaveWrapper")
+    assert [float(value) for value in printed] == pytest.approx([loss, loss], abs=1e-5)
+    assert generated == str(greedy(model, tokens, 4).tolist())
+
+
+def test_an_adapter_on_a_freshly_converted_base(tmp_path: Path) -> None:
+    """With the head saved in the adapter, the same conversion takes it."""
+    tiny_causal_lm().save_pretrained(tmp_path / "softmax")
+    base = MoSForCausalLM.from_causal_lm(tmp_path / "softmax", num_mixtures=3)
+    saved = ["lm_head.prior", "lm_head.latent"]
+    model = get_peft_model(base, lora(target_modules=["q_proj"], modules_to_save=saved))
+    losses_of_training(model)
+    expected = predictions(model)
+    model.save_pretrained(tmp_path / "adapter")
+    assert not PeftConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path  # not the softmax model
+    torch.manual_seed(7)  # the prior is drawn anew
+    converted = MoSForCausalLM.from_causal_lm(tmp_path / "softmax", num_mixtures=3)
+    assert_same(PeftModel.from_pretrained(converted, tmp_path / "adapter").eval(), expected)
