@@ -99,7 +99,7 @@ def main(
     hidden_size: int = 32,
     num_layers: int = 2,
     steps: Annotated[int, typer.Option(help="Of the comparison at a fixed number of steps.")] = 300,
-    max_steps: Annotated[int, typer.Option(help="Of the training to convergence.")] = 2500,
+    max_steps: Annotated[int, typer.Option(help="Of the training to convergence.")] = 2000,
     seeds: Annotated[int, typer.Option(help="Runs of each head at a fixed number of steps.")] = 3,
     convergence_seeds: Annotated[int, typer.Option(help="Runs of each head to convergence.")] = 1,
     out: Out = DEFAULT_OUT,

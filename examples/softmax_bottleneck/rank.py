@@ -62,7 +62,7 @@ def main(
 ) -> None:
     start()
     if quick:
-        vocab_size, hidden_size, num_layers, steps, num_contexts = 512, 16, 1, 60, 1024
+        vocab_size, hidden_size, num_layers, steps, num_contexts = 512, 16, 1, 200, 1024
     text = load_text(Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size)
     recipe = Recipe(steps, learning_rate=1e-2, head_learning_rate=1e-3)
     experiment = Experiment(text, Size(hidden_size, num_layers), recipe, Results(out, "rank", quick))

@@ -103,3 +103,4 @@ def start(threads: int = 1) -> None:
     """One thread, so that the seconds of a run are those of its own work; and a quiet transformers."""
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
