@@ -116,7 +116,8 @@ def test_metadata_is_what_an_index_wants(wheel: Path) -> None:
         "safetensors",
     }
     assert not any(str(requirement.specifier).startswith("==") for requirement in metadata.requires_dist)
-    assert {"hf_mos/py.typed", "hf_mos/tools/model_card_template.md"} <= set(names)
+    tools = {f"hf_mos/tools/{name}" for name in ("model_card_template.md", "inspect_view.html", "inspect_page.js")}
+    assert {"hf_mos/py.typed", *tools} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests", "examples"))]
 
