@@ -37,8 +37,16 @@ def stop_together(folder: str) -> None:
         assert torch.equal(now, before)
 
 
-def test_all_processes_stop_before_the_step(tmp_path: Path) -> None:
-    run_on_two(stop_together, tmp_path)
+def gather_heads(folder: str) -> None:
+    """A sharded head is looked at whole."""
+    for name in ("llama-tied", "llama"):
+        plain = make_model(name)
+        sharded = {"torch": shard(make_model(name)), "transformers": load_sharded(Path(folder, name), name)}
+        for model in sharded.values():
+            head = whole_head(model.lm_head, model.config)
+            for key, parameter in head.named_parameters():
+                assert torch.equal(parameter, plain.lm_head.get_parameter(key)), key
+        assert whole_head(plain.lm_head, plain.config) is plain.lm_head
 
 
 def log_usage(folder: str | Path, world_size: int) -> list[dict[str, float]]:
@@ -53,28 +61,15 @@ def log_usage(folder: str | Path, world_size: int) -> list[dict[str, float]]:
     return [{name: entry[name] for name in names} for entry in trainer.state.log_history if "loss" in entry]
 
 
-def usage_on_two(folder: str) -> None:
+def run_callbacks(folder: str) -> None:
+    stop_together(folder)
+    gather_heads(folder)
     Path(folder, f"{torch.distributed.get_rank()}.json").write_text(json.dumps(log_usage(folder, WORLD_SIZE)))
 
 
-def test_usage_is_of_the_tokens_of_all_processes(tmp_path: Path) -> None:
-    run_on_two(usage_on_two, tmp_path)
+def test_all_stop_before_the_step_and_usage_is_of_the_tokens_of_all(tmp_path: Path) -> None:
+    run_on_two(run_callbacks, tmp_path)
     expected = log_usage(tmp_path, world_size=1)
     for rank in range(WORLD_SIZE):
         logged = json.loads((tmp_path / f"{rank}.json").read_text())
         assert logged == [pytest.approx(entry, abs=1e-5) for entry in expected]
-
-
-def gather_heads(folder: str) -> None:
-    for name in ("llama-tied", "llama"):
-        plain = make_model(name)
-        sharded = {"torch": shard(make_model(name)), "transformers": load_sharded(Path(folder, name), name)}
-        for model in sharded.values():
-            head = whole_head(model.lm_head, model.config)
-            for key, parameter in head.named_parameters():
-                assert torch.equal(parameter, plain.lm_head.get_parameter(key)), key
-        assert whole_head(plain.lm_head, plain.config) is plain.lm_head
-
-
-def test_a_sharded_head_is_gathered(tmp_path: Path) -> None:
-    run_on_two(gather_heads, tmp_path)

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 # The peak of what the process itself holds and of the files that it has mapped, beyond what the imports took, when
@@ -15,7 +14,6 @@ import json, re, sys
 from pathlib import Path
 import torch
 from hf_mos import MoSForCausalLM
-from transformers import LlamaForCausalLM
 torch.set_num_threads(1)
 peak_now = lambda: 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
 before = peak_now()
@@ -29,13 +27,13 @@ print(json.dumps({"peak": peak, "size": size}))
 """
 
 
-def generate(folder: Path, layers: int) -> None:
-    """A sharded checkpoint of 67 MB a layer and 131 MB of embeddings, in fp32."""
+def generate(folder: Path) -> None:
+    """A sharded checkpoint of 2 GB, in fp32."""
     config = LlamaConfig(
         vocab_size=16_000,
         hidden_size=1024,
         intermediate_size=4096,
-        num_hidden_layers=layers,
+        num_hidden_layers=28,
         num_attention_heads=8,
         num_key_value_heads=8,
         tie_word_embeddings=False,
@@ -43,10 +41,9 @@ def generate(folder: Path, layers: int) -> None:
     LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="100MB")
 
 
-@pytest.mark.parametrize("layers", [5, pytest.param(28, marks=pytest.mark.slow)])  # 0.5 GB and 2 GB
-def test_the_peak_is_the_model_itself(tmp_path: Path, layers: int) -> None:
-    generate(tmp_path, layers)
-    assert len(list(tmp_path.glob("*.safetensors"))) > 4
+def test_the_peak_is_the_model_itself(tmp_path: Path) -> None:
+    generate(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 10
     process = subprocess.run([sys.executable, "-c", CONVERT, tmp_path], capture_output=True, text=True, timeout=240)
     assert process.returncode == 0, process.stderr
     measured = json.loads(process.stdout.splitlines()[-1])

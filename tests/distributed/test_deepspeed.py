@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from accelerate import DistributedType, PartialState
-from helpers import run_python
+from helpers import run_python, tiny_causal_lm
 from processes import WORLD_SIZE, run_on_two
 from training import ACCUMULATION, MODELS, STEPS, assert_close_to, load_results, losses_of, run_trainer, save_results
 
@@ -60,9 +60,21 @@ def train_and_save(folder: str, stage: str) -> None:
         if torch.distributed.get_rank() == 0:
             save_results(folder, name, losses_of(trainer), {})
     if stage == "3":
-        torch.distributed.barrier()
-        model = MoSForCausalLM.from_pretrained(trainer.args.output_dir)  # sharded while it is made
-        assert all(parameter.numel() == 0 for parameter in model.parameters())
+        load_sharded(folder, trainer.args.output_dir)
+
+
+def load_sharded(folder: str, saved: str) -> None:
+    """While a configuration for ZeRO-3 is alive, a model is sharded when it is made; also one that is converted."""
+    plain = f"{folder}/plain"
+    if torch.distributed.get_rank() == 0:
+        tiny_causal_lm("llama").save_pretrained(plain)
+    torch.distributed.barrier()
+    model = MoSForCausalLM.from_pretrained(saved)
+    assert all(parameter.numel() == 0 for parameter in model.parameters())
+    converted = MoSForCausalLM.from_causal_lm(plain, num_mixtures=3)
+    assert converted.lm_head.decoder.weight.numel() == 0
+    trainer = run_trainer(folder, "converted", WORLD_SIZE, model=converted, use_cpu=False, deepspeed=config_of(3))
+    trainer.save_model()
 
 
 @pytest.fixture(scope="module", params=STAGES)

@@ -176,15 +176,21 @@ def resume(folder: str) -> None:
             assert torch.equal(ours.to_local(), theirs.to_local()), key
         whole = whole_state_dict(model)
         if rank == 0:
-            save_results(folder, name, losses, {key: whole[key] for key, _ in model.named_parameters()})
+            save_results(folder, f"{name}-resumed", losses, {key: whole[key] for key, _ in model.named_parameters()})
             model.save_pretrained(f"{folder}/{name}-saved", state_dict=whole)
 
 
-def test_a_sharded_checkpoint_resumes_to_the_bit(tmp_path: Path) -> None:
-    run_on_two(resume, tmp_path)
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    run_on_two(save_and_resume, folder)
+    return folder
+
+
+def test_a_sharded_checkpoint_resumes_to_the_bit(saved: Path) -> None:
     for name in MODELS:
-        _, weights = load_results(tmp_path, name)
-        assert_close_to(MoSForCausalLM.from_pretrained(tmp_path / f"{name}-saved"), weights, tolerance=0.0)
+        _, weights = load_results(saved, f"{name}-resumed")
+        assert_close_to(MoSForCausalLM.from_pretrained(saved / f"{name}-saved"), weights, tolerance=0.0)
 
 
 def save_sharded(folder: str) -> None:
@@ -202,22 +208,8 @@ def save_sharded(folder: str) -> None:
             save_results(folder, name, losses, {key: whole[key] for key, _ in model.named_parameters()})
 
 
-def test_a_sharded_checkpoint_of_transformers_merges(tmp_path: Path) -> None:
-    run_on_two(save_sharded, tmp_path)
-    for name in ("llama-tied", "llama"):
-        shards, merged = tmp_path / f"{name}-shards", tmp_path / f"{name}-merged"
-        assert len(list(shards.glob("shard-*.safetensors"))) == WORLD_SIZE
-        consolidate_distributed_checkpoint(shards, merged)
-        for path in (*shards.glob("*.json"), *shards.glob("*.py")):
-            (merged / path.name).write_bytes(path.read_bytes())
-        _, weights = load_results(tmp_path, name)
-        assert_close_to(MoSForCausalLM.from_pretrained(merged), weights, tolerance=0.0)
-
-
-# ---------------------------------------------------------------------------------------------------- mixed precision
-
-
-def train_in_bf16(folder: str) -> None:
+def train_in_bf16() -> None:
+    """Mixed precision does not round the loss."""
     rank = torch.distributed.get_rank()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.bfloat16)
     for name in MODELS:
@@ -237,5 +229,18 @@ def train_in_bf16(folder: str) -> None:
         assert abs(loss - expected) / expected < 1e-3
 
 
-def test_mixed_precision_does_not_round_the_loss(tmp_path: Path) -> None:
-    run_on_two(train_in_bf16, tmp_path)
+def save_and_resume(folder: str) -> None:
+    resume(folder)
+    save_sharded(folder)
+    train_in_bf16()
+
+
+def test_a_sharded_checkpoint_of_transformers_merges(saved: Path) -> None:
+    for name in ("llama-tied", "llama"):
+        shards, merged = saved / f"{name}-shards", saved / f"{name}-merged"
+        assert len(list(shards.glob("shard-*.safetensors"))) == WORLD_SIZE
+        consolidate_distributed_checkpoint(shards, merged)
+        for path in (*shards.glob("*.json"), *shards.glob("*.py")):
+            (merged / path.name).write_bytes(path.read_bytes())
+        _, weights = load_results(saved, name)
+        assert_close_to(MoSForCausalLM.from_pretrained(merged), weights, tolerance=0.0)

@@ -104,10 +104,6 @@ def assert_near(given: Tensor, expected: Tensor, tolerance: float, name: str) ->
     torch.testing.assert_close(given / size, expected / size, rtol=0, atol=tolerance, msg=lambda m: f"{name}: {m}")
 
 
-def test_the_loss_is_that_of_one_process() -> None:
-    run_on_two(compare_losses)
-
-
 def read_peak(reset: bool = False) -> int:
     """Bytes that this process holds, or held at most since the last reset."""
     if reset:
@@ -149,8 +145,14 @@ def compare_memory() -> None:
         print(f"{peak / 2**20:.1f} MiB in one process, {peak_here / 2**20:.1f} MiB in each of two")
 
 
-def test_the_memory_halves_and_no_logits_travel() -> None:
-    print(run_on_two(compare_memory))
+def compare_loss() -> None:
+    compare_losses()
+    compare_memory()
+
+
+def test_the_loss_is_that_of_one_process_in_half_the_memory() -> None:
+    """And no logits travel."""
+    print(run_on_two(compare_loss))
 
 
 # ----------------------------------------------------------------------------------------------------------- the model

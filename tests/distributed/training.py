@@ -88,6 +88,7 @@ def run_trainer(
     name: str,
     world_size: int = 1,
     *,
+    model: MoSForCausalLM | None = None,
     callbacks: Any = (),
     usage: MixtureUsage | None = None,
     rows: list[dict[str, Tensor]] | None = None,
@@ -113,7 +114,8 @@ def run_trainer(
         },
     )
     rows = training_rows() if rows is None else rows
-    trainer = Trainer(model=make_model(name), args=arguments, train_dataset=rows, callbacks=list(callbacks))
+    model = make_model(name) if model is None else model
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=list(callbacks))
     if usage is not None:
         usage.add_to(trainer)
     trainer.train()
