@@ -4,6 +4,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 ECOSYSTEM_INSTALLED := $(VENV)/.installed-ecosystem
+TRACKIO_INSTALLED := build/trackio/.installed
 DISTRIBUTED_INSTALLED := $(VENV)/.installed-distributed
 SPACE_INSTALLED := $(VENV)-space/.installed
 CANDIDATES := python3 python3.13 python3.12 python3.11
@@ -27,7 +28,7 @@ test-faults: install
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 -m 'slow or not slow' tests/faults
 
 # The tools that people use with a model: command line, Hub, servers, evaluation, adapters, trackers.
-test-ecosystem: $(ECOSYSTEM_INSTALLED) $(SPACE_INSTALLED)
+test-ecosystem: $(ECOSYSTEM_INSTALLED) $(TRACKIO_INSTALLED) $(SPACE_INSTALLED)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'slow or not slow' tests/ecosystem
 
 # Two processes on this machine: DDP, FSDP2, tensor parallelism, DeepSpeed, conversion of what does not fit twice.
@@ -75,13 +76,19 @@ $(DISTRIBUTED_INSTALLED): $(INSTALLED)
 	DS_BUILD_OPS=0 $(PYTHON) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,distributed]'
 	touch $@
 
+# Apart, as it does not take the pillow of constraints.txt.
+$(TRACKIO_INSTALLED): tests/ecosystem/trackio.txt $(ECOSYSTEM_INSTALLED)
+	rm -rf $(@D)
+	$(PYTHON) -m pip install --disable-pip-version-check --no-deps --target $(@D) -r $<
+	touch $@
+
 # The app of examples/space, apart: gradio does not take the pillow of constraints.txt.
 space: $(SPACE_INSTALLED)
 
-$(SPACE_INSTALLED): pyproject.toml constraints.txt examples/space/constraints.txt
+$(SPACE_INSTALLED): pyproject.toml constraints.txt
 	$(HOST_PYTHON) -m venv $(@D)
-	grep -vi '^pillow==' constraints.txt | $(@D)/bin/python -m pip install --disable-pip-version-check \
-		-c /dev/stdin -c examples/space/constraints.txt -e '.[space]'
+	sed 's/^pillow==.*/pillow==12.3.0/' constraints.txt | $(@D)/bin/python -m pip install \
+		--disable-pip-version-check -c /dev/stdin -e '.[space]'
 	touch $@
 
 clean:

@@ -113,7 +113,7 @@ def test_the_app_refuses_a_softmax(base: Path) -> None:
 
 def test_the_readme_is_that_of_a_space() -> None:
     card = SpaceCard.load(FOLDER / "README.md")
-    constraints = (FOLDER / "constraints.txt").read_text().split()
+    constraints = (FOLDER.parents[1] / "constraints.txt").read_text().split()
     assert card.data.sdk == "gradio"
     assert f"gradio=={card.data.sdk_version}" in constraints
     assert (FOLDER / card.data.app_file).is_file()
