@@ -1,5 +1,7 @@
 """Tensor parallelism: two processes share the vocabulary, and loss, gradients and text are those of one."""
 
+import ctypes
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,8 @@ def assert_near(given: Tensor, expected: Tensor, tolerance: float, name: str) ->
 def read_peak(reset: bool = False) -> int:
     """Bytes that this process holds, or held at most since the last reset."""
     if reset:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, so that it counts when it is taken again
         Path("/proc/self/clear_refs").write_text("5")
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
