@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_mos.tools.callbacks import MixtureUsage
 
-TRACKIO = Path(__file__).parents[2] / "build" / "trackio"  # made by `make test-trackio`
+TRACKIO = Path(__file__).parents[2] / "build" / "trackio"  # made by `make test-ecosystem`
 
 MIXTURE = {"mixture_entropy", "smallest_mixture_weight", "responsibility_0", "responsibility_2", "divergence_0_1"}
 
@@ -56,9 +56,7 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert [event.value for event in written] == pytest.approx([entry[name] for entry in logged], rel=1e-5)
 
 
-@pytest.mark.skipif(
-    not TRACKIO.exists(), reason="trackio does not take the pillow of constraints.txt: make test-trackio"
-)
+@pytest.mark.skipif(not TRACKIO.exists(), reason="make test-ecosystem installs it, apart")
 def test_trackio(tmp_path: Path) -> None:
     code = """
 import json, sys
