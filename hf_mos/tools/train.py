@@ -34,6 +34,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.distributed import DistributedConfig
 
 from ..configuration_mos import MoSConfig
 from ..modeling_mos import MoSForCausalLM
@@ -74,6 +75,8 @@ class ModelOptions:
         default="float32", metadata={"help": "Of the weights. Leave it, and train in mixed precision with --bf16."}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "As in from_pretrained."})
+    tp_size: int = field(default=1, metadata={"help": "Under torchrun: processes that share layers and vocabulary."})
+    fsdp_size: int = field(default=1, metadata={"help": "Under torchrun: processes that share weights, by FSDP2."})
     revision: str = field(default="main", metadata={"help": "Commit, branch or tag of --model or --from-scratch."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the model repository's own code."})
 
@@ -317,6 +320,13 @@ def load_model(options: ModelOptions, config: PreTrainedConfig, tokenizer: PreTr
     if options.attn_implementation is not None:
         loading["attn_implementation"] = options.attn_implementation
     converts = options.head == "mixture" and config.model_type != MoSConfig.model_type
+    if max(options.tp_size, options.fsdp_size) > 1:
+        if converts or options.from_scratch is not None:
+            raise ValueError(
+                "--tp-size, --fsdp-size: expected a --model that has a mixture already (see hf-mos convert), "
+                f"given {options.source!r}"
+            )
+        loading["distributed_config"] = DistributedConfig(tp_size=options.tp_size, fsdp_size=options.fsdp_size)
     if options.from_scratch is not None:
         config.vocab_size = len(tokenizer)
         dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
-from processes import WORLD_SIZE, free_port
+from processes import WORLD_SIZE, free_port, run_command
 from tokenizers import ByteLevelBPETokenizer
+from training import assert_close_to
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_mos import MoSForCausalLM
@@ -78,6 +79,27 @@ def base(tmp_path: Path) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def test_the_training_script_shares_the_weights(tmp_path: Path, base: Path) -> None:
+    text, mixture = tmp_path / "text.txt", tmp_path / "mixture"
+    text.write_text("\n".join(SENTENCES))
+    MoSForCausalLM.from_causal_lm(base, num_mixtures=2).save_pretrained(mixture)
+    script = [sys.executable, str(ROOT / "examples" / "train_clm.py"), "--tokenizer", str(base), "--optim", "sgd"]
+    script += ["--model", str(mixture), "--train-file", str(text), "--max-steps", "3", "--learning-rate", "0.1"]
+    script += ["--report-to", "none", "--save-strategy", "no", "--output-dir"]
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    subprocess.run(
+        [*script, alone, "--per-device-train-batch-size", "4", "--use-cpu"],
+        check=True,
+        capture_output=True,
+        timeout=240,
+    )
+    run_command([*script, str(shared), "--per-device-train-batch-size", "2", "--use-cpu", "--fsdp-size", "2"])
+    expected = MoSForCausalLM.from_pretrained(alone)
+    assert_close_to(expected, dict(MoSForCausalLM.from_pretrained(shared).named_parameters()), tolerance=1e-5)
+    before = MoSForCausalLM.from_pretrained(mixture).lm_head.decoder.weight
+    assert (expected.lm_head.decoder.weight - before).abs().max() > 1e-3
 
 
 def test_the_training_script_runs_in_two_processes(tmp_path: Path, base: Path) -> None:
