@@ -67,7 +67,7 @@ def message_of(error: Exception) -> str:
         package = error.name.partition(".")[0]
         return f"expected {package}, which is not installed: pip install 'hf_mos[{EXTRAS.get(package, 'cli')}]'"
     text = str(error).strip()
-    if isinstance(error, (ValueError, OSError, FloatingPointError)) and text:
+    if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)) and text:
         return text
     return f"{type(error).__name__}: {text}\n--debug before the command shows where"
 

@@ -129,6 +129,8 @@ class HubServer:
         if request.headers.get("Authorization"):
             raise Refusal(400, "a token was sent to the storage")
         self.requests.append(f"{request.command} storage")
+        if "storage" in self.faults:
+            raise Refusal(self.faults["storage"], "the storage has a fault")
         oid = request.path.strip("/")
         if request.command == "PUT":
             if hashlib.sha256(request.body).hexdigest() != oid:
