@@ -178,7 +178,7 @@ def test_rows_of_a_dataset_end_with_the_end_token(
         ("--model BASE --train-file TEXT --block-size 65", "--block-size: expected at most the model's 64 positions"),
         ("--model BASE --train-file TEXT --block-size 1", "--block-size: expected at least 2 tokens, given 1"),
         ("--model BASE --train-file TEXT --num-mixtures 0", "num_mixtures: expected an int of at least 1, given 0"),
-        ("--model BASE --train-file TEXT --tp-size 2", "--tp-size, --fsdp-size: expected a --model that has a mixture"),
+        ("--model BASE --train-file TEXT --tp-size 2", "--tp-size, --fsdp-size: expected a --model that has a"),
         ("--model BASE --train-file TEXT --validation-share 2", r"--validation-share: expected a number in \[0, 1\)"),
         ("--model BASE --train-file TEXT --text-column words", r"--text-column: expected one of \['text'\]"),
         ("--model BASE --train-file TEXT --head softmax --num-mixtures 2", "--head softmax: expected no options"),
