@@ -15,7 +15,7 @@ import typer
 from experiment import folder_name
 from huggingface_hub import EvalResult
 from models import Head, mixture
-from results import DEFAULT_OUT, Out
+from results import DEFAULT_OUT, Out, versions
 
 from hf_mos import MoSForCausalLM
 from hf_mos.tools.card import model_card
@@ -28,7 +28,7 @@ KEPT = {
 NAMES = {"from_scratch": "from-scratch", "retrofit": "retrofit"}
 HOW = {
     "from_scratch": "Trained from random weights",
-    "retrofit": "Fine-tuned, head and backbone, from a softmax model that was trained until its loss no longer fell",
+    "retrofit": "A softmax model, trained for 8000 steps at most, was fine-tuned with this head",
 }
 
 
@@ -96,7 +96,7 @@ def main(
         runs = [run for run in json.loads((out / f"{question}.json").read_text("utf-8"))["runs"] if is_main(run)]
         for head in heads:
             run = best_of(runs, head)
-            settings, versions = run["settings"], run["versions"]
+            settings, made_with = run["settings"], versions() | run["versions"]
             name = folder_name(head.name, settings)
             rates = {key: settings["recipe"][key] for key in ("learning_rate", "head_learning_rate")}
             card = model_card(
@@ -110,7 +110,7 @@ def main(
                     f"{HOW[question]} for {settings['recipe']['steps']} steps of {settings['recipe']['batch_size']} "
                     f"blocks of {settings['blocks'][1]} tokens of {settings['text']} (byte-level BPE, "
                     f"{settings['vocab_size']} tokens), seed 0, learning rates {rates}. "
-                    f"Made with {', '.join(f'{library} {version}' for library, version in versions.items())}."
+                    f"Made with {', '.join(f'{library} {version}' for library, version in made_with.items())}."
                 ),
                 limits=["It is evidence, not a tool: a small model of a small text."],
                 prompt="the company said",
