@@ -36,7 +36,7 @@ class StopOnNonFiniteLoss(TrainerCallback):
 
     The Trainer by itself logs such a loss as the average of those before it and goes on. A loss that the model returns
     is looked at before each step of the optimizer, on all processes together; one that is computed outside of the
-    model when it is logged.
+    model when it is logged. DeepSpeed steps within the backward pass, and has taken that step when the run ends.
 
     Raises:
         FloatingPointError: from `trainer.train()`; it names the step and the last whole checkpoint.
