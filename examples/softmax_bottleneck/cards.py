@@ -38,10 +38,10 @@ def is_main(run: dict[str, Any]) -> bool:
     return bool(recipe) and recipe["train_backbone"] and not recipe["to_convergence"]
 
 
-def best_of(runs: list[dict[str, Any]], head: Head) -> dict[str, Any]:
-    """The run of seed 0 with the learning rates of the lowest validation loss."""
+def chosen_run(runs: list[dict[str, Any]], head: Head) -> dict[str, Any]:
+    """The run of seed 0 with the learning rates that were chosen: those of the most seeds, then of the lowest loss."""
     found = [run for run in runs if run["settings"]["head"] == head.settings and run["settings"]["seed"] == 0]
-    return min(found, key=lambda run: run["result"]["valid_nats"])
+    return max(found, key=lambda run: (len(same_but_seed(runs, run)), -run["result"]["valid_nats"]))
 
 
 def same_but_seed(runs: list[dict[str, Any]], chosen: dict[str, Any]) -> list[dict[str, Any]]:
@@ -95,8 +95,8 @@ def main(
     for question, heads in KEPT.items():
         runs = [run for run in json.loads((out / f"{question}.json").read_text("utf-8"))["runs"] if is_main(run)]
         for head in heads:
-            run = best_of(runs, head)
-            settings, made_with = run["settings"], versions() | run["versions"]
+            run = chosen_run(runs, head)
+            settings, made_with = run["settings"], run["versions"]
             name = folder_name(head.name, settings)
             rates = {key: settings["recipe"][key] for key in ("learning_rate", "head_learning_rate")}
             card = model_card(
@@ -110,7 +110,8 @@ def main(
                     f"{HOW[question]} for {settings['recipe']['steps']} steps of {settings['recipe']['batch_size']} "
                     f"blocks of {settings['blocks'][1]} tokens of {settings['text']} (byte-level BPE, "
                     f"{settings['vocab_size']} tokens), seed 0, learning rates {rates}. "
-                    f"Made with {', '.join(f'{library} {version}' for library, version in made_with.items())}."
+                    f"Made with {', '.join(f'{library} {version}' for library, version in made_with.items())}; "
+                    f"this card at commit {versions().get('commit', 'unknown')}."
                 ),
                 limits=["It is evidence, not a tool: a small model of a small text."],
                 prompt="the company said",
