@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from huggingface_hub import CommitInfo, EvalResult, HfApi
 from transformers import (
     AutoConfig,
@@ -45,6 +45,7 @@ from .push import pin_card
 from .texts import FILE_READERS
 
 LONGEST_DEFAULT_BLOCK = 1024
+STREAMED_ROWS = 10_000  # that are packed at a time; what fills no block at their end is dropped
 
 
 @dataclass
@@ -129,6 +130,10 @@ class DataOptions:
         metadata={"help": f"Tokens in a block. Default: the model's positions, at most {LONGEST_DEFAULT_BLOCK}."},
     )
     preprocessing_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read while training. Needs --max-steps; only a validation set of its own is evaluated."},
+    )
 
     def __post_init__(self) -> None:
         if (self.train_file is None) == (self.dataset_name is None):
@@ -146,6 +151,8 @@ class DataOptions:
                 raise ValueError(f"{option}: expected one of {', '.join(FILE_READERS)}, given {file!r}")
         if not 0 <= self.validation_share < 1:
             raise ValueError(f"--validation-share: expected a number in [0, 1), given {self.validation_share}")
+        if self.streaming and self.preprocessing_workers is not None:
+            raise ValueError("--preprocessing-workers: expected none with --streaming, which tokenizes in the loader")
         if self.block_size is not None and self.block_size < 2:
             raise ValueError(f"--block-size: expected at least 2 tokens, given {self.block_size}")
 
@@ -222,6 +229,10 @@ def main() -> None:
 
 def train(model_options: ModelOptions, data_options: DataOptions, training_arguments: TrainingArguments) -> None:
     """Trains, evaluates, saves the model with its card and, where asked, pushes it."""
+    if data_options.streaming and training_arguments.max_steps <= 0:
+        raise ValueError(
+            "--max-steps: expected a number of steps with --streaming, whose length is unknown, given none"
+        )
     resume_from = checkpoint_to_resume(training_arguments)
     set_seed(training_arguments.seed)
 
@@ -345,36 +356,43 @@ def load_model(options: ModelOptions, config: PreTrainedConfig, tokenizer: PreTr
 # --------------------------------------------------------------------------------------------------------------- text
 
 
-def load_text(options: DataOptions) -> DatasetDict:
-    """The training set, and a validation set where there is one or a share is split off."""
+def load_text(options: DataOptions) -> DatasetDict | IterableDatasetDict:
+    """The training set, and a validation set where there is one or a share is split off, as no stream has one."""
+    kind = IterableDatasetDict if options.streaming else DatasetDict
     if options.dataset_name is not None:
-        text = load_dataset(options.dataset_name, options.dataset_config_name)
+        text = load_dataset(options.dataset_name, options.dataset_config_name, streaming=options.streaming)
         if "train" not in text:
             raise ValueError(f"--dataset-name: expected a split named 'train', given {sorted(text)}")
     else:
         files = {"train": options.train_file, "validation": options.validation_file}
-        text = DatasetDict({split: read_file(file) for split, file in files.items() if file is not None})
+        read = {split: read_file(file, options.streaming) for split, file in files.items() if file is not None}
+        text = kind(read)
     for split in set(text) & {"train", "validation"}:
-        if options.text_column not in text[split].column_names:
+        columns = columns_of(text[split])
+        if options.text_column not in columns:
             raise ValueError(
-                f"--text-column: expected one of {text[split].column_names} of the {split} set, "
-                f"given {options.text_column!r}"
+                f"--text-column: expected one of {columns} of the {split} set, given {options.text_column!r}"
             )
-    if "validation" not in text and options.validation_share > 0:
+    if "validation" not in text and options.validation_share > 0 and not options.streaming:
         parts = text["train"].train_test_split(test_size=options.validation_share, shuffle=False)
         text["train"], text["validation"] = parts["train"], parts["test"]
-    return DatasetDict({split: text[split] for split in ("train", "validation") if split in text})
+    return kind({split: text[split] for split in ("train", "validation") if split in text})
 
 
-def read_file(file: str) -> Dataset:
+def columns_of(rows: Dataset | IterableDataset) -> list[str]:
+    """A stream may not know them before its first row."""
+    return rows.column_names or list(next(iter(rows), {}))
+
+
+def read_file(file: str, streaming: bool) -> Dataset | IterableDataset:
     reader = FILE_READERS[Path(file).suffix]
     options = {"keep_linebreaks": True} if reader == "text" else {}
-    return load_dataset(reader, data_files=file, split="train", **options)
+    return load_dataset(reader, data_files=file, split="train", streaming=streaming, **options)
 
 
 def pack(
-    text: DatasetDict, tokenizer: PreTrainedTokenizerBase, block_size: int, options: DataOptions
-) -> dict[str, Dataset]:
+    text: DatasetDict | IterableDatasetDict, tokenizer: PreTrainedTokenizerBase, block_size: int, options: DataOptions
+) -> dict[str, Dataset | IterableDataset]:
     """Blocks of tokens, one text after the other; what is left at the end of a set and fills no block is dropped.
 
     The rows of a dataset are texts of their own and each ends with the tokenizer's end-of-sequence token; the lines of
@@ -393,6 +411,13 @@ def pack(
         blocks = [tokens[start : start + block_size] for start in range(0, whole, block_size)]
         return {"input_ids": blocks, "labels": blocks}
 
+    if options.streaming:
+        return {
+            split: rows.map(tokenize, batched=True, remove_columns=columns_of(rows)).map(
+                cut, batched=True, batch_size=STREAMED_ROWS
+            )
+            for split, rows in text.items()
+        }
     result = {}
     for split, rows in text.items():
         tokens = rows.map(

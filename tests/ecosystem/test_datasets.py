@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import IterableDataset, load_dataset
-from helpers import random_tokens, tiny_mos
-from transformers import Trainer, TrainingArguments
+from helpers import VOCAB_SIZE, random_tokens, tiny_causal_lm, tiny_mos
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+from hf_mos.tools.train import parse_options, train
 
 
 def trained(data: object, folder: Path, **options: object) -> tuple[list[float], torch.Tensor, dict[str, float]]:
@@ -63,3 +66,46 @@ def test_a_stream_can_be_mapped_and_shuffled(rows_file: Path, tmp_path: Path) ->
     losses, _, metrics = trained(data.repeat(2), tmp_path)
     assert len(losses) == 4
     assert metrics["eval_loss"] < losses[0]
+
+
+def test_the_training_script_streams(tmp_path: Path) -> None:
+    """The first steps on a stream are those on the whole file, in the order of its lines."""
+    text = "\n".join(" ".join(f"w{token}" for token in row) for row in random_tokens(40, 16).tolist())
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    words = {f"w{i}": i for i in range(VOCAB_SIZE)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0").save_pretrained(tmp_path / "model")
+    tiny_causal_lm().save_pretrained(tmp_path / "model")
+    losses = {}
+    for streaming in (True, False):
+        output = tmp_path / f"streaming-{streaming}"
+        options = {
+            "model": tmp_path / "model",
+            "num-mixtures": 3,
+            "train-file": tmp_path / "text.txt",
+            "validation-file": tmp_path / "text.txt",
+            "block-size": 8,
+            "streaming": streaming,
+            "max-steps": 6,
+            "output-dir": output,
+            "use-cpu": True,
+            "report-to": "none",
+            "disable-tqdm": True,
+            "logging-steps": 1,
+            "learning-rate": 1e-3,
+            "train-sampling-strategy": "sequential",
+        }
+        train(*parse_options([f"--{name}={value}" for name, value in options.items()]))
+        state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
+        losses[streaming] = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+        assert json.loads((output / "eval_results.json").read_text(encoding="utf-8"))["perplexity"] > 1
+    assert losses[True] == pytest.approx(losses[False], abs=1e-5)
+    assert len(losses[True]) == 6
+
+
+def test_a_stream_needs_a_number_of_steps(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("w3 w4", encoding="utf-8")
+    arguments = ["--model=x", f"--train-file={tmp_path / 'text.txt'}", "--streaming", f"--output-dir={tmp_path}"]
+    with pytest.raises(ValueError, match="--max-steps: expected a number of steps with --streaming"):
+        train(*parse_options([*arguments, "--use-cpu", "--report-to=none"]))
