@@ -30,7 +30,7 @@ def plot_costs(path: Path, title: str, rows: Sequence[dict[str, Any]], name_colu
         for x, y, name in points:
             axes.plot(x, y, "o", color=color_of(name), markersize=5)
             axes.annotate(name.removeprefix("mixture "), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6)
-        axes.set(xlabel=label, xscale="log")
+        axes.set(xlabel=label)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("validation perplexity")
     figure.suptitle(title)
