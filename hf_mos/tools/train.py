@@ -40,6 +40,7 @@ from ..configuration_mos import MoSConfig
 from ..modeling_mos import MoSForCausalLM
 from .callbacks import MixtureUsage, StopOnNonFiniteLoss, last_whole_checkpoint
 from .card import CARD_FILE, model_card
+from .head_learning_rate import set_head_learning_rate
 from .provenance import describe_machine, own_command
 from .push import pin_card
 from .texts import FILE_READERS
@@ -72,6 +73,10 @@ class ModelOptions:
     )
     prior_bias: bool | None = field(default=None, metadata={"help": "Give the prior a bias."})
     tie_word_embeddings: bool | None = field(default=None, metadata={"help": "false: untie the decoder."})
+    head_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Of prior and latents, which are new: ten times --learning-rate is a good first try."},
+    )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
         default="float32", metadata={"help": "Of the weights. Leave it, and train in mixed precision with --bf16."}
     )
@@ -99,6 +104,10 @@ class ModelOptions:
             raise ValueError("--tokenizer: expected a path or Hub id with --from-scratch, given none")
         if self.head == "softmax" and self.head_options():
             raise ValueError(f"--head softmax: expected no options of a mixture, given {self.head_options()}")
+        rate = self.head_learning_rate
+        if rate is not None and (rate < 0 or self.head == "softmax"):
+            expected = "none with --head softmax" if self.head == "softmax" else "0 or more"
+            raise ValueError(f"--head-learning-rate: expected {expected}, given {rate}")
 
     @property
     def source(self) -> str:
@@ -170,6 +179,14 @@ class CardTrainer(Trainer):
 
     dataset_name: str
     base_model: str | None = None  # a Hub id
+    head_learning_rate: float | None = None
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and self.head_learning_rate is not None:
+            set_head_learning_rate(optimizer, self.accelerator.unwrap_model(self.model), self.head_learning_rate)
+        return optimizer
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         model = self.accelerator.unwrap_model(self.model)
@@ -256,6 +273,7 @@ def train(model_options: ModelOptions, data_options: DataOptions, training_argum
     if isinstance(model, MoSForCausalLM):
         MixtureUsage().add_to(trainer)
     trainer.dataset_name = data_options.name
+    trainer.head_learning_rate = model_options.head_learning_rate
     if model_options.model is not None and not Path(model_options.model).exists():
         trainer.base_model = model_options.model
     metrics = trainer.train(resume_from_checkpoint=resume_from).metrics
