@@ -235,7 +235,7 @@ def check_mixture(model: PreTrainedModel) -> None:
 def describe(model: Any) -> ModelInspection:
     head = model.lm_head
     return ModelInspection(
-        name=str(model.name_or_path),
+        name=str(model.name_or_path or model.config.name_or_path),
         backbone=type(model.backbone).__name__,
         num_mixtures=head.num_mixtures,
         input_size=head.input_size,
