@@ -30,7 +30,7 @@ MIXTURE_RATES = [
     {"learning_rate": rate, "head_learning_rate": head_rate}
     for rate, head_rate in ((1e-3, 1e-3), (1e-3, 1e-2), (3e-3, 3e-2))
 ]
-LONGER = [2, 4]  # times the steps, for the old head
+LONGER = [2, 4]  # times the steps, for the old head; at the two higher of its rates
 
 Configurations = dict[str, tuple[Experiment, Head]]
 
@@ -41,7 +41,8 @@ def configurations(base: Experiment, tries: slice) -> Configurations:
     found: Configurations = {"softmax": (softmax, SOFTMAX)}
     found |= {head.name: (base.tuned(head, MIXTURE_RATES[tries]), head) for head in (*CONTROLS, FULL, CHEAP)}
     for factor in LONGER:
-        found[f"softmax, {factor} x steps"] = (softmax.with_recipe(steps=factor * base.recipe.steps), SOFTMAX)
+        longer = base.with_recipe(steps=factor * base.recipe.steps)
+        found[f"softmax, {factor} x steps"] = (longer.tuned(SOFTMAX, SOFTMAX_RATES[tries][-2:]), SOFTMAX)
     return found
 
 
