@@ -10,7 +10,7 @@ from typing import Any
 def run_command(*arguments: Any, cache: Path, code: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
     """Runs `hf-mos` with the arguments in a fresh process."""
     environment = os.environ | {"HF_HOME": str(cache), "OMP_NUM_THREADS": "1", "COLUMNS": "200", **variables}
-    command = [sys.executable, "-m", "hf_mos_cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "hf_mos.tools.cli", *map(str, arguments)]
     process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cache, timeout=240)
     assert process.returncode == code, process.stdout + process.stderr
     return process

@@ -19,9 +19,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 import hf_mos
-import hf_mos_cli as cli
 from hf_mos import MoSForCausalLM
-from hf_mos.tools import loading
+from hf_mos.tools import cli, loading
 from hf_mos.tools.evaluate import evaluate
 
 COMMANDS = ("convert", "evaluate", "inspect", "train", "card", "push", "serve")
@@ -52,18 +51,6 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
 
 def test_version(run: Callable[..., Printed]) -> None:
     assert run("--version") == Printed(0, f"hf-mos {hf_mos.__version__}\n", "")
-
-
-def test_the_help_does_not_wait_for_torch(tmp_path: Path) -> None:
-    code = """
-import hf_mos_cli
-sys.argv = ["hf-mos", "convert", "--help"]
-try:
-    hf_mos_cli.run()
-finally:
-    assert not {"torch", "transformers", "hf_mos"} & {*sys.modules}
-"""
-    assert "--num-mixtures" in run_python(code, cache=tmp_path, without_hf_mos=False)
 
 
 def test_help_names_the_commands(run: Callable[..., Printed]) -> None:
@@ -144,7 +131,7 @@ def test_without_typer_the_extra_is_named(tmp_path: Path) -> None:
     code = """
 sys.modules["typer"] = None
 try:
-    import hf_mos_cli
+    import hf_mos.tools.cli
 except SystemExit as error:
     print(error)
 """

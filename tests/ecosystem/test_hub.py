@@ -151,7 +151,7 @@ def test_push_to_hub_of_the_trainer(hub: HubServer, base: Path, text_file: Path,
     metrics = json.loads((out / "all_results.json").read_text())
     assert result.metric_value == pytest.approx(metrics["perplexity"], abs=1e-3)
     assert f'"code_revision": "{commit.sha}"' in card.text
-    assert "Measured by `python -m hf_mos_cli train --model" in card.text
+    assert "Measured by `python -m hf_mos.tools.cli train --model" in card.text
     assert_equal_when_loaded(hub, out, commit.sha, tmp_path)
 
 

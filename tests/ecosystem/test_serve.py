@@ -26,7 +26,7 @@ def server(folder: Path, cache: Path, *options: str) -> Iterator[OpenAI]:
     """`hf-mos serve` on a free port, and a client of it."""
     (cache / "hub").mkdir(exist_ok=True)  # the server lists it
     environment = os.environ | {"HF_HOME": str(cache), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "hf_mos_cli", "serve", str(folder), "--port", "0", "--device", "cpu"]
+    command = [sys.executable, "-m", "hf_mos.tools.cli", "serve", str(folder), "--port", "0", "--device", "cpu"]
     process = subprocess.Popen(
         [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=cache
     )

@@ -1,7 +1,4 @@
-"""The `hf-mos` command. Each command is a few lines over the module of hf_mos/tools/ that does the work.
-
-It stands outside the package, whose import takes seconds: so the help and a wrong option do not wait for torch.
-"""
+"""The `hf-mos` command. Each command is a few lines over the module beside this one that does the work."""
 
 import contextlib
 import functools
@@ -132,7 +129,7 @@ def convert_command(
 
     $ hf-mos convert Qwen/Qwen3-0.6B-Base qwen-mos --num-mixtures 4 --latent-rank 32 --dtype bfloat16
     """
-    from hf_mos.tools.convert import convert
+    from .convert import convert
 
     head_options: dict[str, Any] = {
         "latent_rank": latent_rank,
@@ -214,10 +211,10 @@ def evaluate_command(
 
     $ hf-mos evaluate gpt2 --dataset Salesforce/wikitext --dataset-config wikitext-2-raw-v1 --join-rows --json
     """
-    from hf_mos.tools.evaluate import evaluate
-    from hf_mos.tools.loading import load_model, load_tokenizer
-    from hf_mos.tools.provenance import describe_machine, own_command
-    from hf_mos.tools.texts import read_dataset, read_texts
+    from .evaluate import evaluate
+    from .loading import load_model, load_tokenizer
+    from .provenance import describe_machine, own_command
+    from .texts import read_dataset, read_texts
 
     if (file is None) == (dataset is None):
         given = "neither" if file is None else "both"
@@ -310,9 +307,9 @@ def inspect_command(
 
     $ hf-mos inspect gpt2-mos --file book.txt --max-tokens 20000 --html mixture.html
     """
-    from hf_mos.tools.inspect import inspect_mixture
-    from hf_mos.tools.loading import load_model, load_tokenizer
-    from hf_mos.tools.texts import read_texts
+    from .inspect import inspect_mixture
+    from .loading import load_model, load_tokenizer
+    from .texts import read_texts
 
     if text is None and file is None:
         raise typer.BadParameter("expected --text or --file, given neither")
@@ -321,7 +318,7 @@ def inspect_command(
         assert corpus is not None
         text = next((entry[:PAGE_CHARACTERS] for entry in corpus if entry.strip()), None)
     if html is not None:
-        from hf_mos.tools.inspect_page import check_target, save_page
+        from .inspect_page import check_target, save_page
 
         check_target(html)
     own_tokenizer = {} if tokenizer is not None else {"revision": revision}
@@ -344,7 +341,7 @@ def inspect_command(
     elif html is not None:
         console.print(f"{html} shows it", markup=False)
     else:
-        from hf_mos.tools.inspect_tables import tables
+        from .inspect_tables import tables
 
         console.print(tables(inspection))
 
@@ -357,7 +354,7 @@ def train_command(context: typer.Context) -> None:
 
     $ hf-mos train --model gpt2 --num-mixtures 4 --train-file book.txt --output-dir gpt2-mos
     """
-    from hf_mos.tools.train import parse_options, train
+    from .train import parse_options, train
 
     try:
         options = parse_options(context.args, prog=context.command_path)
@@ -407,7 +404,7 @@ def card_command(
 
     $ hf-mos card gpt2-mos --model-id user/gpt2-mos --results results.json --base-model gpt2 --license mit
     """
-    from hf_mos.tools.card import CARD_FILE, card_of_folder
+    from .card import CARD_FILE, card_of_folder
 
     target = folder / CARD_FILE
     if target.exists() and not force:
@@ -457,8 +454,8 @@ def push_command(
 
     $ hf-mos push gpt2-mos user/gpt2-mos --private
     """
-    from hf_mos.tools.card import CARD_FILE, card_of_folder
-    from hf_mos.tools.push import push
+    from .card import CARD_FILE, card_of_folder
+    from .push import push
 
     if folder.is_dir() and not (folder / CARD_FILE).exists():
         card_of_folder(folder, model_id=repo).save(folder / CARD_FILE)
@@ -479,7 +476,7 @@ def serve_command(context: typer.Context) -> None:
 
     $ hf-mos serve gpt2-mos --port 8000
     """
-    from hf_mos.tools.serve import serve
+    from .serve import serve
 
     serve(context.args, prog=context.command_path)
 
