@@ -1,6 +1,6 @@
 """The model cards of the trained mixtures that are kept as evidence.
 
-    python examples/softmax_bottleneck/cards.py --out softmax-bottleneck-out --cards model_cards
+    python examples/bottleneck/cards.py --out bottleneck-out --cards model_cards
 
 Reads the results that `from_scratch.py` and `retrofit.py` have left in `--out`, and the models that they saved there.
 """

@@ -1,7 +1,7 @@
 """At which sizes does the mixture pay? Its gain at the same steps, against its cost, as the hidden size grows.
 
-    python examples/softmax_bottleneck/where_it_pays.py --quick
-    python examples/softmax_bottleneck/where_it_pays.py --data-dir ptb
+    python examples/bottleneck/where_it_pays.py --quick
+    python examples/bottleneck/where_it_pays.py --data-dir ptb
 
 For each hidden size D a softmax and a mixture of 4 are trained from scratch for the same steps, and the softmax for
 twice as many. The gain is in nats per token. The mixture costs `cost` times the softmax, in operations and in seconds.

@@ -21,7 +21,7 @@ import typer
 Out = Annotated[Path, typer.Option(help="Folder of the JSON of every run and of the plots.")]
 Quick = Annotated[bool, typer.Option("--quick", help="A smaller version of the question, in two minutes.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Runs of each configuration, with seeds 0, 1, ...")]
-DEFAULT_OUT = Path("softmax-bottleneck-out")
+DEFAULT_OUT = Path("bottleneck-out")
 
 
 class Results:
@@ -55,7 +55,7 @@ class Results:
 def command() -> str:
     """What was called, a path by its last name."""
     arguments = [Path(argument).name if Path(argument).exists() else argument for argument in sys.argv[1:]]
-    return shlex.join(["python", f"examples/softmax_bottleneck/{Path(sys.argv[0]).name}", *arguments])
+    return shlex.join(["python", f"examples/bottleneck/{Path(sys.argv[0]).name}", *arguments])
 
 
 def versions() -> dict[str, str]:
