@@ -75,8 +75,8 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = {"lm_head.prior"}  # in bf16 as in fp16
-    # The same module, as quantizers look for it: by the end of its name, or by the beginning of its weight's.
-    _keep_in_fp32_modules = {"prior", "lm_head.prior"}
+    # The same module, as quantizers look for it: by the end of its name, or by the whole name of its weight.
+    _keep_in_fp32_modules = {"prior", "lm_head.prior.weight"}
     backbone: Any
     lm_head: Any
     score_options = ScoreOptions()
