@@ -4,9 +4,9 @@
 
 The text is the documentation that ships inside Python: the docstrings of the standard library and pydoc's topics. A
 BPE tokenizer and a small Llama are trained on it: that is the checkpoint. Then it is fine-tuned twice, with its own
-head and with a mixture of softmaxes in its place, for the same steps on the same data in the same order. Each run is a
-process of its own, so that its peak memory is its own. The mixture is saved, loaded in a fresh process through
-AutoModelForCausalLM, and writes a paragraph.
+head and with a mixture of softmaxes in its place, for the same steps on the same data in the same order, and once more
+with its own head, for the seconds that the mixture took. Each run is a process of its own, so that its peak memory is
+its own. The mixture is saved, loaded in a fresh process through AutoModelForCausalLM, and writes a paragraph.
 
 The output folder then holds the checkpoint with its tokenizer, its model card, results.json and loss.png. It appears
 when everything is done; an interrupted run leaves nothing.
@@ -29,7 +29,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ NOT_DOCUMENTATION = {"site-packages", "dist-packages", "test", "tests", "__pycac
 PROMPT = "Return a new"
 RESULTS_FILE = "results.json"
 HEADS = {"softmax": "its own head", "mixture": "mixture of softmaxes"}
+LONGER = "softmax for the seconds of the mixture"
 
 # What a user runs to load the checkpoint: hf_mos is not imported, its code lies beside the weights.
 RELOAD = """
@@ -85,6 +86,7 @@ class Run:
     """One training: what it cost and how well the model then predicts the validation text."""
 
     name: str
+    num_steps: int
     perplexity: float
     seconds: float
     peak_memory_mb: float  # above that of the process before the model was loaded
@@ -146,6 +148,10 @@ def make_everything(work: Path, settings: Settings, arguments: argparse.Namespac
         console.rule(f"The checkpoint fine-tuned with {title}")
         runs[head] = in_fresh_process(finetune, work, settings, head)
         print(f"validation perplexity {runs[head].perplexity:.2f}")
+    longer = replace(settings, steps=steps_of_equal_seconds(runs))
+    console.rule(f"And with {HEADS['softmax']} for the seconds of the mixture: {longer.steps} steps")
+    runs[LONGER] = in_fresh_process(finetune, work, longer, "softmax")
+    print(f"validation perplexity {runs[LONGER].perplexity:.2f}")
     result = work / "mixture"
     console.rule("Loaded in a fresh process through AutoModelForCausalLM")
     paragraph = generate_paragraph(result)
@@ -155,6 +161,12 @@ def make_everything(work: Path, settings: Settings, arguments: argparse.Namespac
     plot_losses(runs, result / "loss.png")
     write_results(result, settings, checkpoint, runs, paragraph, time.perf_counter() - started)
     write_card(result, settings, checkpoint, runs, command_line(arguments))
+
+
+def steps_of_equal_seconds(runs: dict[str, Run]) -> int:
+    """How many steps the softmax takes in the seconds of the mixture, as fast as it took its own."""
+    softmax, mixture = runs["softmax"], runs["mixture"]
+    return max(1, round(softmax.num_steps * mixture.seconds / softmax.seconds))
 
 
 # --------------------------------------------------------------------------------------------------------------- text
@@ -321,6 +333,7 @@ def train(name: str, model: Any, work: Path, settings: Settings, learning_rate: 
     tokenizer.save_pretrained(work / name)
     return Run(
         name=name,
+        num_steps=settings.steps,
         perplexity=math.exp(nats_per_token),
         seconds=seconds,
         peak_memory_mb=peak_memory_mb,
@@ -373,7 +386,11 @@ COLUMNS = ("head", "validation perplexity", "seconds", "peak memory, MB", "param
 
 
 def table_rows(runs: dict[str, Run], settings: Settings) -> list[tuple[str, ...]]:
-    titles = {"softmax": "softmax", "mixture": f"mixture of {settings.num_mixtures}"}
+    titles = {
+        "softmax": "softmax",
+        "mixture": f"mixture of {settings.num_mixtures}",
+        LONGER: f"softmax, {runs[LONGER].num_steps} steps",
+    }
     return [
         (
             titles[name],
@@ -406,11 +423,9 @@ def plot_losses(runs: dict[str, Run], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for head, run in runs.items():
-        label = f"{HEADS[head]} (validation perplexity {run.perplexity:.1f})"
+        label = f"{HEADS.get(head, head)} (validation perplexity {run.perplexity:.1f})"
         axes.plot(run.steps, run.losses, label=label)
-    axes.set(
-        xlabel="fine-tuning step", ylabel="training loss, nats per token", title="Same checkpoint, data and steps"
-    )
+    axes.set(xlabel="fine-tuning step", ylabel="training loss, nats per token", title="Same checkpoint and data")
     axes.legend()
     figure.savefig(path, dpi=150)
 
@@ -456,7 +471,8 @@ def write_card(result: Path, settings: Settings, checkpoint: Run, runs: dict[str
         description=(
             f"A small Llama was trained for {tokens:,} tokens on the documentation inside Python {python} (validation "
             f"perplexity {checkpoint.perplexity:.2f}), then fine-tuned for as many with its own head and with this "
-            "one, on the same data in the same order. Peak memory is what the process held above its start."
+            "one, on the same data in the same order, and once more with its own head for the seconds that this one took. "
+            "Peak memory is what the process held above its start."
         ),
         limits=["It is a demonstration: a small model of a small text, good for nothing else."],
         prompt=PROMPT,

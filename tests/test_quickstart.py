@@ -53,6 +53,10 @@ def test_prints_one_table_with_what_it_measured(finished: tuple[Path, str]) -> N
         row = next(line for line in stdout.splitlines() if line.startswith(f"│ {title}"))
         assert f"{run['perplexity']:.2f}" in row
         assert f"{run['parameters']:,}" in row
+    longer = results["runs"]["softmax for the seconds of the mixture"]
+    softmax, mixture = results["runs"]["softmax"], results["runs"]["mixture"]
+    assert longer["num_steps"] == round(4 * mixture["seconds"] / softmax["seconds"])
+    assert f"│ softmax, {longer['num_steps']} steps" in stdout
     assert results["runs"]["mixture"]["parameters"] > results["runs"]["softmax"]["parameters"]
 
 
