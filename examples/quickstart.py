@@ -471,8 +471,8 @@ def write_card(result: Path, settings: Settings, checkpoint: Run, runs: dict[str
         description=(
             f"A small Llama was trained for {tokens:,} tokens on the documentation inside Python {python} (validation "
             f"perplexity {checkpoint.perplexity:.2f}), then fine-tuned for as many with its own head and with this "
-            "one, on the same data in the same order, and once more with its own head for the seconds that this one took. "
-            "Peak memory is what the process held above its start."
+            "one, on the same data in the same order, and once more with its own head for the seconds that this one "
+            "took. Peak memory is what the process held above its start."
         ),
         limits=["It is a demonstration: a small model of a small text, good for nothing else."],
         prompt=PROMPT,
