@@ -27,7 +27,8 @@ def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def multiply_into(out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Equivalent to: `out.copy_(multiply(rows, weight, bias))`, without memory of the size of `out`; returns `out`."""
-    if _suits_onednn(rows, weight):  # which writes to memory of its own
+    if weight.is_contiguous() and _suits_onednn(rows, weight):  # so that a tile of it has no gaps either
+        # oneDNN writes to memory of its own
         for start in range(0, weight.shape[0], TILE):
             tile = slice(start, start + TILE)
             out[:, tile] = _onednn(rows, weight[tile], None if bias is None else bias[tile])

@@ -1,8 +1,11 @@
 """The products against F.linear, where oneDNN takes them and where it does not."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_mos.mos_products import TILE, multiply, multiply_into
 
@@ -42,6 +45,28 @@ def test_layouts():
     torch.testing.assert_close(multiply(wide[:, :12], weight), wide[:, :12] @ weight.t())
     assert multiply(rows[:0], weight).shape == (0, 40)
     assert multiply_into(torch.empty(0, 40), rows[:0], weight).shape == (0, 40)
+
+
+class GivenToOneDNN(TorchDispatchMode):
+    """Whether every matrix that oneDNN is given is without gaps between its rows or columns."""
+
+    all_dense = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "mkldnn":
+            self.all_dense &= all(matrix.is_contiguous() or matrix.t().is_contiguous() for matrix in args[:2])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("onednn")
+@torch.no_grad()
+def test_a_tile_of_a_transposed_weight_takes_no_slow_path():
+    """oneDNN takes a thousand times as long for a matrix with gaps."""
+    rows, weight = torch.randn(6, 12), torch.randn(12, TILE + 5).t()
+    with GivenToOneDNN() as given:
+        out = multiply_into(torch.empty(6, TILE + 5), rows, weight)
+    assert given.all_dense
+    torch.testing.assert_close(out, F.linear(rows, weight))
 
 
 @torch.no_grad()
