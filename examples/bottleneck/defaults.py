@@ -13,7 +13,17 @@ import typer
 from experiment import Experiment
 from models import SOFTMAX, Head, Size, mixture
 from results import DEFAULT_OUT, Out, Quick, Results, Seeds, perplexities, show, spread, start
-from text import DataDir, DatasetConfigName, DatasetName, Source, TrainFile, ValidationFile, VocabSize, load_text
+from text import (
+    DataDir,
+    DatasetConfigName,
+    DatasetName,
+    Source,
+    TrainFile,
+    ValidationFile,
+    VocabSize,
+    Words,
+    load_text,
+)
 from training import checkpoint_recipe
 
 # The head, and the learning rate of what is new in it as a multiple of that of the trained weights.
@@ -42,9 +52,10 @@ def main(
     dataset_name: DatasetName = None,
     dataset_config_name: DatasetConfigName = None,
     vocab_size: VocabSize = 2048,
+    words: Words = False,
     hidden_size: int = 32,
     num_layers: int = 2,
-    checkpoint_steps: Annotated[int, typer.Option(help="Of the softmax model that all start from, at most.")] = 8000,
+    checkpoint_steps: Annotated[int, typer.Option(help="Of the softmax model that all start from, at most.")] = 40000,
     steps: Annotated[int, typer.Option(help="Of each fine-tuning.")] = 600,
     learning_rate: Annotated[float, typer.Option(help="Of the trained weights.")] = 3e-3,
     seeds: Seeds = 1,
@@ -54,7 +65,9 @@ def main(
     start()
     if quick:
         vocab_size, hidden_size, num_layers, checkpoint_steps, steps, seeds = 512, 16, 1, 600, 60, 1
-    text = load_text(Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size)
+    text = load_text(
+        Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size, words
+    )
     results = Results(out, "defaults", quick)
     recipe = checkpoint_recipe(checkpoint_steps)
     start_of_all = Experiment(text, Size(hidden_size, num_layers), recipe, results).from_checkpoint()

@@ -1,7 +1,7 @@
 """Does the mixture predict better than a softmax that spends as much? Trained from scratch, against fair controls.
 
     python examples/bottleneck/from_scratch.py --quick
-    python examples/bottleneck/from_scratch.py --data-dir ptb
+    python examples/bottleneck/from_scratch.py --data-dir ptb --words --hidden-size 64
 
 The same backbone, data, order, steps and schedule for every head, the learning rate searched for each family of heads.
 The controls: one softmax; a latent before it (K = 1); a mixture of contexts; a softmax model widened until it spends
@@ -17,7 +17,17 @@ from experiment import Experiment
 from models import SOFTMAX, Head, Size, contexts, mixture
 from plots import plot_costs
 from results import DEFAULT_OUT, Out, Quick, Results, mean, perplexities, show, spread, start
-from text import DataDir, DatasetConfigName, DatasetName, Source, TrainFile, ValidationFile, VocabSize, load_text
+from text import (
+    DataDir,
+    DatasetConfigName,
+    DatasetName,
+    Source,
+    TrainFile,
+    ValidationFile,
+    VocabSize,
+    Words,
+    load_text,
+)
 from training import Recipe
 
 MIXTURE = mixture(4)  # whose cost the controls spend
@@ -29,16 +39,16 @@ FAMILIES: dict[str, tuple[Head, list[Head]]] = {
     "identity": (MIXTURE, [mixture(2), MIXTURE, mixture(8), mixture(15)]),
     "tanh": (mixture(4, latent_activation="tanh"), [mixture(K, latent_activation="tanh") for K in (2, 4, 8, 15)]),
     "subspace": (
-        mixture(4, latent_rank=8),
-        [mixture(4, latent_rank=8), mixture(4, latent_rank=16)],
+        mixture(4, latent_rank=16),
+        [mixture(K, latent_rank=R) for K, R in ((4, 8), (4, 16), (4, 32), (8, 16), (16, 16))],
     ),
 }
 CONVERGENCE = ["softmax", "mixture K=1", "mixture K=4", "widened softmax"]
 # Three tries for each family. Latents that start at the identity may want lower rates than the embeddings.
-SOFTMAX_RATES = [{"learning_rate": rate} for rate in (5e-3, 1e-2, 2e-2)]
+SOFTMAX_RATES = [{"learning_rate": rate} for rate in (2e-3, 5e-3, 1e-2)]
 MIXTURE_RATES = [
     {"learning_rate": rate, "head_learning_rate": head_rate}
-    for rate, head_rate in ((5e-3, 5e-3), (5e-3, 5e-4), (1e-2, 1e-3))
+    for rate, head_rate in ((2e-3, 2e-3), (5e-3, 5e-4), (1e-2, 1e-3))
 ]
 
 Configurations = dict[str, tuple[Experiment, Head]]
@@ -96,19 +106,22 @@ def main(
     dataset_name: DatasetName = None,
     dataset_config_name: DatasetConfigName = None,
     vocab_size: VocabSize = 2048,
+    words: Words = False,
     hidden_size: int = 32,
     num_layers: int = 2,
     steps: Annotated[int, typer.Option(help="Of the comparison at a fixed number of steps.")] = 300,
-    max_steps: Annotated[int, typer.Option(help="Of the training to convergence.")] = 2000,
+    max_steps: Annotated[int, typer.Option(help="Of the training to convergence.")] = 8000,
     seeds: Annotated[int, typer.Option(help="Runs of each head at a fixed number of steps.")] = 3,
-    convergence_seeds: Annotated[int, typer.Option(help="Runs of each head to convergence.")] = 1,
+    convergence_seeds: Annotated[int, typer.Option(help="Runs of each head to convergence.")] = 3,
     out: Out = DEFAULT_OUT,
     quick: Quick = False,
 ) -> None:
     start()
     if quick:
-        vocab_size, hidden_size, num_layers, steps, max_steps, seeds = 512, 16, 1, 100, 400, 1
-    text = load_text(Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size)
+        vocab_size, hidden_size, num_layers, steps, max_steps, seeds, convergence_seeds = 512, 16, 1, 100, 400, 1, 1
+    text = load_text(
+        Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size, words
+    )
     base = Experiment(text, Size(hidden_size, num_layers), Recipe(steps, 1e-2), Results(out, "from_scratch", quick))
     found = configurations(base, quick)
     seconds = base.seconds(found, rounds=3 if quick else 7)
@@ -118,7 +131,7 @@ def main(
         plot_costs(base.results.path.with_suffix(".png"), f"From scratch on {text.name}", rows)
     if convergence_seeds:
         results = Results(out, "from_scratch_to_convergence", quick)
-        changes = {"steps": max_steps, "to_convergence": True, "evaluate_every": max_steps // 20}
+        changes = {"steps": max_steps, "to_convergence": True, "evaluate_every": max(20, max_steps // 40)}
         converged = {
             name: (replace(found[name][0].with_recipe(**changes), results=results), found[name][1])
             for name in CONVERGENCE

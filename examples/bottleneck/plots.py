@@ -16,7 +16,9 @@ def color_of(name: str) -> str:
     return next((color for word, color in families.items() if word in name), "tab:blue")
 
 
-def plot_costs(path: Path, title: str, rows: Sequence[dict[str, Any]], name_column: str = "head") -> None:
+def plot_costs(
+    path: Path, title: str, rows: Sequence[dict[str, Any]], reference: tuple[str, float] | None = None
+) -> None:
     """Perplexity against operations and against seconds, with the best of the softmaxes that cost as much or less."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     for axes, column, label in zip(
@@ -25,11 +27,15 @@ def plot_costs(path: Path, title: str, rows: Sequence[dict[str, Any]], name_colu
         ("operations of the training, 10^12", "seconds of the training, one thread"),
         strict=True,
     ):
-        points = [(row[column], float(str(row["validation"]).split(" ")[0]), row[name_column]) for row in rows]
+        points = [(row[column], float(str(row["validation"]).split(" ")[0]), row["head"]) for row in rows]
         draw_frontier(axes, sorted(point for point in points if "softmax" in point[2]))
         for x, y, name in points:
             axes.plot(x, y, "o", color=color_of(name), markersize=5)
             axes.annotate(name.removeprefix("mixture "), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6)
+        if reference:
+            name, perplexity = reference
+            axes.axhline(perplexity, color=color_of(name), linewidth=1, linestyle="--")
+            axes.annotate(name, (0, perplexity), xytext=(4, 3), textcoords="offset points", fontsize=6)
         axes.set(xlabel=label)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("validation perplexity")

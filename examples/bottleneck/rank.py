@@ -17,7 +17,17 @@ from experiment import Experiment
 from models import SOFTMAX, Head, Size, contexts, mixture
 from plots import plot_spectra
 from results import DEFAULT_OUT, Out, Quick, Results, show, start
-from text import DataDir, DatasetConfigName, DatasetName, Source, TrainFile, ValidationFile, VocabSize, load_text
+from text import (
+    DataDir,
+    DatasetConfigName,
+    DatasetName,
+    Source,
+    TrainFile,
+    ValidationFile,
+    VocabSize,
+    Words,
+    load_text,
+)
 from training import Recipe, fit
 
 from hf_mos.tools.rank import log_prob_matrix, log_prob_rank
@@ -52,6 +62,7 @@ def main(
     dataset_name: DatasetName = None,
     dataset_config_name: DatasetConfigName = None,
     vocab_size: VocabSize = 2048,
+    words: Words = False,
     hidden_size: int = 32,
     num_layers: int = 2,
     steps: Annotated[int, typer.Option(help="Of training before the rank is measured.")] = 200,
@@ -63,7 +74,9 @@ def main(
     start()
     if quick:
         vocab_size, hidden_size, num_layers, steps, num_contexts = 512, 16, 1, 200, 1024
-    text = load_text(Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size)
+    text = load_text(
+        Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size, words
+    )
     recipe = Recipe(steps, learning_rate=1e-2, head_learning_rate=1e-3)
     experiment = Experiment(text, Size(hidden_size, num_layers), recipe, Results(out, "rank", quick))
     measured = {}

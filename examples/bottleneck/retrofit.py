@@ -7,9 +7,11 @@ A softmax model is trained until its validation loss no longer falls. From there
 mixtures in a shared subspace (`latent_rank` R) are fine-tuned for the same steps, on the same data in the same order,
 with the same learning-rate search: the whole model, then the head alone. The old head is also trained for the seconds
 of the mixtures and more. The controls are a latent before the softmax (K = 1) and a mixture of contexts. The plot has
-perplexity against operations and against seconds with the softmax as the frontier.
+perplexity against operations and against seconds with the softmax as the frontier, and a line for a softmax model that
+is widened until it spends the operations of the mixture of 4 and is trained as the checkpoint was, from scratch.
 """
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -17,19 +19,30 @@ from experiment import Experiment
 from models import SOFTMAX, Head, Size, contexts, mixture
 from plots import plot_costs
 from results import DEFAULT_OUT, Out, Quick, Results, Seeds, mean, perplexities, show, spread, start
-from text import DataDir, DatasetConfigName, DatasetName, Source, TrainFile, ValidationFile, VocabSize, load_text
+from text import (
+    DataDir,
+    DatasetConfigName,
+    DatasetName,
+    Source,
+    TrainFile,
+    ValidationFile,
+    VocabSize,
+    Words,
+    load_text,
+)
 from training import Recipe, checkpoint_recipe
 
 FULL, CHEAP = mixture(4), mixture(4, latent_rank=16)
 # A latent alone, and mixed before one softmax: what is gained by them is not gained by mixing softmaxes.
 CONTROLS = [mixture(1), contexts(4)]
-GRID = [mixture(K, latent_rank=R) for K, R in ((4, 8), (4, 32), (8, 16), (16, 16))]
+GRID = [mixture(K, latent_rank=R) for K in (4, 8, 16) for R in (8, 16, 32)]
 # Three tries for each head; what is new in a mixture stands beside trained weights and bears higher rates than they.
-SOFTMAX_RATES = [{"learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3)]
+SOFTMAX_RATES = [{"learning_rate": rate} for rate in (1e-3, 3e-3, 1e-2)]
 MIXTURE_RATES = [
     {"learning_rate": rate, "head_learning_rate": head_rate}
-    for rate, head_rate in ((1e-3, 1e-3), (1e-3, 1e-2), (3e-3, 3e-2))
+    for rate, head_rate in ((1e-3, 1e-2), (3e-3, 3e-2), (1e-2, 3e-2))
 ]
+WIDE_RATE = 1e-2
 LONGER = [2, 4]  # times the steps, for the old head; at the two higher of its rates
 
 Configurations = dict[str, tuple[Experiment, Head]]
@@ -75,12 +88,11 @@ def row(
 
 
 def compare(found: Configurations, seconds: dict[str, float], seeds: int) -> list[dict[str, Any]]:
-    """Seed after seed; the longer trainings of the old head have the first seed alone."""
+    """Seed after seed, so that an interrupted run has compared as many seeds as it can."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in found}
     for seed in range(seeds):
         for name, (experiment, head) in found.items():
-            if seed == 0 or "steps" not in name:
-                runs[name].append(experiment.train(head, seed))
+            runs[name].append(experiment.train(head, seed))
     return [row(name, *found[name], runs[name], seconds[name.split(",")[0]]) for name in found]
 
 
@@ -91,10 +103,11 @@ def main(
     dataset_name: DatasetName = None,
     dataset_config_name: DatasetConfigName = None,
     vocab_size: VocabSize = 2048,
+    words: Words = False,
     hidden_size: int = 32,
     num_layers: int = 2,
     steps: Annotated[int, typer.Option(help="Of each fine-tuning.")] = 600,
-    checkpoint_steps: Annotated[int, typer.Option(help="Of the checkpoint, at most.")] = 8000,
+    checkpoint_steps: Annotated[int, typer.Option(help="Of the checkpoint, at most.")] = 40000,
     seeds: Seeds = 3,
     out: Out = DEFAULT_OUT,
     quick: Quick = False,
@@ -104,7 +117,9 @@ def main(
     if quick:
         vocab_size, hidden_size, num_layers, steps, checkpoint_steps, seeds = 512, 16, 1, 60, 600, 1
         tries, grid, rounds = slice(1, 2), [CHEAP], 2
-    text = load_text(Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size)
+    text = load_text(
+        Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size, words
+    )
     recipe = checkpoint_recipe(checkpoint_steps)
     size, results = Size(hidden_size, num_layers), Results(out, "retrofit", quick)
     base = Experiment(text, size, recipe, results).from_checkpoint()
@@ -123,12 +138,26 @@ def main(
     alone = {name: (experiment.with_recipe(train_backbone=False), head) for name, (experiment, head) in found.items()}
     timed = {name: entry for name, entry in alone.items() if "steps" not in name}
     seconds_alone = whole.with_recipe(train_backbone=False).seconds(timed, rounds)
-    rows_alone = compare(timed, seconds_alone, 1)
+    rows_alone = compare(timed, seconds_alone, seeds)
     show(f"The head alone on {text.name}, with the same learning rates, perplexity", rows_alone)
 
-    rows += compare(others, seconds, 1)
+    rows += compare(others, seconds, seeds)
     show(f"The whole model on {text.name}, with the grid of latent_rank, perplexity", rows)
-    plot_costs(results.path.with_suffix(".png"), f"Fine-tuned from the same checkpoint on {text.name}", rows)
+
+    wide = replace(base, checkpoint=None).widened(SOFTMAX, whole.operations(FULL)).with_recipe(learning_rate=WIDE_RATE)
+    fitted = wide.train(SOFTMAX, 0)
+    perplexity = perplexities([fitted])[0]
+    print(
+        f"\nA softmax of hidden size {wide.size.hidden_size} from scratch: {fitted['steps']} steps, "
+        f"{fitted['seconds']:.0f} s, perplexity {perplexity:.2f} (validation) and "
+        f"{perplexities([fitted], 'test')[0]:.2f} (test)"
+    )
+    plot_costs(
+        results.path.with_suffix(".png"),
+        f"Fine-tuned from the same checkpoint on {text.name}",
+        rows,
+        (f"softmax, hidden size {wide.size.hidden_size}, from scratch", perplexity),
+    )
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 """The text that every question is asked of: blocks of tokens to train on, to validate and to test."""
 
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<unk>"
 SPLITS = ("train", "valid", "test")
 
 # The flags by which each script chooses its text. Without them it is the documentation that ships inside Python.
@@ -21,6 +24,7 @@ ValidationFile = Annotated[Path | None, typer.Option(help="A text file, half to 
 DatasetName = Annotated[str | None, typer.Option(help="A dataset of the Hub, or a folder that load_dataset reads.")]
 DatasetConfigName = Annotated[str | None, typer.Option(help="As in load_dataset.")]
 VocabSize = Annotated[int, typer.Option(help="Of the byte-level BPE tokenizer that is trained on the text.")]
+Words = Annotated[bool, typer.Option("--words", help="A token is a word of the training text, as in the literature.")]
 
 
 @dataclass(frozen=True)
@@ -94,13 +98,26 @@ class Text:
         return {"text": self.name, "vocab_size": self.vocab_size, "blocks": [len(self.train), *self.train.shape[1:]]}
 
 
-def load_text(source: Source, vocab_size: int, block_size: int = 64, max_valid_blocks: int = 1024) -> Text:
+def train_tokenizer(texts: list[str], vocab_size: int, words: bool) -> Tokenizer:
+    """Byte-level BPE, or every word of the texts."""
+    if words:
+        # WordLevelTrainer counts the <unk> of Penn Treebank twice, as a word and as the unknown one.
+        counts = Counter(word for text in texts for word in text.split())
+        vocabulary = dict.fromkeys([END_OF_TEXT, UNKNOWN, *(word for word, _ in counts.most_common())])
+        tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNKNOWN))
+        tokenizer.pre_tokenizer = WhitespaceSplit()
+        return tokenizer
+    byte_pairs = ByteLevelBPETokenizer()
+    byte_pairs.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False)
+    return byte_pairs._tokenizer
+
+
+def load_text(
+    source: Source, vocab_size: int, words: bool = False, block_size: int = 64, max_valid_blocks: int = 1024
+) -> Text:
     """Trains a tokenizer on the training texts and cuts every split into blocks; each text ends with its own token."""
     texts = source.texts()
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(
-        texts["train"], vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False
-    )
+    tokenizer = train_tokenizer(texts["train"], vocab_size, words)
 
     def blocks(split: str) -> Tensor:
         end = tokenizer.token_to_id(END_OF_TEXT)
@@ -112,10 +129,10 @@ def load_text(source: Source, vocab_size: int, block_size: int = 64, max_valid_b
         return ids[: count * block_size].view(count, block_size)
 
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer._tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )
     return Text(
-        source.name,
+        f"{source.name}, words" if words else source.name,
         tokenizer.get_vocab_size(),
         blocks("train"),
         blocks("valid")[:max_valid_blocks],

@@ -23,7 +23,17 @@ from experiment import Experiment
 from models import SOFTMAX, Size, mixture
 from plots import plot_gain
 from results import DEFAULT_OUT, Out, Quick, Results, Seeds, mean, perplexities, show, spread, start
-from text import DataDir, DatasetConfigName, DatasetName, Source, TrainFile, ValidationFile, VocabSize, load_text
+from text import (
+    DataDir,
+    DatasetConfigName,
+    DatasetName,
+    Source,
+    TrainFile,
+    ValidationFile,
+    VocabSize,
+    Words,
+    load_text,
+)
 from training import Recipe
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
@@ -106,6 +116,7 @@ def main(
     dataset_name: DatasetName = None,
     dataset_config_name: DatasetConfigName = None,
     vocab_size: VocabSize = 2048,
+    words: Words = False,
     hidden_sizes: Annotated[list[int] | None, typer.Option(help="D; give it several times.")] = None,
     num_layers: int = 2,
     steps: int = 300,
@@ -120,7 +131,9 @@ def main(
     sizes = hidden_sizes or HIDDEN_SIZES
     if quick:
         vocab_size, sizes, num_layers, steps = 512, [8, 16, 32], 1, 60
-    text = load_text(Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size)
+    text = load_text(
+        Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size, words
+    )
     results, rows = Results(out, "where_it_pays", quick), []
     for hidden_size in sizes:
         rate = learning_rate * math.sqrt(32 / hidden_size)
