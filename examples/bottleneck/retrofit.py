@@ -37,13 +37,13 @@ FULL, CHEAP = mixture(4), mixture(4, latent_rank=16)
 CONTROLS = [mixture(1), contexts(4)]
 GRID = [mixture(K, latent_rank=R) for K in (4, 8, 16) for R in (8, 16, 32)]
 # Three tries for each head; what is new in a mixture stands beside trained weights and bears higher rates than they.
-SOFTMAX_RATES = [{"learning_rate": rate} for rate in (1e-3, 3e-3, 1e-2)]
+SOFTMAX_RATES = [{"learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3)]
 MIXTURE_RATES = [
     {"learning_rate": rate, "head_learning_rate": head_rate}
-    for rate, head_rate in ((1e-3, 1e-2), (3e-3, 3e-2), (1e-2, 3e-2))
+    for rate, head_rate in ((1e-3, 1e-2), (1e-3, 3e-2), (3e-3, 3e-2))
 ]
-WIDE_RATE = 1e-2
-LONGER = [2, 4]  # times the steps, for the old head; at the two higher of its rates
+LONGER = [2, 4]  # times the steps, for the old head
+WIDE_RATE = 1e-2  # of the widened softmax, from scratch
 
 Configurations = dict[str, tuple[Experiment, Head]]
 
@@ -55,7 +55,7 @@ def configurations(base: Experiment, tries: slice) -> Configurations:
     found |= {head.name: (base.tuned(head, MIXTURE_RATES[tries]), head) for head in (*CONTROLS, FULL, CHEAP)}
     for factor in LONGER:
         longer = base.with_recipe(steps=factor * base.recipe.steps)
-        found[f"softmax, {factor} x steps"] = (longer.tuned(SOFTMAX, SOFTMAX_RATES[tries][-2:]), SOFTMAX)
+        found[f"softmax, {factor} x steps"] = (longer.tuned(SOFTMAX, SOFTMAX_RATES[tries]), SOFTMAX)
     return found
 
 
@@ -106,7 +106,7 @@ def main(
     words: Words = False,
     hidden_size: int = 32,
     num_layers: int = 2,
-    steps: Annotated[int, typer.Option(help="Of each fine-tuning.")] = 600,
+    steps: Annotated[int, typer.Option(help="Of each fine-tuning.")] = 1000,
     checkpoint_steps: Annotated[int, typer.Option(help="Of the checkpoint, at most.")] = 40000,
     seeds: Seeds = 3,
     out: Out = DEFAULT_OUT,

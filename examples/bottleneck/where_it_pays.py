@@ -1,7 +1,7 @@
 """At which sizes does the mixture pay? Its gain at the same steps, against its cost, as the hidden size grows.
 
     python examples/bottleneck/where_it_pays.py --quick
-    python examples/bottleneck/where_it_pays.py --data-dir ptb
+    python examples/bottleneck/where_it_pays.py --data-dir ptb --words
 
 For each hidden size D a softmax and a mixture of 4 are trained from scratch for the same steps, and the softmax for
 twice as many. The gain is in nats per token. The mixture costs `cost` times the softmax, in operations and in seconds.
@@ -38,7 +38,7 @@ from training import Recipe
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 MIXTURE = mixture(4)
-HIDDEN_SIZES = [16, 32, 64]
+HIDDEN_SIZES = [64, 128, 256, 512]
 # As their configs have them; only the numbers of their parameters are used.
 LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "num_attention_heads": 32}
 MODELS_IN_USE = {
