@@ -1,8 +1,8 @@
-"""The model cards of the trained mixtures that are kept as evidence.
+"""The model cards of the mixtures that were trained: one for each configuration, of the model of seed 0.
 
     python examples/bottleneck/cards.py --out bottleneck-out --cards model_cards
 
-Reads the results that `from_scratch.py` and `retrofit.py` have left in `--out`, and the models that they saved there.
+Reads the results that the questions have left in `--out`, and the models that they saved there.
 """
 
 import json
@@ -14,39 +14,44 @@ from typing import Annotated, Any
 import typer
 from experiment import folder_name
 from huggingface_hub import EvalResult
-from models import Head, mixture
+from models import Head
 from results import DEFAULT_OUT, Out, versions
+from rich.console import Console
+from rich.progress import track
 
 from hf_mos import MoSForCausalLM
 from hf_mos.tools.card import model_card
 
-# The question, and the heads whose cards are written.
-KEPT = {
-    "from_scratch": [mixture(4), mixture(4, latent_activation="tanh"), mixture(4, latent_rank=16)],
-    "retrofit": [mixture(4), mixture(4, latent_rank=16)],
-}
-NAMES = {"from_scratch": "from-scratch", "retrofit": "retrofit"}
+# The questions whose models get cards, and how each trained them.
 HOW = {
     "from_scratch": "Trained from random weights",
-    "retrofit": "A softmax model, trained for 8000 steps at most, was fine-tuned with this head",
+    "from_scratch_to_convergence": "Trained from random weights until its validation loss no longer fell",
+    "where_it_pays": "Trained from random weights",
+    "retrofit": "A softmax model, trained until its validation loss no longer fell, was fine-tuned with this head",
 }
+SEARCHED = ("learning_rate", "head_learning_rate")
+
+Runs = list[dict[str, Any]]
 
 
-def is_main(run: dict[str, Any]) -> bool:
-    """Of the whole model for a fixed number of steps; no checkpoint and no measured cost."""
-    recipe = run["settings"].get("recipe", {})
-    return bool(recipe) and recipe["train_backbone"] and not recipe["to_convergence"]
+def groups(runs: Runs, *ignored: str) -> list[Runs]:
+    """The runs that differ in nothing but the seed and the ignored parts of their recipe."""
+    found: dict[str, Runs] = {}
+    for run in runs:
+        settings = run["settings"]
+        recipe = {name: value for name, value in settings["recipe"].items() if name not in ignored}
+        found.setdefault(json.dumps({**settings, "recipe": recipe, "seed": None}), []).append(run)
+    return list(found.values())
 
 
-def chosen_run(runs: list[dict[str, Any]], head: Head) -> dict[str, Any]:
-    """The run of seed 0 with the learning rates that were chosen: those of the most seeds, then of the lowest loss."""
-    found = [run for run in runs if run["settings"]["head"] == head.settings and run["settings"]["seed"] == 0]
-    return max(found, key=lambda run: (len(same_but_seed(runs, run)), -run["result"]["valid_nats"]))
+def chosen(configuration: Runs) -> Runs:
+    """Those with the learning rates that were chosen: of the most seeds, then of the lowest loss. Seed 0 first."""
+    best = max(groups(configuration), key=lambda runs: (len(runs), -mean(runs, "valid_nats")))
+    return sorted(best, key=lambda run: run["settings"]["seed"])
 
 
-def same_but_seed(runs: list[dict[str, Any]], chosen: dict[str, Any]) -> list[dict[str, Any]]:
-    settings = {**chosen["settings"], "seed": None}
-    return [run for run in runs if {**run["settings"], "seed": None} == settings]
+def mean(runs: Runs, field: str) -> float:
+    return statistics.mean(run["result"][field] for run in runs)
 
 
 def results_of(run: dict[str, Any]) -> list[EvalResult]:
@@ -64,60 +69,68 @@ def results_of(run: dict[str, Any]) -> list[EvalResult]:
     ]
 
 
-def comparison(runs: list[dict[str, Any]], chosen: dict[str, Any]) -> str:
-    """The softmaxes of as many steps or more and this mixture, in Markdown."""
-    softmaxes = [
-        run
-        for run in runs
-        if run["settings"]["head"]["kind"] == "softmax"
-        and run["settings"]["seed"] == 0
-        and run["settings"]["size"] == chosen["settings"]["size"]
-        and run["result"]["steps"] >= chosen["result"]["steps"]
+def comparison(softmaxes: list[Runs], this: Runs) -> str:
+    """The softmaxes of the same question and this mixture, in Markdown."""
+    lines = [
+        "| head | hidden size | steps | seconds | validation | test | seeds |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    best = {}
-    for run in sorted(softmaxes, key=lambda run: run["result"]["valid_nats"], reverse=True):
-        best[run["result"]["steps"]] = run
-    lines = ["| head | steps | seconds | validation | test | seeds |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
-    for name, run in [*(("one softmax", best[steps]) for steps in sorted(best)), ("this mixture", chosen)]:
-        same = [other["result"] for other in same_but_seed(runs, run)]
+    for name, runs in [*(("one softmax", runs) for runs in softmaxes), ("this mixture", this)]:
         valid, test = (
-            statistics.mean(math.exp(result[f"{split}_nats"]) for result in same) for split in ("valid", "test")
+            statistics.mean(math.exp(run["result"][f"{split}_nats"]) for run in runs) for split in ("valid", "test")
         )
-        seconds = statistics.mean(result["seconds"] for result in same)
-        lines.append(f"| {name} | {run['result']['steps']} | {seconds:.0f} | {valid:.2f} | {test:.2f} | {len(same)} |")
+        lines.append(
+            f"| {name} | {runs[0]['settings']['size']['hidden_size']} | {mean(runs, 'steps'):.0f} "
+            f"| {mean(runs, 'seconds'):.0f} | {valid:.2f} | {test:.2f} | {len(runs)} |"
+        )
     return "\n".join(lines) + "\n\nThe means over seeds 0, 1, ...; seconds of the processor, one thread."
+
+
+def description(question: str, run: dict[str, Any]) -> str:
+    settings, recipe = run["settings"], run["settings"]["recipe"]
+    blocks = f"{recipe['batch_size']} blocks of {settings['blocks'][1]} tokens"
+    made_with = ", ".join(f"{library} {version}" for library, version in run["versions"].items())
+    return (
+        f"{HOW[question]}: {run['result']['steps']} steps of {blocks} of {settings['text']} (vocabulary of "
+        f"{settings['vocab_size']}), seed {settings['seed']}, learning rate {recipe['learning_rate']:g}, of the prior "
+        f"and the latents {recipe['head_learning_rate'] or recipe['learning_rate']:g}. "
+        f"Made with {made_with}; this card at commit {versions().get('commit', 'unknown')}."
+    )
 
 
 def main(
     out: Out = DEFAULT_OUT,
     cards: Annotated[Path, typer.Option(help="Folder of the cards.")] = Path("model_cards"),
 ) -> None:
-    for question, heads in KEPT.items():
-        runs = [run for run in json.loads((out / f"{question}.json").read_text("utf-8"))["runs"] if is_main(run)]
-        for head in heads:
-            run = chosen_run(runs, head)
-            settings, made_with = run["settings"], run["versions"]
-            name = folder_name(head.name, settings)
-            rates = {key: settings["recipe"][key] for key in ("learning_rate", "head_learning_rate")}
+    for question in HOW:
+        runs = [
+            run
+            for run in json.loads((out / f"{question}.json").read_text("utf-8"))["runs"]
+            if run["settings"].get("recipe", {}).get("train_backbone")  # neither a measured cost nor the head alone
+        ]
+        configurations = [chosen(configuration) for configuration in groups(runs, *SEARCHED)]
+        softmaxes = [found for found in configurations if found[0]["settings"]["head"]["kind"] == "softmax"]
+        mixtures = [found for found in configurations if found[0]["settings"]["head"]["kind"] == "mixture"]
+        folder = cards / question.replace("_", "-")
+        folder.mkdir(parents=True, exist_ok=True)
+        for found in track(mixtures, question, console=Console(stderr=True), transient=True):
+            first = found[0]
+            head = Head.from_settings(first["settings"]["head"])
+            name = folder_name(head.name, first["settings"])
             card = model_card(
                 MoSForCausalLM.from_pretrained(out / "models" / name),
                 model_id=f"{DEFAULT_OUT}/models/{name}",
-                eval_results=results_of(run),
-                command=run["command"],
+                eval_results=results_of(first),
+                command=first["command"],
                 machine="one thread of a CPU",
-                comparison=comparison(runs, run),
-                description=(
-                    f"{HOW[question]} for {settings['recipe']['steps']} steps of {settings['recipe']['batch_size']} "
-                    f"blocks of {settings['blocks'][1]} tokens of {settings['text']} (byte-level BPE, "
-                    f"{settings['vocab_size']} tokens), seed 0, learning rates {rates}. "
-                    f"Made with {', '.join(f'{library} {version}' for library, version in made_with.items())}; "
-                    f"this card at commit {versions().get('commit', 'unknown')}."
-                ),
+                comparison=comparison(softmaxes, found),
+                description=description(question, first),
                 limits=["It is evidence, not a tool: a small model of a small text."],
                 prompt="the company said",
                 language="en",
             )
-            card.save(cards / f"{NAMES[question]}-{head.name.replace(' ', '-').replace('=', '')}.md")
+            size = f"-D{first['settings']['size']['hidden_size']}"
+            card.save(folder / f"{head.name.replace(' ', '-').replace('=', '')}{size}.md")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from text import (
     Words,
     load_text,
 )
-from training import Recipe
+from training import from_scratch_recipe
 
 MIXTURE = mixture(4)  # whose cost the controls spend
 # Each family with the head that its learning rate is searched with.
@@ -48,7 +48,7 @@ CONVERGENCE = ["softmax", "mixture K=1", "mixture K=4", "widened softmax"]
 SOFTMAX_RATES = [{"learning_rate": rate} for rate in (2e-3, 5e-3, 1e-2)]
 MIXTURE_RATES = [
     {"learning_rate": rate, "head_learning_rate": head_rate}
-    for rate, head_rate in ((2e-3, 2e-3), (5e-3, 5e-4), (1e-2, 1e-3))
+    for rate, head_rate in ((2e-3, 2e-3), (5e-3, 5e-4), (5e-3, 5e-3))
 ]
 
 Configurations = dict[str, tuple[Experiment, Head]]
@@ -109,8 +109,8 @@ def main(
     words: Words = False,
     hidden_size: int = 32,
     num_layers: int = 2,
-    steps: Annotated[int, typer.Option(help="Of the comparison at a fixed number of steps.")] = 300,
-    max_steps: Annotated[int, typer.Option(help="Of the training to convergence.")] = 8000,
+    steps: Annotated[int, typer.Option(help="Of the comparison at a fixed number of steps.")] = 600,
+    max_steps: Annotated[int, typer.Option(help="Of the training to convergence.")] = 16000,
     seeds: Annotated[int, typer.Option(help="Runs of each head at a fixed number of steps.")] = 3,
     convergence_seeds: Annotated[int, typer.Option(help="Runs of each head to convergence.")] = 3,
     out: Out = DEFAULT_OUT,
@@ -122,7 +122,9 @@ def main(
     text = load_text(
         Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size, words
     )
-    base = Experiment(text, Size(hidden_size, num_layers), Recipe(steps, 1e-2), Results(out, "from_scratch", quick))
+    base = Experiment(
+        text, Size(hidden_size, num_layers), from_scratch_recipe(steps, 1e-2), Results(out, "from_scratch", quick)
+    )
     found = configurations(base, quick)
     seconds = base.seconds(found, rounds=3 if quick else 7)
     if seeds:
@@ -131,7 +133,12 @@ def main(
         plot_costs(base.results.path.with_suffix(".png"), f"From scratch on {text.name}", rows)
     if convergence_seeds:
         results = Results(out, "from_scratch_to_convergence", quick)
-        changes = {"steps": max_steps, "to_convergence": True, "evaluate_every": max(20, max_steps // 40)}
+        changes = {
+            "steps": max_steps,
+            "warmup": 0.05,
+            "to_convergence": True,
+            "evaluate_every": max(20, max_steps // 40),
+        }
         converged = {
             name: (replace(found[name][0].with_recipe(**changes), results=results), found[name][1])
             for name in CONVERGENCE

@@ -58,6 +58,12 @@ class Head:
     def settings(self) -> dict[str, Any]:
         return {"kind": self.kind, **self.options, "prior_spread": self.prior_spread}
 
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> "Head":
+        """The head whose `settings` these are."""
+        options = dict(settings)
+        return cls(options.pop("kind"), prior_spread=options.pop("prior_spread"), options=options)
+
     @property
     def name(self) -> str:
         if self.kind == "softmax":

@@ -28,7 +28,7 @@ from text import (
     Words,
     load_text,
 )
-from training import Recipe, fit
+from training import fit, from_scratch_recipe
 
 from hf_mos.tools.rank import log_prob_matrix, log_prob_rank
 
@@ -65,7 +65,7 @@ def main(
     words: Words = False,
     hidden_size: int = 32,
     num_layers: int = 2,
-    steps: Annotated[int, typer.Option(help="Of training before the rank is measured.")] = 200,
+    steps: Annotated[int, typer.Option(help="Of training before the rank is measured.")] = 2000,
     num_contexts: Annotated[int, typer.Option(help="N, the rows of the matrix.")] = 4096,
     seed: int = 0,
     out: Out = DEFAULT_OUT,
@@ -77,7 +77,7 @@ def main(
     text = load_text(
         Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size, words
     )
-    recipe = Recipe(steps, learning_rate=1e-2, head_learning_rate=1e-3)
+    recipe = from_scratch_recipe(steps, learning_rate=5e-3, head_learning_rate=5e-4)
     experiment = Experiment(text, Size(hidden_size, num_layers), recipe, Results(out, "rank", quick))
     measured = {}
     for head in QUICK if quick else HEADS:

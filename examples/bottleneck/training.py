@@ -23,13 +23,14 @@ MODEL_BATCH = 64  # blocks in an evaluation
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained: AdamW, warm-up over a twentieth of the steps, gradients of norm 1 at most."""
+    """How a model is trained: AdamW, gradients of norm 1 at most."""
 
     steps: int  # all of them, or at most where it stops early
     learning_rate: float
     head_learning_rate: float | None = None  # of the prior and the latents; `None`: as all the rest
     batch_size: int = 16  # blocks
     weight_decay: float = 0.01
+    warmup: float = 0.05  # of the steps
     train_backbone: bool = True  # `False`: the head alone, with the decoder, which the input embedding then lets go
     to_convergence: bool = False  # constant learning rate, a quarter of it whenever the validation loss stays
     evaluate_every: int = 100
@@ -40,6 +41,11 @@ class Recipe:
     @property
     def settings(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def from_scratch_recipe(steps: int, learning_rate: float, head_learning_rate: float | None = None) -> Recipe:
+    """Of new weights, for a fixed number of steps. A shorter warm-up and larger batches learn much more slowly."""
+    return Recipe(steps, learning_rate, head_learning_rate, batch_size=8, warmup=0.25)
 
 
 def checkpoint_recipe(steps: int, learning_rate: float = 2e-2) -> Recipe:
@@ -63,7 +69,7 @@ def fit(model: PreTrainedModel, text: Text, recipe: Recipe, seed: int, name: str
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(name, total=recipe.steps)
         while step < recipe.steps and not stopped_early:
-            scale = min(1.0, (step + 1) / (recipe.steps / 20))
+            scale = min(1.0, (step + 1) / (recipe.steps * recipe.warmup))
             scale *= stop.scale if stop else 1 - step / recipe.steps
             started = time.process_time()
             take_step(model, next(batches), optimizer, scale)

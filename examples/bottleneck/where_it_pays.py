@@ -34,7 +34,7 @@ from text import (
     Words,
     load_text,
 )
-from training import Recipe
+from training import from_scratch_recipe
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 MIXTURE = mixture(4)
@@ -119,7 +119,7 @@ def main(
     words: Words = False,
     hidden_sizes: Annotated[list[int] | None, typer.Option(help="D; give it several times.")] = None,
     num_layers: int = 2,
-    steps: int = 300,
+    steps: int = 400,
     learning_rate: Annotated[
         float, typer.Option(help="At D = 32; in proportion to 1 / sqrt(D) elsewhere, and a tenth for the latents.")
     ] = 5e-3,
@@ -137,7 +137,9 @@ def main(
     results, rows = Results(out, "where_it_pays", quick), []
     for hidden_size in sizes:
         rate = learning_rate * math.sqrt(32 / hidden_size)
-        experiment = Experiment(text, Size(hidden_size, num_layers), Recipe(steps, rate, rate / 10), results)
+        experiment = Experiment(
+            text, Size(hidden_size, num_layers), from_scratch_recipe(steps, rate, rate / 10), results
+        )
         rows.append(measure(experiment, seeds, rounds=2 if quick else 5))
     show(f"From scratch on {text.name}, {steps} steps, perplexity, {seeds} seeds", rows)
     show("Operations of a training step with a mixture, as a multiple of those with one softmax", costs_in_use())
