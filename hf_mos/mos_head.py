@@ -25,7 +25,8 @@ class MoSLMHead(nn.Module):
 
     K latents, each a projection of the hidden state, share one decoder; the prior weighs their softmaxes. The
     parameters have the names of the paper's code: `prior`, `latent`, `decoder`. With `latent_rank` the latents are
-    `h + basis(activation(shift(h))_k)` instead, see [`SubspaceLatents`], and `shift` and `basis` stand for `latent`.
+    `h + basis(activation(shift(h))_k)` instead, see [`SubspaceLatents`], and `shift` stands for `latent`, beside a
+    `basis` of random orthonormal directions that is not trained.
 
     `head(hidden_states)` gives log-probabilities; `head(hidden_states, targets=..., reduction=...)` gives the loss,
     without a vocabulary-wide tensor. `temperature` in generation acts on the mixture, not on each component, as what
@@ -42,7 +43,8 @@ class MoSLMHead(nn.Module):
     mixture predicts what one softmax with its decoder predicts, whatever the prior. The prior has random weights of
     standard deviation 1 / sqrt(D), so that the mixture weights differ from token to token, each component gets the
     gradients of other tokens, and the components part. Under equal weights their gradients would be equal and they
-    would stay clones for ever.
+    would stay clones for ever. The basis is fixed: Adam moves a trained one at random while the shift is still zero,
+    and none of the gain was left then (`examples/bottleneck/defaults.py`).
     Measured by `python examples/benchmarks/initialisation.py --threads 1` (K = 4, D = 32, V = 2048, 400 steps from the
     same checkpoint; largest change of a log-probability at step 0, then validation perplexity, where one softmax
     reaches 118):
@@ -55,6 +57,8 @@ class MoSLMHead(nn.Module):
 
     Source: Yang et al. 2018, arXiv 1711.03953, section 2.3.
     """
+
+    basis: Tensor  # (E, R)
 
     def __init__(self, config: MoSConfig, decoder: nn.Linear | None = None) -> None:
         super().__init__()
@@ -81,7 +85,8 @@ class MoSLMHead(nn.Module):
             self.shift = nn.Linear(
                 input_size, K * self.latent_rank, bias=config.latent_bias, dtype=dtype, device=device
             )
-            self.basis = nn.Parameter(torch.empty(self.latent_size, self.latent_rank, dtype=dtype, device=device))
+            # Not trained: a loaded parameter would be.
+            self.register_buffer("basis", torch.empty(self.latent_size, self.latent_rank, dtype=dtype, device=device))
         self.activation = ACTIVATIONS[config.latent_activation]()
         self.dropout = nn.Dropout(config.latent_dropout)
         self.decoder = decoder
@@ -91,11 +96,13 @@ class MoSLMHead(nn.Module):
     def reset_parameters(self) -> None:
         """Initialises all but the decoder, as the class's docstring says."""
         init.normal_(self.prior.weight, std=self.input_size**-0.5)
-        if self.latent_rank is not None:
-            init.zeros_(self.shift.weight)
-            init.normal_(self.basis, std=self.latent_size**-0.5)
-        elif self.latent.weight.numel() == 0:
+        if (self.latent if self.latent_rank is None else self.shift).weight.numel() == 0:
             pass  # ZeRO-3 has taken it away, while a checkpoint is loaded
+        elif self.latent_rank is not None:
+            init.zeros_(self.shift.weight)
+            # In fp32, as bf16 has no QR decomposition.
+            directions = nn.init.orthogonal_(torch.empty(self.latent_size, self.latent_rank, dtype=torch.float32))
+            init.copy_(self.basis, directions.to(self.basis))
         elif isinstance(self.activation, nn.Identity):
             eye = torch.eye(self.latent_size, self.input_size)
             init.copy_(self.latent.weight, eye.repeat(self.num_mixtures, 1).to(self.latent.weight))

@@ -42,6 +42,9 @@ VARIANTS: dict[str, tuple[Head, float]] = {
     "num_mixtures=2": (mixture(2), 10),
     "num_mixtures=8": (mixture(8), 10),
     "latent_rank=16": (mixture(4, latent_rank=16), 10),
+    "latent_rank=16, its basis trained": (Head("trained basis", {"num_mixtures": 4, "latent_rank": 16}), 10),
+    "latent_rank=32": (mixture(4, latent_rank=32), 10),
+    "latent_rank=32, its basis trained": (Head("trained basis", {"num_mixtures": 4, "latent_rank": 32}), 10),
     "latent_activation='tanh'": (mixture(4, latent_activation="tanh"), 10),
 }
 QUICK = ["one softmax", "the defaults", "num_mixtures=2", "prior_bias=True"]

@@ -43,7 +43,22 @@ class ContextsHead(MoSLMHead):
         return torch.einsum("...k,...ke->...e", weights, super().latents(hidden_states)).unsqueeze(-2)
 
 
-HEAD_CLASSES = {"softmax": SoftmaxHead, "contexts": ContextsHead, "mixture": MoSLMHead}
+class TrainedBasisHead(MoSLMHead):
+    """Equivalent to: MoSLMHead with `latent_rank`, but for its basis, which is trained."""
+
+    def __init__(self, config: MoSConfig, decoder: nn.Linear) -> None:
+        super().__init__(config, decoder)
+        basis = self.basis
+        del self.basis
+        self.basis = nn.Parameter(basis)
+
+
+HEAD_CLASSES = {
+    "softmax": SoftmaxHead,
+    "contexts": ContextsHead,
+    "trained basis": TrainedBasisHead,
+    "mixture": MoSLMHead,
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +86,7 @@ class Head:
         options = dict(self.options)
         K, rank = options.pop("num_mixtures", 4), options.pop("latent_rank", None)
         activation = options.pop("latent_activation", "identity")
-        parts = [f"{'contexts' if self.kind == 'contexts' else 'mixture'} K={K}"]
+        parts = [f"{self.kind} K={K}"]
         parts += [f"R={rank}"] if rank else []
         parts += [activation] if activation != "identity" else []
         parts += [f"prior_spread={self.prior_spread:g}"] if self.prior_spread != 1 else []
