@@ -109,6 +109,7 @@ def main(
     steps: Annotated[int, typer.Option(help="Of each fine-tuning.")] = 1000,
     checkpoint_steps: Annotated[int, typer.Option(help="Of the checkpoint, at most.")] = 40000,
     seeds: Seeds = 3,
+    grid_seeds: Annotated[int, typer.Option(min=1, help="Runs of the other mixtures of latent_rank.")] = 1,
     out: Out = DEFAULT_OUT,
     quick: Quick = False,
 ) -> None:
@@ -141,7 +142,7 @@ def main(
     rows_alone = compare(timed, seconds_alone, seeds)
     show(f"The head alone on {text.name}, with the same learning rates, perplexity", rows_alone)
 
-    rows += compare(others, seconds, seeds)
+    rows += compare(others, seconds, grid_seeds)
     show(f"The whole model on {text.name}, with the grid of latent_rank, perplexity", rows)
 
     wide = replace(base, checkpoint=None).widened(SOFTMAX, whole.operations(FULL)).with_recipe(learning_rate=WIDE_RATE)
