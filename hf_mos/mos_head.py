@@ -100,9 +100,7 @@ class MoSLMHead(nn.Module):
             pass  # ZeRO-3 has taken it away, while a checkpoint is loaded
         elif self.latent_rank is not None:
             init.zeros_(self.shift.weight)
-            # In fp32, as bf16 has no QR decomposition.
-            directions = nn.init.orthogonal_(torch.empty(self.latent_size, self.latent_rank, dtype=torch.float32))
-            init.copy_(self.basis, directions.to(self.basis))
+            init.copy_(self.basis, random_directions(self.latent_size, self.latent_rank).to(self.basis))
         elif isinstance(self.activation, nn.Identity):
             eye = torch.eye(self.latent_size, self.input_size)
             init.copy_(self.latent.weight, eye.repeat(self.num_mixtures, 1).to(self.latent.weight))
@@ -263,6 +261,12 @@ def _project(projection: nn.Module, hidden_states: Tensor) -> Tensor:
         return projection(hidden_states)
     outputs = multiply(hidden_states.flatten(0, -2), projection.weight, projection.bias)
     return outputs.unflatten(0, hidden_states.shape[:-1])
+
+
+def random_directions(size: int, count: int) -> Tensor:
+    """Orthonormal columns (size, count) in fp32: the same in every process, as no engine makes buffers equal."""
+    directions = torch.empty(size, count, dtype=torch.float32, device="cpu")
+    return nn.init.orthogonal_(directions, generator=torch.Generator().manual_seed(0))
 
 
 def _fit_decoder(decoder: nn.Linear, config: MoSConfig) -> nn.Linear:

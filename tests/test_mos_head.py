@@ -13,11 +13,14 @@ from hf_mos import MoSConfig, MoSLMHead
 D, V, N = 12, 31, 10
 
 
+def make_config(**options):
+    backbone = LlamaConfig(vocab_size=V, hidden_size=D, num_attention_heads=2, tie_word_embeddings=False)
+    return MoSConfig(text_config=backbone, **{"num_mixtures": 3, **options})
+
+
 def make_head(decoder=None, **options):
     torch.manual_seed(0)
-    backbone = LlamaConfig(vocab_size=V, hidden_size=D, num_attention_heads=2, tie_word_embeddings=False)
-    head = MoSLMHead(MoSConfig(text_config=backbone, **{"num_mixtures": 3, **options}), decoder=decoder)
-    return head
+    return MoSLMHead(make_config(**options), decoder=decoder)
 
 
 def trained(head):
@@ -165,3 +168,16 @@ def test_dropout_acts_in_training_alone():
 def test_targets_of_another_shape():
     with pytest.raises(ValueError, match=r"targets: expected \(2, 5\), given \(2, 4\)"):
         make_head()(inputs()[0], targets=torch.zeros(2, 4, dtype=torch.long))
+
+
+def test_the_basis_is_orthonormal_the_same_everywhere_and_not_trained():
+    first = make_head(latent_rank=4)
+    second = MoSLMHead(make_config(latent_rank=4))  # without a seed
+    torch.testing.assert_close(first.basis.T @ first.basis, torch.eye(4))
+    assert torch.equal(first.basis, second.basis)
+    before, optimizer = first.basis.clone(), torch.optim.AdamW(first.parameters(), lr=0.1)
+    hidden_states, targets = inputs()
+    first(hidden_states, targets).backward()
+    optimizer.step()
+    assert first.shift.weight.abs().max() > 0
+    assert torch.equal(first.basis, before)

@@ -132,7 +132,7 @@ def test_the_head_has_a_learning_rate_of_its_own(
 ) -> None:
     options = ["--model", base, "--train-file", text_file, "--max-steps", 2, "--weight-decay", 0.1]
     weights = {}
-    for rate in (0, 1e-3, 1e-1):  # the second is that of the rest
+    for rate in (0, 1e-3, 1e-2, 1e-1):  # the second is that of the rest, the third the default
         out = tmp_path / str(rate)
         run(*options, "--output-dir", out, "--head-learning-rate", rate)
         weights[rate] = load_file(out / "model.safetensors")
@@ -142,7 +142,7 @@ def test_the_head_has_a_learning_rate_of_its_own(
     assert moved[1e-1] > 10 * moved[1e-3] > 0
     run(*options, "--output-dir", tmp_path / "one")
     one = load_file(tmp_path / "one" / "model.safetensors")
-    assert all(torch.equal(one[name], weights[1e-3][name]) for name in one)
+    assert all(torch.equal(one[name], weights[1e-2][name]) for name in one)
     with pytest.raises(ValueError, match="--head-learning-rate: expected none with --head softmax"):
         run(*options, "--output-dir", tmp_path / "none", "--head", "softmax", "--head-learning-rate", 0.1)
 
