@@ -26,7 +26,7 @@ class MoSLMHead(nn.Module):
     K latents, each a projection of the hidden state, share one decoder; the prior weighs their softmaxes. The
     parameters have the names of the paper's code: `prior`, `latent`, `decoder`. With `latent_rank` the latents are
     `h + basis(activation(shift(h))_k)` instead, see [`SubspaceLatents`], and `shift` stands for `latent`, beside a
-    `basis` of random orthonormal directions that is not trained.
+    `basis` of fixed orthonormal directions.
 
     `head(hidden_states)` gives log-probabilities; `head(hidden_states, targets=..., reduction=...)` gives the loss,
     without a vocabulary-wide tensor. `temperature` in generation acts on the mixture, not on each component, as what
@@ -85,8 +85,8 @@ class MoSLMHead(nn.Module):
             self.shift = nn.Linear(
                 input_size, K * self.latent_rank, bias=config.latent_bias, dtype=dtype, device=device
             )
-            # Not trained: a loaded parameter would be.
-            self.register_buffer("basis", torch.empty(self.latent_size, self.latent_rank, dtype=dtype, device=device))
+            basis = torch.empty(self.latent_size, self.latent_rank, dtype=dtype, device=device)
+            self.register_buffer("basis", basis, persistent=False)
         self.activation = ACTIVATIONS[config.latent_activation]()
         self.dropout = nn.Dropout(config.latent_dropout)
         self.decoder = decoder
@@ -96,11 +96,12 @@ class MoSLMHead(nn.Module):
     def reset_parameters(self) -> None:
         """Initialises all but the decoder, as the class's docstring says."""
         init.normal_(self.prior.weight, std=self.input_size**-0.5)
+        if self.latent_rank is not None:
+            init.copy_(self.basis, cosine_directions(self.latent_size, self.latent_rank).to(self.basis))
         if (self.latent if self.latent_rank is None else self.shift).weight.numel() == 0:
             pass  # ZeRO-3 has taken it away, while a checkpoint is loaded
         elif self.latent_rank is not None:
             init.zeros_(self.shift.weight)
-            init.copy_(self.basis, random_directions(self.latent_size, self.latent_rank).to(self.basis))
         elif isinstance(self.activation, nn.Identity):
             eye = torch.eye(self.latent_size, self.input_size)
             init.copy_(self.latent.weight, eye.repeat(self.num_mixtures, 1).to(self.latent.weight))
@@ -263,10 +264,16 @@ def _project(projection: nn.Module, hidden_states: Tensor) -> Tensor:
     return outputs.unflatten(0, hidden_states.shape[:-1])
 
 
-def random_directions(size: int, count: int) -> Tensor:
-    """Orthonormal columns (size, count) in fp32: the same in every process, as no engine makes buffers equal."""
-    directions = torch.empty(size, count, dtype=torch.float32, device="cpu")
-    return nn.init.orthogonal_(directions, generator=torch.Generator().manual_seed(0))
+def cosine_directions(size: int, count: int) -> Tensor:
+    """Equivalent to: rows 1, ..., `count` of the orthonormal DCT-II of `size` numbers, as columns (size, count), fp32.
+
+    Directions that every process and every checkpoint has without storing them. Row 0, the constant one, comes last:
+    a layer norm leaves nothing in that direction.
+    """
+    position = torch.arange(size, dtype=torch.float64, device="cpu") + 0.5
+    frequency = torch.arange(1, count + 1, dtype=torch.float64, device="cpu") % size
+    directions = torch.cos(torch.pi / size * torch.outer(position, frequency))
+    return (directions / directions.norm(dim=0)).float()
 
 
 def _fit_decoder(decoder: nn.Linear, config: MoSConfig) -> nn.Linear:

@@ -195,7 +195,7 @@ def test_a_sharded_checkpoint_resumes_to_the_bit(saved: Path) -> None:
 
 def save_sharded(folder: str) -> None:
     rank = torch.distributed.get_rank()
-    for name in ("llama-tied", "llama"):
+    for name in MODELS[1:]:
         model = load_sharded(Path(folder, "whole", name), name)
         losses = train(model, rank, WORLD_SIZE)
         model.save_pretrained(f"{folder}/{name}-shards", distributed_checkpoint=True)
@@ -236,7 +236,7 @@ def save_and_resume(folder: str) -> None:
 
 
 def test_a_sharded_checkpoint_of_transformers_merges(saved: Path) -> None:
-    for name in ("llama-tied", "llama"):
+    for name in MODELS[1:]:
         shards, merged = saved / f"{name}-shards", saved / f"{name}-merged"
         assert len(list(shards.glob("shard-*.safetensors"))) == WORLD_SIZE
         consolidate_distributed_checkpoint(shards, merged)

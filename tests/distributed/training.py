@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from hf_mos import MoSForCausalLM
 from hf_mos.tools.callbacks import MixtureUsage
 
-MODELS = ("gpt2", "llama-tied", "llama")  # the first is tied too
+MODELS = ("gpt2", "llama-tied", "llama R=4")  # the first is tied too; the last has a latent_rank
 STEPS, BATCH, LENGTH = 5, 4, 12
 LEARNING_RATE = 0.05
 ACCUMULATION = 2  # of the Trainer
@@ -21,6 +21,9 @@ ACCUMULATION = 2  # of the Trainer
 
 def make_model(name: str, **options: Any) -> MoSForCausalLM:
     """Of weights so small that rounding stays below what is compared."""
+    name, _, rank = name.partition(" R=")
+    if rank:
+        options = {"latent_rank": int(rank)} | options
     model = MoSForCausalLM.from_causal_lm(tiny_causal_lm(name, initializer_range=0.1), num_mixtures=3, **options)
     projection = model.lm_head.latent if model.config.latent_rank is None else model.lm_head.shift
     with torch.no_grad():
