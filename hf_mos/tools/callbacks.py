@@ -198,6 +198,8 @@ def whole_head(head: MoSLMHead, config: Any) -> MoSLMHead:
         return head
     V, E = weights["decoder.weight"].shape
     whole = MoSLMHead(config, decoder=nn.Linear(E, V, bias="decoder.bias" in weights, device="meta"))
+    if head.latent_rank is not None:
+        whole.basis = head.basis
     whole.load_state_dict(weights, assign=True)
     return whole
 

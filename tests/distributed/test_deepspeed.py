@@ -100,5 +100,5 @@ def test_a_save_loads_in_a_fresh_process(trained: Path, tmp_path: Path) -> None:
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
         "print(type(model).__name__, model.generate(torch.tensor([[3, 4]]), max_new_tokens=2).shape)"
     )
-    printed = run_python(code, trained / "llama-out", cache=tmp_path)
+    printed = run_python(code, trained / f"{MODELS[-1]}-out", cache=tmp_path)
     assert printed.splitlines()[-1] == "MoSForCausalLM torch.Size([1, 4])"

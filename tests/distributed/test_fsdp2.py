@@ -139,7 +139,7 @@ def test_a_save_loads_without_hf_mos(trained: Path, tmp_path: Path) -> None:
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
         "print(type(model).__name__)"
     )
-    printed = run_python(code, trained / "transformers-llama-saved", cache=tmp_path)
+    printed = run_python(code, trained / f"transformers-{MODELS[-1]}-saved", cache=tmp_path)
     assert printed.split()[-1] == "MoSForCausalLM"
 
 
