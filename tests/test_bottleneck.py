@@ -1,6 +1,7 @@
 """The scripts that measure what the mixture buys: their controls are what they claim, and they run."""
 
 import json
+import math
 import os
 import random
 import subprocess
@@ -175,12 +176,48 @@ def test_rank_by_its_command(tmp_path, data_dir):
 
 
 def test_retrofit_by_its_command(tmp_path, data_dir):
+    from models import mixture
+
     arguments = ["--data-dir", data_dir, *TINY, "--checkpoint-steps", "60", "--seeds", "1", "--out", tmp_path / "out"]
     printed = run("retrofit.py", *arguments)
     results = (tmp_path / "out" / "retrofit.json").read_text()
     assert "| mixture K=4 R=16 |" in printed
     assert str(data_dir.parent) not in results
     assert (tmp_path / "out" / "retrofit.png").stat().st_size > 0
+    assert "A softmax of hidden size" in printed
+
+    run("cards.py", "--out", tmp_path / "out", "--cards", tmp_path / "cards")
+    card = (tmp_path / "cards" / "retrofit" / f"mixture-K4-D{D}.md").read_text()
+    runs = [each for each in json.loads(results)["runs"] if each["settings"].get("head", {}) == mixture(4).settings]
+    best = min(each["result"]["valid_nats"] for each in runs if each["settings"]["recipe"]["train_backbone"])
+    assert f"| validation | perplexity per token | {math.exp(best):.2f}".rstrip("0") in card
+    assert "| one softmax | 8 | 2 |" in card
+
+
+def test_words_are_tokens_and_unknown_ones_are_one(data_dir):
+    from text import Source, load_text
+
+    (data_dir / "valid.txt").write_text("the cat sees <unk> zebras\n" * 30)
+    text = load_text(Source(data_dir), vocab_size=0, words=True, block_size=6)
+    assert text.vocab_size == 11  # nine words, the end of a text and the unknown word
+    assert text.tokenizer.convert_ids_to_tokens(text.valid[0].tolist()) == [
+        "the", "cat", "sees", "<unk>", "<unk>", "<|endoftext|>",
+    ]  # fmt: skip
+    assert int(text.train.max()) < text.vocab_size
+
+
+def test_the_trained_basis_starts_as_the_fixed_one_and_learns():
+    from models import Head, Size, mixture, new_softmax_model, with_head
+    from training import Recipe, fit
+
+    options = {"num_mixtures": 2, "latent_rank": 3}
+    fixed, moving = (
+        with_head(new_softmax_model(Size(D, 1), V, LENGTH, 0), head, 0)
+        for head in (mixture(2, latent_rank=3), Head("trained basis", options))
+    )
+    assert torch.equal(fixed.lm_head.basis, moving.lm_head.basis)
+    fit(moving, some_text(), Recipe(3, 1e-2, batch_size=4), seed=0, name="")
+    assert not torch.equal(fixed.lm_head.basis, moving.lm_head.basis)
 
 
 def test_a_text_that_is_not_there_is_named():

@@ -102,10 +102,14 @@ def main(
     out: Out = DEFAULT_OUT,
     cards: Annotated[Path, typer.Option(help="Folder of the cards.")] = Path("model_cards"),
 ) -> None:
-    for question in HOW:
+    files = {question: out / f"{question}.json" for question in HOW}
+    answered = [question for question, file in files.items() if file.exists()]
+    if not answered:
+        raise typer.BadParameter(f"--out: expected one of {', '.join(map(str, files.values()))}, found none")
+    for question in answered:
         runs = [
             run
-            for run in json.loads((out / f"{question}.json").read_text("utf-8"))["runs"]
+            for run in json.loads(files[question].read_text("utf-8"))["runs"]
             if run["settings"].get("recipe", {}).get("train_backbone")  # neither a measured cost nor the head alone
         ]
         configurations = [chosen(configuration) for configuration in groups(runs, *SEARCHED)]
