@@ -108,7 +108,9 @@ class SubspaceProjection:
         self.d_shifts = torch.zeros_like(self.shifts) if wanted[1] else None
         self.wants_basis, self.wants_shared = wanted[2], wanted[0] or wants_weight
         self.d_weight = Accumulator(weight, wants_weight, sum_dtype)
-        self.d_narrow_weight = Accumulator(self.narrow_weight, wants_weight or self.wants_basis, sum_dtype)
+        # Column by column: at R = 8 MKL adds such a product in a third to a tenth of the time.
+        by_column = weight.new_empty(self.narrow_weight.t().shape).t()
+        self.d_narrow_weight = Accumulator(by_column, wants_weight or self.wants_basis, sum_dtype)
         self.buffer = weight[:0]
 
     def open(self, group: Tokens, size: int, bias: Tensor | None) -> None:
