@@ -184,7 +184,7 @@ def test_retrofit_by_its_command(tmp_path, data_dir):
     assert "| mixture K=4 R=16 |" in printed
     assert str(data_dir.parent) not in results
     assert (tmp_path / "out" / "retrofit.png").stat().st_size > 0
-    assert "A softmax of hidden size" in printed
+    assert "| softmax, hidden size 18 |" in printed
 
     run("cards.py", "--out", tmp_path / "out", "--cards", tmp_path / "cards")
     card = (tmp_path / "cards" / "retrofit" / f"mixture-K4-D{D}.md").read_text()

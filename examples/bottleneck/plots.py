@@ -17,7 +17,7 @@ def color_of(name: str) -> str:
 
 
 def plot_costs(
-    path: Path, title: str, rows: Sequence[dict[str, Any]], reference: tuple[str, float] | None = None
+    path: Path, title: str, rows: Sequence[dict[str, Any]], references: dict[str, float] | None = None
 ) -> None:
     """Perplexity against operations and against seconds, with the best of the softmaxes that cost as much or less."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
@@ -32,8 +32,7 @@ def plot_costs(
         for x, y, name in points:
             axes.plot(x, y, "o", color=color_of(name), markersize=5)
             axes.annotate(name.removeprefix("mixture "), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6)
-        if reference:
-            name, perplexity = reference
+        for name, perplexity in (references or {}).items():
             axes.axhline(perplexity, color=color_of(name), linewidth=1, linestyle="--")
             axes.annotate(name, (0, perplexity), xytext=(4, 3), textcoords="offset points", fontsize=6)
         axes.set(xlabel=label)

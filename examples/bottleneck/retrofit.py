@@ -7,8 +7,9 @@ A softmax model is trained until its validation loss no longer falls. From there
 mixtures in a shared subspace (`latent_rank` R) are fine-tuned for the same steps, on the same data in the same order,
 with the same learning-rate search: the whole model, then the head alone. The old head is also trained for the seconds
 of the mixtures and more. The controls are a latent before the softmax (K = 1) and a mixture of contexts. The plot has
-perplexity against operations and against seconds with the softmax as the frontier, and a line for a softmax model that
-is widened until it spends the operations of the mixture of 4 and is trained as the checkpoint was, from scratch.
+perplexity against operations and against seconds with the softmax as the frontier, and lines for two models that are
+trained from scratch as the checkpoint was: a softmax that is widened until it spends the operations of the mixture of
+4, and the mixture of 4.
 """
 
 from dataclasses import replace
@@ -43,7 +44,7 @@ MIXTURE_RATES = [
     for rate, head_rate in ((1e-3, 1e-2), (1e-3, 3e-2), (3e-3, 3e-2))
 ]
 LONGER = [2, 4]  # times the steps, for the old head
-WIDE_RATE = 1e-2  # of the widened softmax, from scratch
+WIDE_RATE, SCRATCH_HEAD_RATE = 1e-2, 5e-3  # from scratch: of the widened softmax; of the mixture's prior and latents
 
 Configurations = dict[str, tuple[Experiment, Head]]
 
@@ -145,19 +146,28 @@ def main(
     rows += compare(others, seconds, grid_seeds)
     show(f"The whole model on {text.name}, with the grid of latent_rank, perplexity", rows)
 
-    wide = replace(base, checkpoint=None).widened(SOFTMAX, whole.operations(FULL)).with_recipe(learning_rate=WIDE_RATE)
-    fitted = wide.train(SOFTMAX, 0)
-    perplexity = perplexities([fitted])[0]
-    print(
-        f"\nA softmax of hidden size {wide.size.hidden_size} from scratch: {fitted['steps']} steps, "
-        f"{fitted['seconds']:.0f} s, perplexity {perplexity:.2f} (validation) and "
-        f"{perplexities([fitted], 'test')[0]:.2f} (test)"
-    )
+    scratch = replace(base, checkpoint=None)
+    wide = scratch.widened(SOFTMAX, whole.operations(FULL)).with_recipe(learning_rate=WIDE_RATE)
+    references = {
+        f"softmax, hidden size {wide.size.hidden_size}": wide.train(SOFTMAX, 0),
+        FULL.name: scratch.with_recipe(head_learning_rate=SCRATCH_HEAD_RATE).train(FULL, 0),
+    }
+    rows_scratch = [
+        {
+            "head": name,
+            "steps": result["steps"],
+            "seconds": round(result["seconds"]),
+            "validation": spread(perplexities([result]), 2),
+            "test": spread(perplexities([result], "test"), 2),
+        }
+        for name, result in {f"softmax, hidden size {hidden_size}: the checkpoint": checkpoint, **references}.items()
+    ]
+    show(f"From scratch on {text.name}, until the validation loss no longer fell, perplexity", rows_scratch)
     plot_costs(
         results.path.with_suffix(".png"),
         f"Fine-tuned from the same checkpoint on {text.name}",
         rows,
-        (f"softmax, hidden size {wide.size.hidden_size}, from scratch", perplexity),
+        {f"{name}, from scratch": perplexities([result])[0] for name, result in references.items()},
     )
 
 
