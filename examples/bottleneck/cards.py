@@ -22,13 +22,7 @@ from rich.progress import track
 from hf_mos import MoSForCausalLM
 from hf_mos.tools.card import model_card
 
-# The questions whose models get cards, and how each trained them.
-HOW = {
-    "from_scratch": "Trained from random weights",
-    "from_scratch_to_convergence": "Trained from random weights until its validation loss no longer fell",
-    "where_it_pays": "Trained from random weights",
-    "retrofit": "A softmax model, trained until its validation loss no longer fell, was fine-tuned with this head",
-}
+QUESTIONS = ["from_scratch", "from_scratch_to_convergence", "where_it_pays", "retrofit"]
 SEARCHED = ("learning_rate", "head_learning_rate")
 
 Runs = list[dict[str, Any]]
@@ -86,12 +80,17 @@ def comparison(softmaxes: list[Runs], this: Runs) -> str:
     return "\n".join(lines) + "\n\nThe means over seeds 0, 1, ...; seconds of the processor, one thread."
 
 
-def description(question: str, run: dict[str, Any]) -> str:
+def description(run: dict[str, Any]) -> str:
     settings, recipe = run["settings"], run["settings"]["recipe"]
+    how = "Trained from random weights"
+    if settings["checkpoint"]:
+        how = "A softmax model, trained until its validation loss no longer fell, was fine-tuned with this head"
+    elif recipe["to_convergence"]:
+        how += " until its validation loss no longer fell"
     blocks = f"{recipe['batch_size']} blocks of {settings['blocks'][1]} tokens"
     made_with = ", ".join(f"{library} {version}" for library, version in run["versions"].items())
     return (
-        f"{HOW[question]}: {run['result']['steps']} steps of {blocks} of {settings['text']} (vocabulary of "
+        f"{how}: {run['result']['steps']} steps of {blocks} of {settings['text']} (vocabulary of "
         f"{settings['vocab_size']}), seed {settings['seed']}, learning rate {recipe['learning_rate']:g}, of the prior "
         f"and the latents {recipe['head_learning_rate'] or recipe['learning_rate']:g}. "
         f"Made with {made_with}; this card at commit {versions().get('commit', 'unknown')}."
@@ -102,7 +101,7 @@ def main(
     out: Out = DEFAULT_OUT,
     cards: Annotated[Path, typer.Option(help="Folder of the cards.")] = Path("model_cards"),
 ) -> None:
-    files = {question: out / f"{question}.json" for question in HOW}
+    files = {question: out / f"{question}.json" for question in QUESTIONS}
     answered = [question for question, file in files.items() if file.exists()]
     if not answered:
         raise typer.BadParameter(f"--out: expected one of {', '.join(map(str, files.values()))}, found none")
@@ -128,13 +127,14 @@ def main(
                 command=first["command"],
                 machine="one thread of a CPU",
                 comparison=comparison(softmaxes, found),
-                description=description(question, first),
+                description=description(first),
                 limits=["It is evidence, not a tool: a small model of a small text."],
                 prompt="the company said",
                 language="en",
             )
-            size = f"-D{first['settings']['size']['hidden_size']}"
-            card.save(folder / f"{head.name.replace(' ', '-').replace('=', '')}{size}.md")
+            suffix = f"D{first['settings']['size']['hidden_size']}"
+            suffix += "-converged" if first["settings"]["recipe"]["to_convergence"] else ""
+            card.save(folder / f"{head.name} {suffix}.md".replace(" ", "-").replace("=", ""))
 
 
 if __name__ == "__main__":
