@@ -39,8 +39,8 @@ class MoSConfig(PreTrainedConfig):
             E, the width of each component's latent. `None`: the decoder's input width. Another width needs an untied
             decoder, as the input embedding has the backbone's width.
         latent_rank (`int`, *optional*):
-            R: the components differ only inside one subspace of this rank that they share, `latents_k = h + basis @
-            shift_k(h)`, at the cost of 1 + K R / E softmax heads instead of K. `None`: full latents.
+            R: the components differ only inside one fixed subspace of this rank that they share, `latents_k = h +
+            basis @ shift_k(h)`, at the cost of 1 + K R / E softmax heads instead of K. `None`: full latents.
         latent_activation (`str`, defaults to `"identity"`):
             `"identity"`, or `"tanh"` as in the paper; it acts on the latents, with `latent_rank` on the shifts. A full
             latent behind a tanh cannot be put on a trained model unchanged.

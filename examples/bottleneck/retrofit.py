@@ -37,11 +37,11 @@ FULL, CHEAP = mixture(4), mixture(4, latent_rank=16)
 # A latent alone, and mixed before one softmax: what is gained by them is not gained by mixing softmaxes.
 CONTROLS = [mixture(1), contexts(4)]
 GRID = [mixture(K, latent_rank=R) for K in (4, 8, 16) for R in (8, 16, 32)]
-# Three tries for each head; what is new in a mixture stands beside trained weights and bears higher rates than they.
-SOFTMAX_RATES = [{"learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3)]
+# Four tries for each head; what is new in a mixture stands beside trained weights and bears higher rates than they.
+SOFTMAX_RATES = [{"learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3, 1e-2)]
 MIXTURE_RATES = [
     {"learning_rate": rate, "head_learning_rate": head_rate}
-    for rate, head_rate in ((1e-3, 1e-2), (1e-3, 3e-2), (3e-3, 3e-2))
+    for rate, head_rate in ((1e-3, 1e-2), (1e-3, 3e-2), (3e-3, 3e-2), (1e-2, 3e-2))
 ]
 LONGER = [2, 4]  # times the steps, for the old head
 WIDE_RATE, SCRATCH_HEAD_RATE = 1e-2, 5e-3  # from scratch: of the widened softmax; of the mixture's prior and latents
