@@ -117,7 +117,7 @@ def main(
     start()
     tries, grid, rounds = slice(None), GRID, 4
     if quick:
-        vocab_size, hidden_size, num_layers, steps, checkpoint_steps, seeds = 512, 16, 1, 60, 600, 1
+        vocab_size, hidden_size, num_layers, steps, checkpoint_steps, seeds = 512, 16, 1, 60, 400, 1
         tries, grid, rounds = slice(1, 2), [CHEAP], 2
     text = load_text(
         Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size, words

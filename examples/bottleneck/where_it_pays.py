@@ -119,7 +119,7 @@ def main(
     words: Words = False,
     hidden_sizes: Annotated[list[int] | None, typer.Option(help="D; give it several times.")] = None,
     num_layers: int = 2,
-    steps: int = 400,
+    steps: int = 300,
     learning_rate: Annotated[
         float, typer.Option(help="At D = 32; in proportion to 1 / sqrt(D) elsewhere, and a tenth for the latents.")
     ] = 5e-3,
