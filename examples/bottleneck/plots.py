@@ -19,7 +19,10 @@ def color_of(name: str) -> str:
 def plot_costs(
     path: Path, title: str, rows: Sequence[dict[str, Any]], references: dict[str, float] | None = None
 ) -> None:
-    """Perplexity against operations and against seconds, with the best of the softmaxes that cost as much or less."""
+    """Perplexity against operations and against seconds, with the best of the softmaxes that cost as much or less.
+
+    The references stand beside it in words, as they would need another scale.
+    """
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     for axes, column, label in zip(
         figure.subplots(1, 2, sharey=True),
@@ -32,12 +35,12 @@ def plot_costs(
         for x, y, name in points:
             axes.plot(x, y, "o", color=color_of(name), markersize=5)
             axes.annotate(name.removeprefix("mixture "), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6)
-        for name, perplexity in (references or {}).items():
-            axes.axhline(perplexity, color=color_of(name), linewidth=1, linestyle="--")
-            axes.annotate(name, (0, perplexity), xytext=(4, 3), textcoords="offset points", fontsize=6)
         axes.set(xlabel=label)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("validation perplexity")
+    if references:
+        beside = "\n".join(f"{name}: {perplexity:.1f}" for name, perplexity in references.items())
+        figure.axes[0].annotate(beside, (0.02, 0.02), xycoords="axes fraction", fontsize=7)
     figure.suptitle(title)
     figure.savefig(path, dpi=DPI)
 
