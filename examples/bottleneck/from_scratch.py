@@ -37,7 +37,7 @@ FAMILIES: dict[str, tuple[Head, list[Head]]] = {
     "one latent": (mixture(1), [mixture(1)]),
     "contexts": (contexts(4), [contexts(4)]),
     "identity": (MIXTURE, [mixture(2), MIXTURE, mixture(8), mixture(15)]),
-    "tanh": (mixture(4, latent_activation="tanh"), [mixture(K, latent_activation="tanh") for K in (4, 15)]),
+    "tanh": (mixture(4, latent_activation="tanh"), [mixture(4, latent_activation="tanh")]),
     "subspace": (
         mixture(4, latent_rank=16),
         [mixture(K, latent_rank=R) for K, R in ((4, 16), (4, 32), (8, 16))],
