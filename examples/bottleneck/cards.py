@@ -34,7 +34,7 @@ def groups(runs: Runs, *ignored: str) -> list[Runs]:
     for run in runs:
         settings = run["settings"]
         recipe = {name: value for name, value in settings["recipe"].items() if name not in ignored}
-        found.setdefault(json.dumps({**settings, "recipe": recipe, "seed": None}), []).append(run)
+        found.setdefault(json.dumps({**settings, "recipe": recipe, "seed": None}, sort_keys=True), []).append(run)
     return list(found.values())
 
 
