@@ -111,7 +111,7 @@ class Experiment:
             wider = wider.with_size(wider.size.hidden_size + 2 * self.size.num_heads)
         return wider
 
-    def seconds(self, configurations: dict[str, tuple["Experiment", Head]], rounds: int) -> dict[str, float]:
+    def seconds(self, configurations: "Configurations", rounds: int) -> dict[str, float]:
         """Of a training step, per token: measured once, in turn."""
         settings = {
             **self.text.settings,
@@ -122,6 +122,18 @@ class Experiment:
         }
         makers = {name: partial(other.model, head) for name, (other, head) in configurations.items()}
         return self.results.run(settings, lambda: seconds_in_turn(makers, self.batch, self.recipe, rounds))
+
+
+Configurations = dict[str, tuple[Experiment, Head]]  # by the name in a table
+
+
+def train_all(found: Configurations, seeds: int) -> dict[str, list[dict[str, Any]]]:
+    """The results of each; seed after seed, so that an interrupted run has compared as many seeds as it can."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in found}
+    for seed in range(seeds):
+        for name, (experiment, head) in found.items():
+            runs[name].append(experiment.train(head, seed))
+    return runs
 
 
 def folder_name(name: str, settings: dict[str, Any]) -> str:

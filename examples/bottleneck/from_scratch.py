@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
-from experiment import Experiment
+from experiment import Configurations, Experiment, train_all
 from models import SOFTMAX, Head, Size, contexts, mixture
 from plots import plot_costs
 from results import DEFAULT_OUT, Out, Quick, Results, mean, perplexities, show, spread, start
@@ -50,8 +50,6 @@ MIXTURE_RATES = [
     {"learning_rate": rate, "head_learning_rate": head_rate}
     for rate, head_rate in ((2e-3, 2e-3), (5e-3, 5e-4), (5e-3, 5e-3))
 ]
-
-Configurations = dict[str, tuple[Experiment, Head]]
 
 
 def configurations(base: Experiment, quick: bool) -> Configurations:
@@ -149,11 +147,7 @@ def main(
 
 
 def compare(found: Configurations, seconds: dict[str, float], seeds: int) -> list[dict[str, Any]]:
-    """Seed after seed, so that an interrupted run has compared as many seeds as it can."""
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in found}
-    for seed in range(seeds):
-        for name, (experiment, head) in found.items():
-            runs[name].append(experiment.train(head, seed))
+    runs = train_all(found, seeds)
     return [row(name, *found[name], runs[name], seconds[name.split(",")[0]]) for name in found]
 
 

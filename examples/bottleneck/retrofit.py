@@ -7,7 +7,7 @@ A softmax model is trained until its validation loss no longer falls. From there
 mixtures in a shared subspace (`latent_rank` R) are fine-tuned for the same steps, on the same data in the same order,
 with the same learning-rate search: the whole model, then the head alone. The old head is also trained for the seconds
 of the mixtures and more. The controls are a latent before the softmax (K = 1) and a mixture of contexts. The plot has
-perplexity against operations and against seconds with the softmax as the frontier, and lines for two models that are
+perplexity against operations and against seconds with the softmax as the frontier, and in words two models that are
 trained from scratch as the checkpoint was: a softmax that is widened until it spends the operations of the mixture of
 4, and the mixture of 4.
 """
@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
-from experiment import Experiment
+from experiment import Configurations, Experiment, train_all
 from models import SOFTMAX, Head, Size, contexts, mixture
 from plots import plot_costs
 from results import DEFAULT_OUT, Out, Quick, Results, Seeds, mean, perplexities, show, spread, start
@@ -45,8 +45,6 @@ MIXTURE_RATES = [
 ]
 LONGER = [2, 4]  # times the steps, for the old head
 WIDE_RATE, SCRATCH_HEAD_RATE = 1e-2, 5e-3  # from scratch: of the widened softmax; of the mixture's prior and latents
-
-Configurations = dict[str, tuple[Experiment, Head]]
 
 
 def configurations(base: Experiment, tries: slice) -> Configurations:
@@ -89,11 +87,7 @@ def row(
 
 
 def compare(found: Configurations, seconds: dict[str, float], seeds: int) -> list[dict[str, Any]]:
-    """Seed after seed, so that an interrupted run has compared as many seeds as it can."""
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in found}
-    for seed in range(seeds):
-        for name, (experiment, head) in found.items():
-            runs[name].append(experiment.train(head, seed))
+    runs = train_all(found, seeds)
     return [row(name, *found[name], runs[name], seconds[name.split(",")[0]]) for name in found]
 
 

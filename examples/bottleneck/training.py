@@ -48,9 +48,9 @@ def from_scratch_recipe(steps: int, learning_rate: float, head_learning_rate: fl
     return Recipe(steps, learning_rate, head_learning_rate, batch_size=8, warmup=0.25)
 
 
-def checkpoint_recipe(steps: int, learning_rate: float = 2e-2) -> Recipe:
+def checkpoint_recipe(steps: int) -> Recipe:
     """Of the softmax model that a fine-tuning starts from: until its validation loss no longer falls."""
-    return Recipe(steps, learning_rate, to_convergence=True, evaluate_every=max(50, steps // 80))
+    return Recipe(steps, learning_rate=2e-2, to_convergence=True, evaluate_every=max(50, steps // 80))
 
 
 def fit(model: PreTrainedModel, text: Text, recipe: Recipe, seed: int, name: str) -> dict[str, Any]:
