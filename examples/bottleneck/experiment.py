@@ -92,7 +92,9 @@ class Experiment:
         return self.results.run({"checkpoint": saved.parent.name}, lambda: json.loads(saved.read_text("utf-8")))
 
     def tuned(self, head: Head, rates: Sequence[dict[str, float]]) -> "Experiment":
-        """With the learning rates of the lowest validation loss, by the runs of seed 0."""
+        """With the learning rates of the lowest validation loss, by the runs of seed 0; one alone needs no run."""
+        if len(rates) == 1:
+            return self.with_recipe(**rates[0])
         candidates = [self.with_recipe(**each) for each in rates]
         return min(candidates, key=lambda candidate: candidate.train(head, 0)["valid_nats"])
 

@@ -6,10 +6,11 @@
 The same backbone, data, order, steps and schedule for every head, the learning rate searched for each family of heads.
 The controls: one softmax; a latent before it (K = 1); a mixture of contexts; a softmax model widened until it spends
 the operations of the mixture of 4; and softmaxes that are trained for the seconds of the mixture of 4. First for a
-fixed number of steps, then the main ones until their validation loss no longer falls.
+fixed number of steps, then until the validation loss no longer falls, where the softmax that is trained for longer is
+one of more patience.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -28,48 +29,76 @@ from text import (
     Words,
     load_text,
 )
-from training import from_scratch_recipe
+from training import convergence_recipe, from_scratch_recipe
 
 MIXTURE = mixture(4)  # whose cost the controls spend
-# Each family with the head that its learning rate is searched with.
-FAMILIES: dict[str, tuple[Head, list[Head]]] = {
-    "softmax": (SOFTMAX, [SOFTMAX]),
-    "one latent": (mixture(1), [mixture(1)]),
-    "contexts": (contexts(4), [contexts(4)]),
-    "identity": (MIXTURE, [mixture(2), MIXTURE, mixture(8), mixture(15)]),
-    "tanh": (mixture(4, latent_activation="tanh"), [mixture(4, latent_activation="tanh")]),
-    "subspace": (
-        mixture(4, latent_rank=16),
-        [mixture(K, latent_rank=R) for K, R in ((4, 16), (4, 32), (8, 16))],
-    ),
-}
-CONVERGENCE = ["softmax", "mixture K=4", "widened softmax", "mixture K=1"]
-# Three tries for each family. Latents that start at the identity may want lower rates than the embeddings.
+TANH = mixture(4, latent_activation="tanh")
+SUBSPACES = [mixture(K, latent_rank=R) for K in (4, 8, 16) for R in (8, 16, 32)]
+WIDENED = "widened softmax"
+
+Rates = list[dict[str, float]]
+
+
+def mixture_rates(*pairs: tuple[float, float]) -> Rates:
+    return [{"learning_rate": rate, "head_learning_rate": head_rate} for rate, head_rate in pairs]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Heads that share their learning rates: the best of these for the one that they are searched with."""
+
+    searched: Head
+    heads: list[Head]
+    rates: Rates
+
+
+# Latents that start at the identity may want lower rates than the embeddings.
 SOFTMAX_RATES = [{"learning_rate": rate} for rate in (2e-3, 5e-3, 1e-2)]
-MIXTURE_RATES = [
-    {"learning_rate": rate, "head_learning_rate": head_rate}
-    for rate, head_rate in ((2e-3, 2e-3), (5e-3, 5e-4), (5e-3, 5e-3))
+MIXTURE_RATES = mixture_rates((2e-3, 2e-3), (5e-3, 5e-4), (5e-3, 5e-3))
+FIXED_STEPS = [
+    Family(SOFTMAX, [SOFTMAX], SOFTMAX_RATES),
+    Family(mixture(1), [mixture(1)], MIXTURE_RATES),
+    Family(contexts(4), [contexts(4)], MIXTURE_RATES),
+    Family(MIXTURE, [mixture(K) for K in (2, 4, 8, 15)], MIXTURE_RATES),
+    Family(TANH, [mixture(K, latent_activation="tanh") for K in (2, 4, 8, 15)], MIXTURE_RATES),
+    Family(mixture(4, latent_rank=16), SUBSPACES, MIXTURE_RATES),
 ]
+CONVERGED_SOFTMAX_RATES = [{"learning_rate": rate} for rate in (5e-3, 1e-2)]
+CONVERGED_MIXTURE_RATES = mixture_rates((5e-3, 5e-4), (1e-2, 1e-3))
+CONVERGENCE = [
+    Family(SOFTMAX, [SOFTMAX], CONVERGED_SOFTMAX_RATES),
+    Family(
+        MIXTURE,
+        [mixture(1), contexts(4), *(mixture(K) for K in (2, 4, 8, 15)), mixture(4, latent_rank=16)],
+        CONVERGED_MIXTURE_RATES,
+    ),
+    Family(TANH, [TANH], mixture_rates((1e-2, 1e-3), (1e-2, 1e-2))),
+]
+LONG_PATIENCE = 4  # of the softmax that is trained for longer than its convergence
 
 
-def configurations(base: Experiment, quick: bool) -> Configurations:
-    """Every head with its recipe, and the widened softmax."""
-    tries = slice(1, 2) if quick else slice(None)
+def configurations(
+    base: Experiment, families: list[Family], softmax_rates: Rates, only: list[str], quick: bool
+) -> Configurations:
+    """The heads, of those that are asked for, with their recipes; and the widened softmax."""
+    tries = slice(-1, None) if quick else slice(None)
     found: Configurations = {}
-    for family, (searched, heads) in FAMILIES.items():
-        if quick and family not in ("softmax", "contexts", "identity"):
-            continue
-        tuned = base.tuned(searched, (SOFTMAX_RATES if family == "softmax" else MIXTURE_RATES)[tries])
-        found |= {head.name: (tuned, head) for head in ([searched] if quick else heads)}
-    widened = base.widened(SOFTMAX, base.operations(MIXTURE))
-    found["widened softmax"] = (widened.tuned(SOFTMAX, SOFTMAX_RATES[tries]), SOFTMAX)
+    for family in families:
+        heads = [family.searched] if quick else family.heads
+        if chosen := [head for head in heads if not only or head.name in only]:
+            tuned = base.tuned(family.searched, family.rates[tries])
+            found |= {head.name: (tuned, head) for head in chosen}
+    if not only or WIDENED in only:
+        widened = base.widened(SOFTMAX, base.operations(MIXTURE))
+        found[WIDENED] = (widened.tuned(SOFTMAX, softmax_rates[tries]), SOFTMAX)
     return found
 
 
 def for_the_seconds_of_the_mixture(found: Configurations, seconds: dict[str, float]) -> Configurations:
-    """The softmaxes, trained for more steps."""
+    """The softmaxes, trained for as many steps."""
     longer: Configurations = {}
-    for name in ("softmax", "widened softmax"):
+    controls = [name for name in (SOFTMAX.name, WIDENED) if name in found and MIXTURE.name in found]
+    for name in controls:
         experiment, head = found[name]
         steps = round(experiment.recipe.steps * seconds[MIXTURE.name] / seconds[name])
         longer[f"{name}, {steps} steps"] = (experiment.with_recipe(steps=steps), head)
@@ -107,43 +136,39 @@ def main(
     words: Words = False,
     hidden_size: int = 32,
     num_layers: int = 2,
-    steps: Annotated[int, typer.Option(help="Of the comparison at a fixed number of steps.")] = 600,
-    max_steps: Annotated[int, typer.Option(help="Of the training to convergence.")] = 16000,
+    steps: Annotated[int, typer.Option(help="Of the comparison at a fixed number of steps.")] = 1000,
+    max_steps: Annotated[int, typer.Option(help="Of the training to convergence, at most.")] = 40000,
     seeds: Annotated[int, typer.Option(help="Runs of each head at a fixed number of steps.")] = 3,
     convergence_seeds: Annotated[int, typer.Option(help="Runs of each head to convergence.")] = 3,
+    heads: Annotated[list[str] | None, typer.Option(help="Only these, by their names in the tables.")] = None,
     out: Out = DEFAULT_OUT,
     quick: Quick = False,
 ) -> None:
     start()
     if quick:
-        vocab_size, hidden_size, num_layers, steps, max_steps, seeds, convergence_seeds = 512, 16, 1, 100, 400, 1, 1
+        vocab_size, hidden_size, num_layers, steps, max_steps, seeds, convergence_seeds = 512, 16, 1, 100, 800, 1, 1
     text = load_text(
         Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size, words
     )
-    base = Experiment(
-        text, Size(hidden_size, num_layers), from_scratch_recipe(steps, 1e-2), Results(out, "from_scratch", quick)
-    )
-    found = configurations(base, quick)
-    seconds = base.seconds(found, rounds=3 if quick else 7)
+    size, only, rounds = Size(hidden_size, num_layers), heads or [], 2 if quick else 7
     if seeds:
+        base = Experiment(text, size, from_scratch_recipe(steps, 1e-2), Results(out, "from_scratch", quick))
+        found = configurations(base, FIXED_STEPS, SOFTMAX_RATES, only, quick)
+        seconds = base.seconds(found, rounds)
         rows = compare(found | for_the_seconds_of_the_mixture(found, seconds), seconds, seeds)
-        show(f"From scratch on {text.name}, perplexity at a fixed number of steps", rows)
-        plot_costs(base.results.path.with_suffix(".png"), f"From scratch on {text.name}", rows)
+        show(f"From scratch on {text.name}, perplexity after {steps} steps", rows)
+        plot_costs(base.results.path.with_suffix(".png"), f"From scratch on {text.name}, {steps} steps", rows)
     if convergence_seeds:
         results = Results(out, "from_scratch_to_convergence", quick)
-        changes = {
-            "steps": max_steps,
-            "warmup": 0.05,
-            "to_convergence": True,
-            "evaluate_every": max(20, max_steps // 40),
-        }
-        converged = {
-            name: (replace(found[name][0].with_recipe(**changes), results=results), found[name][1])
-            for name in CONVERGENCE
-            if name in found
-        }
-        rows = compare(converged, seconds, convergence_seeds)
+        base = Experiment(text, size, convergence_recipe(max_steps), results)
+        found = configurations(base, CONVERGENCE, CONVERGED_SOFTMAX_RATES, only, quick)
+        seconds = base.seconds(found, rounds)
+        if SOFTMAX.name in found:
+            longer = found[SOFTMAX.name][0].with_recipe(patience=LONG_PATIENCE)
+            found[f"{SOFTMAX.name}, patience {LONG_PATIENCE}"] = (longer, SOFTMAX)
+        rows = compare(found, seconds, convergence_seeds)
         show(f"From scratch on {text.name}, perplexity at convergence", rows)
+        plot_costs(results.path.with_suffix(".png"), f"From scratch on {text.name}, to convergence", rows)
 
 
 def compare(found: Configurations, seconds: dict[str, float], seeds: int) -> list[dict[str, Any]]:
