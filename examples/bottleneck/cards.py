@@ -22,7 +22,13 @@ from rich.progress import track
 from hf_mos import MoSForCausalLM
 from hf_mos.tools.card import model_card
 
-QUESTIONS = ["from_scratch", "from_scratch_to_convergence", "where_it_pays", "retrofit"]
+QUESTIONS = [
+    "from_scratch",
+    "from_scratch_to_convergence",
+    "where_it_pays",
+    "where_it_pays_to_convergence",
+    "retrofit",
+]
 SEARCHED = ("learning_rate", "head_learning_rate")
 
 Runs = list[dict[str, Any]]

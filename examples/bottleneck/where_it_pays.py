@@ -2,11 +2,13 @@
 
     python examples/bottleneck/where_it_pays.py --quick
     python examples/bottleneck/where_it_pays.py --data-dir ptb --words
+    python examples/bottleneck/where_it_pays.py --data-dir ptb --to-convergence --hidden-sizes 16 --hidden-sizes 32
 
 For each hidden size D a softmax and a mixture of 4 are trained from scratch for the same steps, and the softmax for
-twice as many. The gain is in nats per token. The mixture costs `cost` times the softmax, in operations and in seconds.
-A softmax that is given more steps gains too: `doubling` is what twice the steps gained it. So the mixture is ahead at
-equal cost where it costs less than
+twice as many; or all of them until the validation loss no longer falls, and the softmax also with twice the patience.
+The gain is in nats per token. The mixture costs `cost` times the softmax, in operations and in seconds. A softmax that
+is given more steps gains too: `doubling` is what twice the steps gain it. So the mixture is ahead at equal cost where
+it costs less than
 
     break-even = 2 ** (gain / doubling)
 
@@ -15,6 +17,7 @@ training step by is `1 + (K - 1) x the head's share`, or with `latent_rank` R `1
 """
 
 import math
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -34,7 +37,7 @@ from text import (
     Words,
     load_text,
 )
-from training import from_scratch_recipe
+from training import convergence_recipe, from_scratch_recipe
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 MIXTURE = mixture(4)
@@ -58,7 +61,10 @@ MODELS_IN_USE = {
 
 
 def measure(experiment: Experiment, seeds: int, rounds: int) -> dict[str, Any]:
-    longer = experiment.with_recipe(steps=2 * experiment.recipe.steps)
+    recipe = experiment.recipe
+    longer = experiment.with_recipe(
+        **({"patience": 2 * recipe.patience} if recipe.to_convergence else {"steps": 2 * recipe.steps})
+    )
     softmaxes, longers, mixtures = [], [], []
     for seed in range(seeds):
         softmaxes.append(experiment.train(SOFTMAX, seed))
@@ -66,18 +72,21 @@ def measure(experiment: Experiment, seeds: int, rounds: int) -> dict[str, Any]:
         longers.append(longer.train(SOFTMAX, seed))
     seconds = experiment.seconds({"softmax": (experiment, SOFTMAX), "mixture": (experiment, MIXTURE)}, rounds)
     gain = mean(softmaxes, "valid_nats") - mean(mixtures, "valid_nats")
-    doubling = mean(softmaxes, "valid_nats") - mean(longers, "valid_nats")
+    doublings = math.log2(mean(longers, "steps") / mean(softmaxes, "steps"))
+    doubling = (mean(softmaxes, "valid_nats") - mean(longers, "valid_nats")) / doublings if doublings else math.nan
+    steps_ratio = mean(mixtures, "steps") / mean(softmaxes, "steps")
     return {
         "D": experiment.size.hidden_size,
         "V / D": experiment.text.vocab_size // experiment.size.hidden_size,
         "softmax": spread(perplexities(softmaxes)),
         "mixture K=4": spread(perplexities(mixtures)),
-        "softmax, 2 x steps": spread(perplexities(longers)),
+        "softmax, longer": spread(perplexities(longers)),
+        "x steps": round(2**doublings, 2),
         "gain, nats": round(gain, 3),
         "doubling, nats": round(doubling, 3),
         "break-even cost": round(2 ** (gain / doubling), 2),
-        "cost, operations": round(experiment.operations(MIXTURE) / experiment.operations(SOFTMAX), 2),
-        "cost, seconds": round(seconds["mixture"] / seconds["softmax"], 2),
+        "cost, operations": round(steps_ratio * experiment.operations(MIXTURE) / experiment.operations(SOFTMAX), 2),
+        "cost, seconds": round(steps_ratio * seconds["mixture"] / seconds["softmax"], 2),
     }
 
 
@@ -119,10 +128,16 @@ def main(
     words: Words = False,
     hidden_sizes: Annotated[list[int] | None, typer.Option(help="D; give it several times.")] = None,
     num_layers: int = 2,
-    steps: int = 300,
+    to_convergence: Annotated[
+        bool, typer.Option("--to-convergence", help="Until the validation loss no longer falls.")
+    ] = False,
+    steps: Annotated[int | None, typer.Option(help="300; to convergence 40000 at most.")] = None,
     learning_rate: Annotated[
-        float, typer.Option(help="At D = 32; in proportion to 1 / sqrt(D) elsewhere, and a tenth for the latents.")
-    ] = 5e-3,
+        float | None,
+        typer.Option(
+            help="At D = 32: 0.005, to convergence 0.01. Elsewhere in proportion to 1 / sqrt(D). For latents a tenth."
+        ),
+    ] = None,
     seeds: Seeds = 1,
     out: Out = DEFAULT_OUT,
     quick: Quick = False,
@@ -130,18 +145,25 @@ def main(
     start()
     sizes = hidden_sizes or HIDDEN_SIZES
     if quick:
-        vocab_size, sizes, num_layers, steps = 512, [8, 16, 32], 1, 60
+        vocab_size, sizes, num_layers, steps = 512, [8, 16, 32], 1, 400 if to_convergence else 60
     text = load_text(
         Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size, words
     )
-    results, rows = Results(out, "where_it_pays", quick), []
+    question = "where_it_pays_to_convergence" if to_convergence else "where_it_pays"
+    results, rows = Results(out, question, quick), []
     for hidden_size in sizes:
-        rate = learning_rate * math.sqrt(32 / hidden_size)
-        experiment = Experiment(
-            text, Size(hidden_size, num_layers), from_scratch_recipe(steps, rate, rate / 10), results
-        )
+        scale = math.sqrt(32 / hidden_size)
+        if to_convergence:
+            recipe = convergence_recipe(steps or 40000)
+            rate = scale * (learning_rate or recipe.learning_rate)
+            recipe = replace(recipe, learning_rate=rate, head_learning_rate=rate / 10)
+        else:
+            rate = scale * (learning_rate or 5e-3)
+            recipe = from_scratch_recipe(steps or 300, rate, rate / 10)
+        experiment = Experiment(text, Size(hidden_size, num_layers), recipe, results)
         rows.append(measure(experiment, seeds, rounds=2 if quick else 5))
-    show(f"From scratch on {text.name}, {steps} steps, perplexity, {seeds} seeds", rows)
+    until = "to convergence" if to_convergence else f"{steps or 300} steps"
+    show(f"From scratch on {text.name}, {until}, perplexity, {seeds} seeds", rows)
     show("Operations of a training step with a mixture, as a multiple of those with one softmax", costs_in_use())
     plot_gain(results.path.with_suffix(".png"), rows)
 
