@@ -243,7 +243,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             OSError: a file is missing, cut short or not what its name says.
-            ValueError: a tensor of the head is missing, of another shape than the config says (unless
+            ValueError: a tensor of the head is missing, one too many, of another shape than the config says (unless
                 `ignore_mismatched_sizes`) or not finite; the checkpoint is not one of this class; its weights are
                 pickled; or its index names a file outside its folder.
         """

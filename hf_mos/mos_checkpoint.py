@@ -33,6 +33,8 @@ CONFIG_FILE = "config.json"
 STAGING_PREFIX = "_saving_"  # the Trainer does not upload what begins with an underscore
 STAGED_CONFIG, STAGED_INDEX = "staged.json", "staged.safetensors.index.json"
 DISTRIBUTED_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # loaded before all else
+# Of the head in its own layout: not what a quantizer stores beside a weight, and not the copy of a tied decoder's.
+HEAD_WEIGHT = re.compile(r"lm_head\.(?!decoder\.weight$)(.+\.)?(weight|bias|basis)")
 
 Header = dict[str, tuple[int, ...]]  # the tensors of a safetensors file and their shapes
 
@@ -282,6 +284,8 @@ def check_loaded(
 ) -> None:
     """ValueError if a weight was not in the checkpoint, had another shape there, or, of the head, is not finite.
 
+    Or if the checkpoint has a weight of the head that the config does not name, without which it predicts otherwise.
+
     Args:
         model: as loaded.
         info: the loading info of `from_pretrained`.
@@ -296,6 +300,10 @@ def check_loaded(
     if missing and len(missing) < len(shapes):
         expected = ", ".join(f"{key} of shape {shapes.get(key)}" for key in missing)
         raise ValueError(f"{where}: expected the checkpoint of a {type(model).__name__}, given one without {expected}")
+    if unread := sorted(key for key in info["unexpected_keys"] if HEAD_WEIGHT.fullmatch(key)):
+        raise ValueError(
+            f"{where}: expected the weights of the head that the config names, given {', '.join(unread)} too"
+        )
     mismatched = sorted(info["mismatched_keys"])
     if mismatched and not allow_mismatched:
         lines = [

@@ -48,6 +48,13 @@ def test_a_missing_tensor(folder: Path, key: str) -> None:
     refused(folder, ValueError, "model.safetensors", "without", key, "of shape")
 
 
+@pytest.mark.parametrize("key", ["lm_head.prior.bias", "lm_head.latent.bias", "lm_head.decoder.bias", "lm_head.basis"])
+def test_a_tensor_that_the_config_does_not_name(folder: Path, key: str) -> None:
+    weights = load_file(folder / "model.safetensors") | {key: torch.ones(3)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(folder, ValueError, "model.safetensors: expected the weights of the head", f"given {key} too")
+
+
 @pytest.mark.parametrize("given", [(3, 31), (4, 32), (32, 3), (96,)])
 def test_a_misshapen_tensor(folder: Path, given: tuple[int, ...]) -> None:
     change(folder, PRIOR, torch.zeros(given))
