@@ -197,7 +197,34 @@ def test_retrofit_by_its_command(tmp_path, data_dir):
         and run["settings"]["recipe"]["train_backbone"]
     )
     assert f"| validation | perplexity per token | {math.exp(best):.2f}".rstrip("0") in card
-    assert "| one softmax | 8 | 2 |" in card
+    assert "| softmax | 8 | 2 |" in card
+
+
+def test_from_scratch_by_its_command_of_the_heads_that_are_asked_for(tmp_path, data_dir):
+    arguments = ["--data-dir", data_dir, *TINY, "--max-steps", "50", "--seeds", "1", "--convergence-seeds", "2"]
+    printed = run("from_scratch.py", *arguments, "--heads", "softmax", "--heads", "mixture K=4", "--out", tmp_path)
+    fixed, converged = re.split(r"^From scratch on .*\n", printed, flags=re.MULTILINE)[1:]
+    heads = [line.split(" | ")[0].removeprefix("| ") for line in fixed.splitlines()[3:] if line.startswith("|")]
+    assert heads[:2] == ["softmax", "mixture K=4"]
+    assert re.fullmatch(r"softmax, \d+ steps", heads[2])  # for the seconds of the mixture
+    assert "| softmax, patience 4 |" in converged
+    assert "± " in converged
+    runs = json.loads((tmp_path / "from_scratch_to_convergence.json").read_text())["runs"]
+    assert {run["settings"]["seed"] for run in runs if "seed" in run["settings"]} == {0, 1}
+    assert (tmp_path / "from_scratch_to_convergence.png").stat().st_size > 0
+
+
+def test_where_it_pays_to_convergence_by_its_command(tmp_path, data_dir):
+    sizes = ["--hidden-sizes", "4", "--hidden-sizes", "8"]
+    arguments = ["--data-dir", data_dir, *TINY[:2], *TINY[4:6], *sizes, "--to-convergence", "--steps", "50"]
+    printed = run("where_it_pays.py", *arguments, "--out", tmp_path)
+    assert re.search(r"^\| 4 \| \d+ \|", printed, flags=re.MULTILINE)
+    runs = json.loads((tmp_path / "where_it_pays_to_convergence.json").read_text())["runs"]
+    rates = {
+        run["settings"]["size"]["hidden_size"]: run["settings"]["recipe"] for run in runs if "size" in run["settings"]
+    }
+    assert rates[4]["learning_rate"] == pytest.approx(2**0.5 * rates[8]["learning_rate"])
+    assert rates[4]["to_convergence"]
 
 
 def test_words_are_tokens_and_unknown_ones_are_one(data_dir):

@@ -50,6 +50,14 @@ def chosen(configuration: Runs) -> Runs:
     return sorted(best, key=lambda run: run["settings"]["seed"])
 
 
+def text_of(runs: Runs) -> tuple[str, int]:
+    return runs[0]["settings"]["text"], runs[0]["settings"]["vocab_size"]
+
+
+def head_of(runs: Runs) -> Head:
+    return Head.from_settings(runs[0]["settings"]["head"])
+
+
 def mean(runs: Runs, field: str) -> float:
     return statistics.mean(run["result"][field] for run in runs)
 
@@ -69,13 +77,13 @@ def results_of(run: dict[str, Any]) -> list[EvalResult]:
     ]
 
 
-def comparison(softmaxes: list[Runs], this: Runs) -> str:
-    """The softmaxes of the same question and this mixture, in Markdown."""
+def comparison(controls: list[Runs], this: Runs) -> str:
+    """The controls of the same question and text, and this mixture, in Markdown."""
     lines = [
         "| head | hidden size | steps | seconds | validation | test | seeds |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for name, runs in [*(("one softmax", runs) for runs in softmaxes), ("this mixture", this)]:
+    for name, runs in [*((head_of(runs).name, runs) for runs in controls), ("this mixture", this)]:
         valid, test = (
             statistics.mean(math.exp(run["result"][f"{split}_nats"]) for run in runs) for split in ("valid", "test")
         )
@@ -118,13 +126,13 @@ def main(
             if run["settings"].get("recipe", {}).get("train_backbone")  # neither a measured cost nor the head alone
         ]
         configurations = [chosen(configuration) for configuration in groups(runs, *SEARCHED)]
-        softmaxes = [found for found in configurations if found[0]["settings"]["head"]["kind"] == "softmax"]
-        mixtures = [found for found in configurations if found[0]["settings"]["head"]["kind"] == "mixture"]
+        controls = [found for found in configurations if head_of(found).kind in ("softmax", "contexts")]
+        mixtures = [found for found in configurations if head_of(found).kind == "mixture"]
         folder = cards / question.replace("_", "-")
         folder.mkdir(parents=True, exist_ok=True)
         for found in track(mixtures, question, console=Console(stderr=True), transient=True):
             first = found[0]
-            head = Head.from_settings(first["settings"]["head"])
+            head = head_of(found)
             name = folder_name(head.name, first["settings"])
             card = model_card(
                 MoSForCausalLM.from_pretrained(out / "models" / name),
@@ -132,7 +140,7 @@ def main(
                 eval_results=results_of(first),
                 command=first["command"],
                 machine="one thread of a CPU",
-                comparison=comparison(softmaxes, found),
+                comparison=comparison([runs for runs in controls if text_of(runs) == text_of(found)], found),
                 description=description(first),
                 limits=["It is evidence, not a tool: a small model of a small text."],
                 prompt="the company said",
