@@ -160,7 +160,7 @@ def main(
         plot_costs(base.results.path.with_suffix(".png"), f"From scratch on {text.name}, {steps} steps", rows)
     if convergence_seeds:
         results = Results(out, "from_scratch_to_convergence", quick)
-        base = Experiment(text, size, convergence_recipe(max_steps), results)
+        base = Experiment(text, size, convergence_recipe(max_steps, 1e-2), results)
         found = configurations(base, CONVERGENCE, CONVERGED_SOFTMAX_RATES, only, quick)
         seconds = base.seconds(found, rounds)
         if SOFTMAX.name in found:

@@ -48,13 +48,14 @@ def from_scratch_recipe(steps: int, learning_rate: float, head_learning_rate: fl
     return Recipe(steps, learning_rate, head_learning_rate, batch_size=8, warmup=0.25)
 
 
-def convergence_recipe(steps: int) -> Recipe:
+def convergence_recipe(steps: int, learning_rate: float, head_learning_rate: float | None = None) -> Recipe:
     """Of new weights, until a learning rate gains less than half a percent in `evaluate_every` steps, thrice cut.
 
     Batches are larger than for a fixed number of steps: in the end their noise is what keeps the loss up.
     """
+    every = max(50, steps // 160)
     return Recipe(
-        steps, learning_rate=1e-2, to_convergence=True, evaluate_every=max(50, steps // 160), least_gain=0.005
+        steps, learning_rate, head_learning_rate, to_convergence=True, evaluate_every=every, least_gain=0.005
     )
 
 

@@ -17,7 +17,6 @@ training step by is `1 + (K - 1) x the head's share`, or with `latent_rank` R `1
 """
 
 import math
-from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -133,11 +132,8 @@ def main(
     ] = False,
     steps: Annotated[int | None, typer.Option(help="300; to convergence 40000 at most.")] = None,
     learning_rate: Annotated[
-        float | None,
-        typer.Option(
-            help="At D = 32: 0.005, to convergence 0.01. Elsewhere in proportion to 1 / sqrt(D). For latents a tenth."
-        ),
-    ] = None,
+        float, typer.Option(help="At D = 32; in proportion to 1 / sqrt(D) elsewhere, and a tenth for the latents.")
+    ] = 5e-3,
     seeds: Seeds = 1,
     out: Out = DEFAULT_OUT,
     quick: Quick = False,
@@ -152,14 +148,9 @@ def main(
     question = "where_it_pays_to_convergence" if to_convergence else "where_it_pays"
     results, rows = Results(out, question, quick), []
     for hidden_size in sizes:
-        scale = math.sqrt(32 / hidden_size)
-        if to_convergence:
-            recipe = convergence_recipe(steps or 40000)
-            rate = scale * (learning_rate or recipe.learning_rate)
-            recipe = replace(recipe, learning_rate=rate, head_learning_rate=rate / 10)
-        else:
-            rate = scale * (learning_rate or 5e-3)
-            recipe = from_scratch_recipe(steps or 300, rate, rate / 10)
+        rate = learning_rate * math.sqrt(32 / hidden_size)
+        make_recipe, default_steps = (convergence_recipe, 40000) if to_convergence else (from_scratch_recipe, 300)
+        recipe = make_recipe(steps or default_steps, rate, rate / 10)
         experiment = Experiment(text, Size(hidden_size, num_layers), recipe, results)
         rows.append(measure(experiment, seeds, rounds=2 if quick else 5))
     until = "to convergence" if to_convergence else f"{steps or 300} steps"
