@@ -1,7 +1,7 @@
 """Does the mixture predict better than a softmax that spends as much? Trained from scratch, against fair controls.
 
     python examples/bottleneck/from_scratch.py --quick
-    python examples/bottleneck/from_scratch.py --data-dir ptb --words --hidden-size 64
+    python examples/bottleneck/from_scratch.py --data-dir ptb
 
 The same backbone, data, order, steps and schedule for every head, the learning rate searched for each family of heads.
 The controls: one softmax; a latent before it (K = 1); a mixture of contexts; a softmax model widened until it spends
@@ -36,62 +36,54 @@ TANH = mixture(4, latent_activation="tanh")
 SUBSPACES = [mixture(K, latent_rank=R) for K in (4, 8, 16) for R in (8, 16, 32)]
 WIDENED = "widened softmax"
 
-Rates = list[dict[str, float]]
-
-
-def mixture_rates(*pairs: tuple[float, float]) -> Rates:
-    return [{"learning_rate": rate, "head_learning_rate": head_rate} for rate, head_rate in pairs]
-
 
 @dataclass(frozen=True)
 class Family:
-    """Heads that share their learning rates: the best of these for the one that they are searched with."""
+    """Heads that share their learning rate: the best one for that which it is searched with."""
 
     searched: Head
     heads: list[Head]
-    rates: Rates
 
 
-# Latents that start at the identity may want lower rates than the embeddings.
-SOFTMAX_RATES = [{"learning_rate": rate} for rate in (2e-3, 5e-3, 1e-2)]
-MIXTURE_RATES = mixture_rates((2e-3, 2e-3), (5e-3, 5e-4), (5e-3, 5e-3))
 FIXED_STEPS = [
-    Family(SOFTMAX, [SOFTMAX], SOFTMAX_RATES),
-    Family(mixture(1), [mixture(1)], MIXTURE_RATES),
-    Family(contexts(4), [contexts(4)], MIXTURE_RATES),
-    Family(MIXTURE, [mixture(K) for K in (2, 4, 8, 15)], MIXTURE_RATES),
-    Family(TANH, [mixture(K, latent_activation="tanh") for K in (2, 4, 8, 15)], MIXTURE_RATES),
-    Family(mixture(4, latent_rank=16), SUBSPACES, MIXTURE_RATES),
+    Family(SOFTMAX, [SOFTMAX]),
+    Family(mixture(1), [mixture(1)]),
+    Family(contexts(4), [contexts(4)]),
+    Family(MIXTURE, [mixture(K) for K in (2, 4, 8, 15)]),
+    Family(TANH, [mixture(K, latent_activation="tanh") for K in (2, 4, 8, 15)]),
+    Family(mixture(4, latent_rank=16), SUBSPACES),
 ]
-CONVERGED_SOFTMAX_RATES = [{"learning_rate": rate} for rate in (5e-3, 1e-2)]
-CONVERGED_MIXTURE_RATES = mixture_rates((5e-3, 5e-4), (1e-2, 1e-3))
 CONVERGENCE = [
-    Family(SOFTMAX, [SOFTMAX], CONVERGED_SOFTMAX_RATES),
-    Family(
-        MIXTURE,
-        [mixture(1), contexts(4), *(mixture(K) for K in (2, 4, 8, 15)), mixture(4, latent_rank=16)],
-        CONVERGED_MIXTURE_RATES,
-    ),
-    Family(TANH, [TANH], mixture_rates((1e-2, 1e-3), (1e-2, 1e-2))),
+    Family(SOFTMAX, [SOFTMAX]),
+    Family(MIXTURE, [mixture(1), contexts(4), *(mixture(K) for K in (2, 4, 8, 15)), mixture(4, latent_rank=16)]),
+    Family(TANH, [mixture(K, latent_activation="tanh") for K in (2, 4, 8, 15)]),
 ]
+# The same for every head: where one may try a higher rate than another, so few steps rank them by their rates.
+FIXED_STEPS_RATES = [1e-2, 2e-2, 4e-2]
+CONVERGENCE_RATES = [5e-3, 1e-2]
 LONG_PATIENCE = 4  # of the softmax that is trained for longer than its convergence
 
 
 def configurations(
-    base: Experiment, families: list[Family], softmax_rates: Rates, only: list[str], quick: bool
+    base: Experiment, families: list[Family], rates: list[float], only: list[str], quick: bool
 ) -> Configurations:
     """The heads, of those that are asked for, with their recipes; and the widened softmax."""
-    tries = slice(-1, None) if quick else slice(None)
+    tried = rates[:1] if quick else rates
     found: Configurations = {}
     for family in families:
         heads = [family.searched] if quick else family.heads
         if chosen := [head for head in heads if not only or head.name in only]:
-            tuned = base.tuned(family.searched, family.rates[tries])
+            tuned = base.tuned(family.searched, [rates_of(family.searched, rate) for rate in tried])
             found |= {head.name: (tuned, head) for head in chosen}
     if not only or WIDENED in only:
         widened = base.widened(SOFTMAX, base.operations(MIXTURE))
-        found[WIDENED] = (widened.tuned(SOFTMAX, softmax_rates[tries]), SOFTMAX)
+        found[WIDENED] = (widened.tuned(SOFTMAX, [rates_of(SOFTMAX, rate) for rate in tried]), SOFTMAX)
     return found
+
+
+def rates_of(head: Head, rate: float) -> dict[str, float]:
+    """A tenth for the latents: they start at the identity and are read by every class."""
+    return {"learning_rate": rate} | ({} if head == SOFTMAX else {"head_learning_rate": rate / 10})
 
 
 def for_the_seconds_of_the_mixture(found: Configurations, seconds: dict[str, float]) -> Configurations:
@@ -137,6 +129,9 @@ def main(
     hidden_size: int = 32,
     num_layers: int = 2,
     steps: Annotated[int, typer.Option(help="Of the comparison at a fixed number of steps.")] = 1000,
+    learning_rates: Annotated[
+        list[float] | None, typer.Option(help="Tried at a fixed number of steps; give it several times.")
+    ] = None,
     max_steps: Annotated[int, typer.Option(help="Of the training to convergence, at most.")] = 40000,
     seeds: Annotated[int, typer.Option(help="Runs of each head at a fixed number of steps.")] = 3,
     convergence_seeds: Annotated[int, typer.Option(help="Runs of each head to convergence.")] = 3,
@@ -153,7 +148,7 @@ def main(
     size, only, rounds = Size(hidden_size, num_layers), heads or [], 2 if quick else 7
     if seeds:
         base = Experiment(text, size, from_scratch_recipe(steps, 1e-2), Results(out, "from_scratch", quick))
-        found = configurations(base, FIXED_STEPS, SOFTMAX_RATES, only, quick)
+        found = configurations(base, FIXED_STEPS, learning_rates or FIXED_STEPS_RATES, only, quick)
         seconds = base.seconds(found, rounds)
         rows = compare(found | for_the_seconds_of_the_mixture(found, seconds), seconds, seeds)
         show(f"From scratch on {text.name}, perplexity after {steps} steps", rows)
@@ -161,13 +156,13 @@ def main(
     if convergence_seeds:
         results = Results(out, "from_scratch_to_convergence", quick)
         base = Experiment(text, size, convergence_recipe(max_steps, 1e-2), results)
-        found = configurations(base, CONVERGENCE, CONVERGED_SOFTMAX_RATES, only, quick)
+        found = configurations(base, CONVERGENCE, CONVERGENCE_RATES, only, quick)
         seconds = base.seconds(found, rounds)
         if SOFTMAX.name in found:
             longer = found[SOFTMAX.name][0].with_recipe(patience=LONG_PATIENCE)
             found[f"{SOFTMAX.name}, patience {LONG_PATIENCE}"] = (longer, SOFTMAX)
         rows = compare(found, seconds, convergence_seeds)
-        show(f"From scratch on {text.name}, perplexity at convergence", rows)
+        show(f"From scratch on {text.name}, perplexity at convergence ({max_steps} steps at most)", rows)
         plot_costs(results.path.with_suffix(".png"), f"From scratch on {text.name}, to convergence", rows)
 
 
