@@ -214,6 +214,25 @@ def test_from_scratch_by_its_command_of_the_heads_that_are_asked_for(tmp_path, d
     assert (tmp_path / "from_scratch_to_convergence.png").stat().st_size > 0
 
 
+def test_from_scratch_tries_the_same_learning_rates_for_every_head(tmp_path, data_dir):
+    rates = ["--learning-rates", "1e-3", "--learning-rates", "4e-3"]
+    arguments = ["--data-dir", data_dir, *TINY, "--seeds", "1", "--convergence-seeds", "0", *rates]
+    run("from_scratch.py", *arguments, "--heads", "softmax", "--heads", "mixture K=4", "--out", tmp_path)
+    runs = [
+        run for run in json.loads((tmp_path / "from_scratch.json").read_text())["runs"] if "seed" in run["settings"]
+    ]
+    tried = {}
+    for settings in (run["settings"] for run in runs):
+        tried.setdefault(settings["head"]["kind"], set()).add(settings["recipe"]["learning_rate"])
+    assert tried == {"softmax": {1e-3, 4e-3}, "mixture": {1e-3, 4e-3}}
+
+
+def test_from_scratch_names_the_heads_that_it_knows(tmp_path, data_dir):
+    arguments = ["--data-dir", data_dir, *TINY, "--heads", "mixture K=3", "--out", tmp_path]
+    with pytest.raises(AssertionError, match="expected some of softmax, mixture K=1"):
+        run("from_scratch.py", *arguments)
+
+
 def test_where_it_pays_to_convergence_by_its_command(tmp_path, data_dir):
     sizes = ["--hidden-sizes", "4", "--hidden-sizes", "8"]
     arguments = ["--data-dir", data_dir, *TINY[:2], *TINY[4:6], *sizes, "--to-convergence", "--steps", "50"]

@@ -61,7 +61,13 @@ CONVERGENCE = [
 # The same for every head: where one may try a higher rate than another, so few steps rank them by their rates.
 FIXED_STEPS_RATES = [1e-2, 2e-2, 4e-2]
 CONVERGENCE_RATES = [5e-3, 1e-2]
-LONG_PATIENCE = 4  # of the softmax that is trained for longer than its convergence
+LONG_PATIENCES = [4, 8]  # of the softmaxes that are trained beyond their convergence, towards the mixture's seconds
+
+
+def check_heads(given: list[str], families: list[Family]) -> None:
+    names = [*(head.name for family in families for head in family.heads), WIDENED]
+    if unknown := [name for name in given if name not in names]:
+        raise typer.BadParameter(f"--heads: expected some of {', '.join(names)}, given {', '.join(unknown)}")
 
 
 def configurations(
@@ -71,7 +77,7 @@ def configurations(
     tried = rates[:1] if quick else rates
     found: Configurations = {}
     for family in families:
-        heads = [family.searched] if quick else family.heads
+        heads = [family.searched] if quick and not only else family.heads
         if chosen := [head for head in heads if not only or head.name in only]:
             tuned = base.tuned(family.searched, [rates_of(family.searched, rate) for rate in tried])
             found |= {head.name: (tuned, head) for head in chosen}
@@ -95,6 +101,17 @@ def for_the_seconds_of_the_mixture(found: Configurations, seconds: dict[str, flo
         steps = round(experiment.recipe.steps * seconds[MIXTURE.name] / seconds[name])
         longer[f"{name}, {steps} steps"] = (experiment.with_recipe(steps=steps), head)
     return longer
+
+
+def of_more_patience(found: Configurations) -> Configurations:
+    """The softmax, its learning rate cut later."""
+    if SOFTMAX.name not in found:
+        return {}
+    experiment, head = found[SOFTMAX.name]
+    return {
+        f"{SOFTMAX.name}, patience {patience}": (experiment.with_recipe(patience=patience), head)
+        for patience in LONG_PATIENCES
+    }
 
 
 def row(
@@ -140,8 +157,11 @@ def main(
     quick: Quick = False,
 ) -> None:
     start()
+    for families in ([FIXED_STEPS] if seeds else []) + ([CONVERGENCE] if convergence_seeds else []):
+        check_heads(heads or [], families)
     if quick:
-        vocab_size, hidden_size, num_layers, steps, max_steps, seeds, convergence_seeds = 512, 16, 1, 100, 800, 1, 1
+        vocab_size, hidden_size, num_layers, steps, max_steps = 512, 16, 1, 100, 800
+        seeds, convergence_seeds = min(seeds, 1), min(convergence_seeds, 1)
     text = load_text(
         Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size, words
     )
@@ -150,25 +170,23 @@ def main(
         base = Experiment(text, size, from_scratch_recipe(steps, 1e-2), Results(out, "from_scratch", quick))
         found = configurations(base, FIXED_STEPS, learning_rates or FIXED_STEPS_RATES, only, quick)
         seconds = base.seconds(found, rounds)
-        rows = compare(found | for_the_seconds_of_the_mixture(found, seconds), seconds, seeds)
-        show(f"From scratch on {text.name}, perplexity after {steps} steps", rows)
-        plot_costs(base.results.path.with_suffix(".png"), f"From scratch on {text.name}, {steps} steps", rows)
+        longer = for_the_seconds_of_the_mixture(found, seconds)
+        report(base, found | longer, seconds, seeds, f"{steps} steps")
     if convergence_seeds:
         results = Results(out, "from_scratch_to_convergence", quick)
         base = Experiment(text, size, convergence_recipe(max_steps, 1e-2), results)
         found = configurations(base, CONVERGENCE, CONVERGENCE_RATES, only, quick)
         seconds = base.seconds(found, rounds)
-        if SOFTMAX.name in found:
-            longer = found[SOFTMAX.name][0].with_recipe(patience=LONG_PATIENCE)
-            found[f"{SOFTMAX.name}, patience {LONG_PATIENCE}"] = (longer, SOFTMAX)
-        rows = compare(found, seconds, convergence_seeds)
-        show(f"From scratch on {text.name}, perplexity at convergence ({max_steps} steps at most)", rows)
-        plot_costs(results.path.with_suffix(".png"), f"From scratch on {text.name}, to convergence", rows)
+        longer = of_more_patience(found)
+        report(base, found | longer, seconds, convergence_seeds, f"to convergence, {max_steps} steps at most")
 
 
-def compare(found: Configurations, seconds: dict[str, float], seeds: int) -> list[dict[str, Any]]:
+def report(base: Experiment, found: Configurations, seconds: dict[str, float], seeds: int, steps: str) -> None:
     runs = train_all(found, seeds)
-    return [row(name, *found[name], runs[name], seconds[name.split(",")[0]]) for name in found]
+    rows = [row(name, *found[name], runs[name], seconds[name.split(",")[0]]) for name in found]
+    title = f"From scratch on {base.text.name}, {steps}"
+    show(f"{title}, perplexity", rows)
+    plot_costs(base.results.path.with_suffix(".png"), title, rows)
 
 
 if __name__ == "__main__":
