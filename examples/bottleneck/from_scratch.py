@@ -59,7 +59,7 @@ CONVERGENCE = [
     Family(TANH, [mixture(K, latent_activation="tanh") for K in (2, 4, 8, 15)]),
 ]
 # The same for every head: where one may try a higher rate than another, so few steps rank them by their rates.
-FIXED_STEPS_RATES = [1e-2, 2e-2, 4e-2]
+FIXED_STEPS_RATES = [1e-2, 2e-2, 4e-2, 8e-2]
 CONVERGENCE_RATES = [5e-3, 1e-2]
 LONG_PATIENCES = [4, 8]  # of the softmaxes that are trained beyond their convergence, towards the mixture's seconds
 
