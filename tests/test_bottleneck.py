@@ -207,11 +207,15 @@ def test_from_scratch_by_its_command_of_the_heads_that_are_asked_for(tmp_path, d
     heads = [line.split(" | ")[0].removeprefix("| ") for line in fixed.splitlines()[3:] if line.startswith("|")]
     assert heads[:2] == ["softmax", "mixture K=4"]
     assert re.fullmatch(r"softmax, \d+ steps", heads[2])  # for the seconds of the mixture
-    assert "| softmax, patience 4 |" in converged
+    assert all(f"| {name}, patience 8 |" in converged for name in ("softmax", "mixture K=4"))
     assert "± " in converged
     runs = json.loads((tmp_path / "from_scratch_to_convergence.json").read_text())["runs"]
     assert {run["settings"]["seed"] for run in runs if "seed" in run["settings"]} == {0, 1}
     assert (tmp_path / "from_scratch_to_convergence.png").stat().st_size > 0
+
+    run("cards.py", "--out", tmp_path, "--cards", tmp_path / "cards")  # of each patience its own
+    cards = {card.name for card in (tmp_path / "cards" / "from-scratch-to-convergence").iterdir()}
+    assert cards == {f"mixture-K4-D{D}-converged.md", f"mixture-K4-D{D}-converged-patience8.md"}
 
 
 def test_from_scratch_tries_the_same_learning_rates_for_every_head(tmp_path, data_dir):

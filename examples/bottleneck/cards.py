@@ -18,6 +18,7 @@ from models import Head
 from results import DEFAULT_OUT, Out, versions
 from rich.console import Console
 from rich.progress import track
+from training import Recipe
 
 from hf_mos import MoSForCausalLM
 from hf_mos.tools.card import model_card
@@ -147,7 +148,9 @@ def main(
                 language="en",
             )
             suffix = f"D{first['settings']['size']['hidden_size']}"
-            suffix += "-converged" if first["settings"]["recipe"]["to_convergence"] else ""
+            if first["settings"]["recipe"]["to_convergence"]:
+                patience = first["settings"]["recipe"]["patience"]
+                suffix += "-converged" if patience == Recipe.patience else f"-converged-patience{patience}"
             card.save(folder / f"{head.name} {suffix}.md".replace(" ", "-").replace("=", ""))
 
 

@@ -7,7 +7,7 @@ The same backbone, data, order, steps and schedule for every head, the learning 
 The controls: one softmax; a latent before it (K = 1); a mixture of contexts; a softmax model widened until it spends
 the operations of the mixture of 4; and softmaxes that are trained for the seconds of the mixture of 4. First for a
 fixed number of steps, then until the validation loss no longer falls, where the softmax that is trained for longer is
-one of more patience.
+one of more patience, and so is a mixture beside it.
 """
 
 from dataclasses import dataclass
@@ -61,7 +61,8 @@ CONVERGENCE = [
 # The same for every head: where one may try a higher rate than another, so few steps rank them by their rates.
 FIXED_STEPS_RATES = [1e-2, 2e-2, 4e-2, 8e-2]
 CONVERGENCE_RATES = [5e-3, 1e-2]
-LONG_PATIENCES = [4, 8]  # of the softmaxes that are trained beyond their convergence, towards the mixture's seconds
+# Trained beyond their convergence: the softmax towards the mixture's seconds, and the mixture as long as the softmax.
+PATIENT = [(SOFTMAX, 4), (SOFTMAX, 8), (MIXTURE, 8)]
 
 
 def check_heads(given: list[str], families: list[Family]) -> None:
@@ -104,14 +105,13 @@ def for_the_seconds_of_the_mixture(found: Configurations, seconds: dict[str, flo
 
 
 def of_more_patience(found: Configurations) -> Configurations:
-    """The softmax, its learning rate cut later."""
-    if SOFTMAX.name not in found:
-        return {}
-    experiment, head = found[SOFTMAX.name]
-    return {
-        f"{SOFTMAX.name}, patience {patience}": (experiment.with_recipe(patience=patience), head)
-        for patience in LONG_PATIENCES
-    }
+    """Their learning rates cut later."""
+    longer: Configurations = {}
+    for head, patience in PATIENT:
+        if head.name in found:
+            experiment, _ = found[head.name]
+            longer[f"{head.name}, patience {patience}"] = (experiment.with_recipe(patience=patience), head)
+    return longer
 
 
 def row(
