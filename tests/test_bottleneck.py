@@ -207,6 +207,7 @@ def test_from_scratch_by_its_command_of_the_heads_that_are_asked_for(tmp_path, d
     heads = [line.split(" | ")[0].removeprefix("| ") for line in fixed.splitlines()[3:] if line.startswith("|")]
     assert heads[:2] == ["softmax", "mixture K=4"]
     assert re.fullmatch(r"softmax, \d+ steps", heads[2])  # for the seconds of the mixture
+    assert "| softmax, patience 4 |" in converged
     assert all(f"| {name}, patience 8 |" in converged for name in ("softmax", "mixture K=4"))
     assert "± " in converged
     runs = json.loads((tmp_path / "from_scratch_to_convergence.json").read_text())["runs"]

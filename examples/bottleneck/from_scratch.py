@@ -29,7 +29,7 @@ from text import (
     Words,
     load_text,
 )
-from training import convergence_recipe, from_scratch_recipe
+from training import convergence_recipe, from_scratch_recipe, new_latents_rate
 
 MIXTURE = mixture(4)  # whose cost the controls spend
 TANH = mixture(4, latent_activation="tanh")
@@ -80,17 +80,18 @@ def configurations(
     for family in families:
         heads = [family.searched] if quick and not only else family.heads
         if chosen := [head for head in heads if not only or head.name in only]:
-            tuned = base.tuned(family.searched, [rates_of(family.searched, rate) for rate in tried])
+            tuned = base.tuned(family.searched, rates_to_try(family.searched, tried))
             found |= {head.name: (tuned, head) for head in chosen}
     if not only or WIDENED in only:
         widened = base.widened(SOFTMAX, base.operations(MIXTURE))
-        found[WIDENED] = (widened.tuned(SOFTMAX, [rates_of(SOFTMAX, rate) for rate in tried]), SOFTMAX)
+        found[WIDENED] = (widened.tuned(SOFTMAX, rates_to_try(SOFTMAX, tried)), SOFTMAX)
     return found
 
 
-def rates_of(head: Head, rate: float) -> dict[str, float]:
-    """A tenth for the latents: they start at the identity and are read by every class."""
-    return {"learning_rate": rate} | ({} if head == SOFTMAX else {"head_learning_rate": rate / 10})
+def rates_to_try(head: Head, rates: list[float]) -> list[dict[str, float]]:
+    if head == SOFTMAX:
+        return [{"learning_rate": rate} for rate in rates]
+    return [{"learning_rate": rate, "head_learning_rate": new_latents_rate(rate)} for rate in rates]
 
 
 def for_the_seconds_of_the_mixture(found: Configurations, seconds: dict[str, float]) -> Configurations:

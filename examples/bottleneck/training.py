@@ -43,6 +43,11 @@ class Recipe:
         return asdict(self)
 
 
+def new_latents_rate(learning_rate: float) -> float:
+    """Of the prior and the latents from scratch: they start at the identity and are read by every class."""
+    return learning_rate / 10
+
+
 def from_scratch_recipe(steps: int, learning_rate: float, head_learning_rate: float | None = None) -> Recipe:
     """Of new weights, for a fixed number of steps. A shorter warm-up and larger batches learn much more slowly."""
     return Recipe(steps, learning_rate, head_learning_rate, batch_size=8, warmup=0.25)

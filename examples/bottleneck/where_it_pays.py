@@ -36,7 +36,7 @@ from text import (
     Words,
     load_text,
 )
-from training import convergence_recipe, from_scratch_recipe
+from training import convergence_recipe, from_scratch_recipe, new_latents_rate
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 MIXTURE = mixture(4)
@@ -150,7 +150,7 @@ def main(
     for hidden_size in sizes:
         rate = learning_rate * math.sqrt(32 / hidden_size)
         make_recipe, default_steps = (convergence_recipe, 40000) if to_convergence else (from_scratch_recipe, 300)
-        recipe = make_recipe(steps or default_steps, rate, rate / 10)
+        recipe = make_recipe(steps or default_steps, rate, new_latents_rate(rate))
         experiment = Experiment(text, Size(hidden_size, num_layers), recipe, results)
         rows.append(measure(experiment, seeds, rounds=2 if quick else 5))
     until = "to convergence" if to_convergence else f"{steps or 300} steps"
