@@ -3,9 +3,10 @@
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .configuration_mos import MoSConfig
-from .mixture_of_softmaxes import MixtureOfSoftmaxes, mos_log_probs
+from .mixture_of_softmaxes import MixtureOfSoftmaxes
 from .modeling_mos import MoSForCausalLM
 from .mos_head import MoSLMHead
+from .mos_log_probs import mos_log_probs
 from .mos_loss import mos_cross_entropy
 
 __version__ = "0.1.0"

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mixture_of_softmaxes import SubspaceLatents, widen
+from .mos_latents import SubspaceLatents
+from .mos_log_probs import widen
 from .mos_projections import Tokens, projection_for
 from .mos_vocabulary import VocabularyShard, WholeVocabulary
 

@@ -9,12 +9,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
 from .configuration_mos import MoSConfig
-from .mixture_of_softmaxes import SubspaceLatents, cap_logits, mix_log_probs, mos_log_probs
 from .mos_chunks import tokens_per_chunk
+from .mos_decoder import is_shared, shared_cross_entropy
 from .mos_inference import infer_log_probs
+from .mos_latents import SubspaceLatents
+from .mos_log_probs import cap_logits, mix_log_probs, mos_log_probs
 from .mos_loss import mos_cross_entropy
-from .mos_products import multiply
-from .mos_shared_decoder import is_shared, shared_cross_entropy
+from .mos_matmul import multiply
 from .mos_token_scores import ScoreOptions, score, token_scores
 
 ACTIVATIONS = {"identity": nn.Identity, "tanh": nn.Tanh}
@@ -44,7 +45,7 @@ class MoSLMHead(nn.Module):
     standard deviation 1 / sqrt(D), so that the mixture weights differ from token to token, each component gets the
     gradients of other tokens, and the components part. Under equal weights their gradients would be equal and they
     would stay clones for ever. The basis is fixed: Adam moves a trained one at random while the shift is still zero,
-    and none of the gain was left then (`examples/bottleneck/defaults.py`).
+    and none of the gain was left then (`examples/softmax_bottleneck/defaults.py`).
     Measured by `python examples/benchmarks/initialisation.py --threads 1` (K = 4, D = 32, V = 2048, 400 steps from the
     same checkpoint; largest change of a log-probability at step 0, then validation perplexity, where one softmax
     reaches 118):

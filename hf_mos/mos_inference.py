@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from .mixture_of_softmaxes import SubspaceLatents, cap_logits, mix_log_probs, widen
 from .mos_chunks import tokens_per_chunk
-from .mos_products import multiply
+from .mos_latents import SubspaceLatents
+from .mos_log_probs import cap_logits, mix_log_probs, widen
+from .mos_matmul import multiply
 
 
 @torch.no_grad()

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .mixture_of_softmaxes import SubspaceLatents, check_shapes
 from .mos_chunks import LossOptions, loss_and_gradients
+from .mos_latents import SubspaceLatents
+from .mos_log_probs import check_shapes
 from .mos_vocabulary import VocabularyShard
 
 REDUCTIONS = ("mean", "sum", "none")

@@ -12,8 +12,8 @@ Gradients that many tokens add to are summed in `sum_dtype`, whatever the dtype 
 import torch
 from torch import Tensor
 
-from .mixture_of_softmaxes import SubspaceLatents
-from .mos_products import multiply, multiply_into
+from .mos_latents import SubspaceLatents
+from .mos_matmul import multiply, multiply_into
 
 Tokens = slice | Tensor  # which tokens a chunk holds
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.utils import ModelOutput
 
-from .mixture_of_softmaxes import SubspaceLatents, mos_log_probs, widen
 from .mos_chunks import LossOptions, loss_and_gradients, tokens_per_chunk
 from .mos_inference import infer_log_probs
+from .mos_latents import SubspaceLatents
+from .mos_log_probs import mos_log_probs, widen
 
 SCORES = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 

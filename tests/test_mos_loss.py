@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_mos
 from hf_mos import mos_cross_entropy, mos_log_probs
-from hf_mos.mixture_of_softmaxes import SubspaceLatents, mix_log_probs
 from hf_mos.mos_inference import infer_log_probs
+from hf_mos.mos_latents import SubspaceLatents
+from hf_mos.mos_log_probs import mix_log_probs
 
 IGNORED = -100
 

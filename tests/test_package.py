@@ -116,7 +116,9 @@ def test_metadata_is_what_an_index_wants(wheel: Path) -> None:
         "safetensors",
     }
     assert not any(str(requirement.specifier).startswith("==") for requirement in metadata.requires_dist)
-    tools = {f"hf_mos/tools/{name}" for name in ("model_card_template.md", "inspect_view.html", "inspect_page.js")}
+    tools = {
+        f"hf_mos/tools/{name}" for name in ("model_card_template.md", "inspection/view.html", "inspection/page.js")
+    }
     assert {"hf_mos/py.typed", *tools} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests", "examples"))]

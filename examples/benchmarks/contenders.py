@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_mos import mos_cross_entropy
-from hf_mos.mixture_of_softmaxes import SubspaceLatents, mos_log_probs
+from hf_mos.mos_latents import SubspaceLatents
+from hf_mos.mos_log_probs import mos_log_probs
 
 Leaves = dict[str, Tensor]
 

@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from hf_mos import MoSForCausalLM, MoSLMHead
-from hf_mos.mixture_of_softmaxes import SubspaceLatents
+from hf_mos.mos_latents import SubspaceLatents
 
 
 def no_change(head: MoSLMHead) -> None:

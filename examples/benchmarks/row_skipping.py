@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import hf_mos
-from hf_mos.mixture_of_softmaxes import SubspaceLatents, mos_log_probs
+from hf_mos.mos_latents import SubspaceLatents
+from hf_mos.mos_log_probs import mos_log_probs
 
 THRESHOLDS = {
     "fp32": torch.finfo(torch.float32).eps,

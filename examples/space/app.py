@@ -11,8 +11,8 @@ from typing import Any
 
 import gradio as gr
 
-from hf_mos.tools.inspect import check_mixture, inspect_mixture
-from hf_mos.tools.inspect_page import SCRIPT, STYLE, render_view
+from hf_mos.tools.inspection.inspect_mixture import check_mixture, inspect_mixture
+from hf_mos.tools.inspection.page import SCRIPT, STYLE, render_view
 from hf_mos.tools.loading import load_model, load_tokenizer
 
 MAX_CHARACTERS = 4000

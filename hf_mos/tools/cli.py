@@ -307,7 +307,7 @@ def inspect_command(
 
     $ hf-mos inspect gpt2-mos --file book.txt --max-tokens 20000 --html mixture.html
     """
-    from .inspect import inspect_mixture
+    from .inspection.inspect_mixture import inspect_mixture
     from .loading import load_model, load_tokenizer
     from .texts import read_texts
 
@@ -318,7 +318,7 @@ def inspect_command(
         assert corpus is not None
         text = next((entry[:PAGE_CHARACTERS] for entry in corpus if entry.strip()), None)
     if html is not None:
-        from .inspect_page import check_target, save_page
+        from .inspection.page import check_target, save_page
 
         check_target(html)
     own_tokenizer = {} if tokenizer is not None else {"revision": revision}
@@ -341,7 +341,7 @@ def inspect_command(
     elif html is not None:
         console.print(f"{html} shows it", markup=False)
     else:
-        from .inspect_tables import tables
+        from .inspection.tables import tables
 
         console.print(tables(inspection))
 

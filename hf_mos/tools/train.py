@@ -38,15 +38,15 @@ from transformers.distributed import DistributedConfig
 
 from ..configuration_mos import MoSConfig
 from ..modeling_mos import MoSForCausalLM
-from .callbacks import MixtureUsage, StopOnNonFiniteLoss, last_whole_checkpoint
+from ..training.callbacks import MixtureUsage, StopOnNonFiniteLoss, last_whole_checkpoint
+from ..training.head_learning_rate import set_head_learning_rate
 from .card import CARD_FILE, model_card
-from .head_learning_rate import set_head_learning_rate
 from .provenance import describe_machine, own_command
 from .push import pin_card
 from .texts import FILE_READERS
 
 LONGEST_DEFAULT_BLOCK = 1024
-# What the mixture adds starts anew beside trained weights; the best in examples/bottleneck/defaults.py.
+# What the mixture adds starts anew beside trained weights; the best in examples/softmax_bottleneck/defaults.py.
 HEAD_RATE_FACTOR = 10
 STREAMED_ROWS = 10_000  # that are packed at a time; what fills no block at their end is dropped
 

@@ -11,7 +11,7 @@ from test_fsdp2 import load_sharded, shard
 from training import make_model, run_trainer, training_rows
 from transformers import TrainerCallback
 
-from hf_mos.tools.callbacks import MixtureUsage, StopOnNonFiniteLoss, whole_head
+from hf_mos.training.callbacks import MixtureUsage, StopOnNonFiniteLoss, whole_head
 
 
 class Poison(TrainerCallback):

@@ -14,7 +14,7 @@ from training import ACCUMULATION, MODELS, STEPS, assert_close_to, load_results,
 
 import hf_mos.mos_loss
 from hf_mos import MoSForCausalLM
-from hf_mos.tools.callbacks import MixtureUsage
+from hf_mos.training.callbacks import MixtureUsage
 
 STAGES = (2, 3)
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false"}

@@ -15,9 +15,9 @@ from training import assert_close_to, joint_batch, make_model
 from transformers.distributed import DistributedConfig
 
 from hf_mos import MoSForCausalLM
-from hf_mos.mixture_of_softmaxes import SubspaceLatents
+from hf_mos.mos_decoder import is_shared
+from hf_mos.mos_latents import SubspaceLatents
 from hf_mos.mos_loss import mos_cross_entropy
-from hf_mos.mos_shared_decoder import is_shared
 from hf_mos.mos_vocabulary import VocabularyShard
 
 # GPT-2 has no plan of its own.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from hf_mos import MoSForCausalLM
-from hf_mos.tools.callbacks import MixtureUsage
+from hf_mos.training.callbacks import MixtureUsage
 
 MODELS = ("gpt2", "llama-tied", "llama R=4")  # the first is tied too; the last has a latent_rank
 STEPS, BATCH, LENGTH = 5, 4, 12

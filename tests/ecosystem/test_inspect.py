@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from hf_mos import MoSConfig, MoSForCausalLM
 from hf_mos.tools.evaluate import evaluate
-from hf_mos.tools.inspect import Inspection, inspect_mixture
-from hf_mos.tools.inspect_page import render_page, save_page
-from hf_mos.tools.inspect_tables import tables
-from hf_mos.tools.token_texts import TokenTexts, running, visible
+from hf_mos.tools.inspection.inspect_mixture import Inspection, inspect_mixture
+from hf_mos.tools.inspection.page import render_page, save_page
+from hf_mos.tools.inspection.tables import tables
+from hf_mos.tools.inspection.token_texts import TokenTexts, running, visible
 
 TEXT = "Naïve café: the cat sat on 😀 two mats.\n\tAnd  then?"
 CORPUS = [f"The cat number {i} sat on mat {i * i % 7}, naïve as ever." for i in range(30)]
@@ -705,7 +705,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 remote = get_class_from_dynamic_module("modeling_mos.MoSForCausalLM", sys.argv[1])
 model = remote.from_pretrained(sys.argv[1]).eval()
 assert not type(model.lm_head).__module__.startswith("hf_mos"), type(model.lm_head)
-from hf_mos.tools.inspect import inspect_mixture
+from hf_mos.tools.inspection.inspect_mixture import inspect_mixture
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 print(inspect_mixture(model, tokenizer, text=sys.argv[2], corpus=[sys.argv[3]]).to_json())
 """

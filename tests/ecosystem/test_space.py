@@ -17,8 +17,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_mos.tools.inspect import inspect_mixture
-from hf_mos.tools.token_texts import visible
+from hf_mos.tools.inspection.inspect_mixture import inspect_mixture
+from hf_mos.tools.inspection.token_texts import visible
 
 needs_app = pytest.mark.skipif(not APP_PYTHON.exists(), reason="needs gradio in an environment of its own: make space")
 TEXT = "Sentence 7 <b>says</b> ${1 + 1} {{value}} & 3"

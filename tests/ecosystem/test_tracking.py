@@ -10,7 +10,7 @@ import pytest
 from helpers import random_tokens, tiny_mos
 from transformers import Trainer, TrainingArguments
 
-from hf_mos.tools.callbacks import MixtureUsage
+from hf_mos.training.callbacks import MixtureUsage
 
 TRACKIO = Path(__file__).parents[2] / "build" / "trackio"  # made by `make test-ecosystem`
 

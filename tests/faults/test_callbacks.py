@@ -15,8 +15,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_mos import MoSConfig, MoSForCausalLM
-from hf_mos.tools.callbacks import MixtureUsage, StopOnNonFiniteLoss, last_whole_checkpoint
-from hf_mos.tools.mixture_statistics import mixture_statistics
+from hf_mos.training.callbacks import MixtureUsage, StopOnNonFiniteLoss, last_whole_checkpoint
+from hf_mos.training.mixture_statistics import mixture_statistics
 
 ROWS = [{"input_ids": row, "labels": row} for row in random_tokens(16, 8)]
 

@@ -6,8 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_mos import mos_cross_entropy, mos_log_probs
-from hf_mos.mixture_of_softmaxes import SubspaceLatents
 from hf_mos.mos_inference import infer_log_probs
+from hf_mos.mos_latents import SubspaceLatents
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EPSILON = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}

@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from .inspect import Candidate, CorpusInspection, Inspection, Prediction, TextInspection
+from .inspect_mixture import Candidate, CorpusInspection, Inspection, Prediction, TextInspection
 from .token_texts import visible
 
 # Of the eight that every terminal has, those that are seen on light and on dark; each component has its number too.

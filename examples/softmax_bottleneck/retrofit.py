@@ -1,7 +1,7 @@
 """Is a trained model better served by a mixture than by more training? Fine-tuned from the same converged checkpoint.
 
-    python examples/bottleneck/retrofit.py --quick
-    python examples/bottleneck/retrofit.py --data-dir ptb
+    python examples/softmax_bottleneck/retrofit.py --quick
+    python examples/softmax_bottleneck/retrofit.py --data-dir ptb
 
 A softmax model is trained until its validation loss no longer falls. From there its own head, the mixture of 4 and
 mixtures in a shared subspace (`latent_rank` R) are fine-tuned for the same steps, on the same data in the same order,

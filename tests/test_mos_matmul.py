@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_mos.mos_products import TILE, multiply, multiply_into
+from hf_mos.mos_matmul import TILE, multiply, multiply_into
 
 SIZES = [(1, 8, 5), (7, 16, TILE), (33, 24, 2 * TILE + 3)]  # rows, width, classes; the last do not fill their tile
 

@@ -1,8 +1,8 @@
 """At which sizes does the mixture pay? Its gain at the same steps, against its cost, as the hidden size grows.
 
-    python examples/bottleneck/where_it_pays.py --quick
-    python examples/bottleneck/where_it_pays.py --data-dir ptb --words
-    python examples/bottleneck/where_it_pays.py --data-dir ptb --to-convergence --hidden-sizes 16 --hidden-sizes 32
+    python examples/softmax_bottleneck/where_it_pays.py --quick
+    python examples/softmax_bottleneck/where_it_pays.py --data-dir ptb --words
+    python examples/softmax_bottleneck/where_it_pays.py --data-dir ptb --to-convergence --hidden-sizes 16
 
 For each hidden size D a softmax and a mixture of 4 are trained from scratch for the same steps, and the softmax for
 twice as many; or all of them until the validation loss no longer falls, and the softmax also with twice the patience.

@@ -55,7 +55,7 @@ class Results:
 def command() -> str:
     """What was called, a path by its last name."""
     arguments = [Path(argument).name if Path(argument).exists() else argument for argument in sys.argv[1:]]
-    return shlex.join(["python", f"examples/bottleneck/{Path(sys.argv[0]).name}", *arguments])
+    return shlex.join(["python", f"examples/softmax_bottleneck/{Path(sys.argv[0]).name}", *arguments])
 
 
 def versions() -> dict[str, str]:

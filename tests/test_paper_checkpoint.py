@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from hf_mos.tools.original import load_original_head
+from hf_mos.tools.paper_checkpoint import load_paper_head
 
 
 class OriginalHead(nn.Module):
@@ -31,14 +31,14 @@ class OriginalHead(nn.Module):
 @given(st.integers(1, 5), st.integers(1, 12), st.integers(1, 12), st.integers(2, 20))
 def test_a_head_predicts_what_the_paper_says(num_mixtures, input_size, latent_size, num_classes):
     original = OriginalHead(num_mixtures, input_size, latent_size, num_classes).double()
-    head = load_original_head(original.state_dict())
+    head = load_paper_head(original.state_dict())
     hidden_states = 2 * torch.randn(7, input_size, dtype=torch.float64)
     torch.testing.assert_close(head(hidden_states), original(hidden_states).log(), rtol=1e-12, atol=1e-12)
 
 
 def test_its_loss_and_gradients_are_those_of_the_paper():
     original = OriginalHead().double()
-    head = load_original_head(original.state_dict())
+    head = load_paper_head(original.state_dict())
     hidden_states, targets = torch.randn(9, 10, dtype=torch.float64), torch.randint(17, (9,))
     nn.functional.nll_loss(original(hidden_states).log(), targets).backward()
     head(hidden_states, targets=targets).backward()
@@ -55,7 +55,7 @@ def test_from_a_file_with_the_rest_of_the_model(tmp_path, suffix):
     tensors["module.encoder.weight"] = torch.zeros(17, 6)
     path = tmp_path / f"model{suffix}"
     save_file(tensors, path) if suffix == ".safetensors" else torch.save(tensors, path)
-    head = load_original_head(path, prefix="module.", latent_dropout=0.3)
+    head = load_paper_head(path, prefix="module.", latent_dropout=0.3)
     hidden_states = torch.randn(4, 10)
     torch.testing.assert_close(head(hidden_states), original(hidden_states).log(), rtol=1e-4, atol=1e-5)
     assert head.dropout.p == 0.3
@@ -65,14 +65,14 @@ def test_from_a_file_with_the_rest_of_the_model(tmp_path, suffix):
 def test_a_pickled_model_is_not_run(tmp_path):
     torch.save(OriginalHead(), tmp_path / "model.pt")
     with pytest.raises(ValueError, match="expected a state dict, given a pickle of other objects"):
-        load_original_head(tmp_path / "model.pt")
+        load_paper_head(tmp_path / "model.pt")
 
 
 def test_a_missing_tensor_is_named():
     tensors = OriginalHead().state_dict()
     del tensors["latent.0.bias"]
     with pytest.raises(ValueError, match=r"expected \['latent.0.bias'\], given \['decoder.bias', "):
-        load_original_head(tensors)
+        load_paper_head(tensors)
 
 
 @pytest.mark.parametrize(
@@ -85,4 +85,4 @@ def test_a_missing_tensor_is_named():
 )
 def test_tensors_that_do_not_fit_are_refused(name, shape, message):
     with pytest.raises(ValueError, match=message):
-        load_original_head(OriginalHead().state_dict() | {name: torch.zeros(shape)})
+        load_paper_head(OriginalHead().state_dict() | {name: torch.zeros(shape)})

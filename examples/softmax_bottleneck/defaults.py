@@ -1,7 +1,7 @@
 """Is each default of the mixture's options the best one? One option changed at a time, everything else the same.
 
-    python examples/bottleneck/defaults.py --quick
-    python examples/bottleneck/defaults.py --data-dir ptb
+    python examples/softmax_bottleneck/defaults.py --quick
+    python examples/softmax_bottleneck/defaults.py --data-dir ptb
 
 Each variant is put on the same softmax model, which was trained until its validation loss no longer fell, and is
 fine-tuned for the same steps. A difference below the spread of the seeds is none.

@@ -18,12 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .inspect import CorpusInspection, Inspection, Prediction, TextInspection, Token
+from .inspect_mixture import CorpusInspection, Inspection, Prediction, TextInspection, Token
 from .token_texts import running, visible
 
 FOLDER = Path(__file__).parent
-STYLE = (FOLDER / "inspect_page.css").read_text(encoding="utf-8")
-SCRIPT = (FOLDER / "inspect_page.js").read_text(encoding="utf-8")
+STYLE = (FOLDER / "page.css").read_text(encoding="utf-8")
+SCRIPT = (FOLDER / "page.js").read_text(encoding="utf-8")
 
 # Okabe and Ito's colours, which people who are colour-blind tell apart. From the eighth component on they come again
 # with another stroke, and each component has its number too.
@@ -70,7 +70,7 @@ def save_page(inspection: Inspection, path: Path) -> None:
 def render_page(inspection: Inspection) -> str:
     """The whole page. It loads nothing from anywhere."""
     title = f"{Path(inspection.model.name).name or inspection.model.backbone}: what its mixture does"
-    return _template("inspect_page.html").render(title=title, style=STYLE, script=SCRIPT, view=render_view(inspection))
+    return _template("page.html").render(title=title, style=STYLE, script=SCRIPT, view=render_view(inspection))
 
 
 def render_view(inspection: Inspection) -> str:
@@ -100,7 +100,7 @@ def render_view(inspection: Inspection) -> str:
             plots.append(plot_divergence(corpus))
         if corpus.rank is not None:
             plots.append(plot_singular_values(corpus))
-    return _template("inspect_view.html").render(context, plots=plots)
+    return _template("view.html").render(context, plots=plots)
 
 
 def _template(name: str) -> Any:

@@ -1,7 +1,7 @@
 """A language whose log-probability matrix has a known rank: how far is each head from what can be known of it?
 
-    python examples/bottleneck/synthetic.py --quick
-    python examples/bottleneck/synthetic.py
+    python examples/softmax_bottleneck/synthetic.py --quick
+    python examples/softmax_bottleneck/synthetic.py
 
 Each of V contexts has a distribution over V tokens, the softmax of a random matrix of a chosen rank. A model knows the
 context (an embedding of D numbers) and learns by the exact expected cross-entropy, so there is no data to run out of,

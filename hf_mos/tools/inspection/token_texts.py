@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from .evaluate import tokenize
+from ..evaluate import tokenize
 
 REPLACEMENT = "\ufffd"  # what bytes decode to that are no whole character
 LONGEST_CHARACTER = 4  # bytes of UTF-8

@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..mixture_of_softmaxes import cap_logits, widen
-from .evaluate import Window, check_tokens, choose_window, tokenize, windows_of
-from .loading import is_mixture
-from .mixture_statistics import MixturePredictions, StatisticsSum, entropy, predict_in_chunks
-from .rank import log_prob_rank
+from ...mos_log_probs import cap_logits, widen
+from ...training.mixture_statistics import MixturePredictions, StatisticsSum, entropy, predict_in_chunks
+from ..evaluate import Window, check_tokens, choose_window, tokenize, windows_of
+from ..loading import is_mixture
+from ..rank import log_prob_rank
 from .token_texts import TokenTexts
 
 UNKNOWN_TARGET = -1  # of the position after a text's end

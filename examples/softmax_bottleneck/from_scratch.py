@@ -1,7 +1,7 @@
 """Does the mixture predict better than a softmax that spends as much? Trained from scratch, against fair controls.
 
-    python examples/bottleneck/from_scratch.py --quick
-    python examples/bottleneck/from_scratch.py --data-dir ptb
+    python examples/softmax_bottleneck/from_scratch.py --quick
+    python examples/softmax_bottleneck/from_scratch.py --data-dir ptb
 
 The same backbone, data, order, steps and schedule for every head, the learning rate searched for each family of heads.
 The controls: one softmax; a latent before it (K = 1); a mixture of contexts; a softmax model widened until it spends

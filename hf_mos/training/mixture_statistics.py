@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..mixture_of_softmaxes import cap_logits, widen
 from ..mos_chunks import tokens_per_chunk
+from ..mos_log_probs import cap_logits, widen
 
 BYTES_PER_LOGIT = 16  # the log-probabilities, their exponentials, and what is made of these on the way
 

@@ -1,6 +1,6 @@
 """The model cards of the mixtures that were trained: one for each configuration, of the model of seed 0.
 
-    python examples/bottleneck/cards.py --out bottleneck-out --cards model_cards
+    python examples/softmax_bottleneck/cards.py --out bottleneck-out --cards model_cards
 
 Reads the results that the questions have left in `--out`, and the models that they saved there.
 """

@@ -30,7 +30,7 @@ NAMES = {
 }
 
 
-def load_original_head(
+def load_paper_head(
     checkpoint: Mapping[str, Tensor] | str | Path, *, prefix: str = "", latent_dropout: float = 0.0
 ) -> MoSLMHead:
     """Equivalent to: the end of the paper's `RNNModel.forward`, from the hidden states (..., D) on.

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .mixture_of_softmaxes import SubspaceLatents
+from .mos_latents import SubspaceLatents
 from .mos_loss import mos_cross_entropy
 from .mos_vocabulary import VocabularyShard
 

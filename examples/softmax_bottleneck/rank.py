@@ -1,7 +1,7 @@
 """What rank does the log-probability matrix of a trained model have? One softmax, contexts mixed, softmaxes mixed.
 
-    python examples/bottleneck/rank.py --quick
-    python examples/bottleneck/rank.py --data-dir ptb
+    python examples/softmax_bottleneck/rank.py --quick
+    python examples/softmax_bottleneck/rank.py --data-dir ptb
 
 Each head is trained on the same backbone for the same steps. Then the matrix of its log-probabilities over many
 contexts of the validation text is made and taken apart in float64. One softmax, and one softmax of mixed contexts, are

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-SCRIPTS = Path(__file__).parents[1] / "examples" / "bottleneck"
+SCRIPTS = Path(__file__).parents[1] / "examples" / "softmax_bottleneck"
 D, V, LENGTH = 8, 60, 16
 TINY = ["--vocab-size", "300", "--hidden-size", str(D), "--num-layers", "1", "--steps", "2"]
 
