@@ -1,61 +1,167 @@
-"""The fused loss with a decoder that several processes share.
+"""How the head uses its decoder: it reads the weight, gathers it, holds a vocabulary shard of it, or calls the module.
 
-Where weights are sharded over the data-parallel processes (FSDP2, ZeRO-3), an engine gathers a weight in hooks around
-the forward of its module. The loss takes the place of the decoder's own forward there, so that it sees the weight
-whole, and the engine sees when it is needed.
-
-Where the vocabulary is sharded (tensor parallelism), the weight stays what it is, and the processes share the softmax:
-see `mos_vocabulary.py`.
+Each use has the same three methods: `log_probs`, `loss` and `scores`. [`use_of`] chooses one for a decoder.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .mos_latents import SubspaceLatents
+from .mos_chunks import tokens_per_chunk
+from .mos_latents import Latents, as_latents
+from .mos_log_probs import cap_logits, infer_log_probs, mix_log_probs, mos_log_probs, reduce
 from .mos_loss import mos_cross_entropy
+from .mos_matmul import may_read
+from .mos_token_scores import ScoreOptions, Scores, score, token_scores
 from .mos_vocabulary import VocabularyShard
 
-ENGINES = ("torch.distributed.fsdp.", "deepspeed.")  # where hooks that gather a weight are defined
-TENSOR_PARALLEL = "tp"  # what a mesh calls the dimension that shares the vocabulary
+ENGINES = ("torch.distributed.fsdp.", "deepspeed.")  # modules whose hooks gather a weight
+TENSOR_PARALLEL = "tp"  # a mesh's name for the dimension that shards the vocabulary
+AUTOGRAD_BYTES_PER_LOGIT = 24
 
 
-def is_shared(decoder: nn.Module) -> bool:
-    """Whether this is a plain projection whose weight several processes share in a way that the fused loss knows."""
-    if type(decoder).forward is not nn.Linear.forward or hasattr(decoder, "_hf_hook"):
-        return False
-    weight = decoder.weight
-    is_plain = type(getattr(weight, "_local_tensor", weight)) in (nn.Parameter, Tensor)
-    hooks = _hooks(decoder)
-    is_gathered = bool(hooks) and all((getattr(hook, "__module__", None) or "").startswith(ENGINES) for hook in hooks)
-    return is_plain and (is_gathered or (not hooks and _holds_classes(weight)))
+class ReductionOptions(TypedDict):
+    """As in `mos_cross_entropy`."""
+
+    reduction: str
+    ignore_index: int
+    chunk_size: int | None
 
 
-def shared_cross_entropy(
-    decoder: Any, latents: Tensor | SubspaceLatents, prior_logits: Tensor, targets: Tensor, **options: Any
-) -> Tensor:
-    """Equivalent to: `mos_cross_entropy(latents, prior_logits, decoder.weight, targets, **options)`.
+class CalledDecoder:
+    """Calls the decoder, as an adapter, a quantizer or a hook makes its weight alone incomplete.
 
-    Args:
-        decoder: a projection that [`is_shared`].
-        latents, prior_logits, targets, options: as in `mos_cross_entropy`.
+    Autograd makes the gradients, a chunk of tokens at a time; the backward pass computes each chunk again.
     """
 
-    def loss(*tensors: Tensor) -> Tensor:
-        latents = tensors[0] if len(tensors) == 1 else SubspaceLatents(*tensors)
-        weight, bias, shard = decoder.weight, decoder.bias, None
-        if hasattr(weight, "device_mesh"):
-            shard = _shard(weight)
-            weight, bias = (None if tensor is None else tensor.to_local() for tensor in (weight, bias))
-        return mos_cross_entropy(latents, prior_logits, weight, targets, decoder_bias=bias, shard=shard, **options)
+    def __init__(self, decoder: Any, softcap: float | None) -> None:
+        self.decoder, self.softcap = decoder, softcap
 
-    tensors = latents if isinstance(latents, SubspaceLatents) else (latents,)
-    return _call_as(decoder, loss, *tensors) if _hooks(decoder) else loss(*tensors)
+    def log_probs(self, latents: Latents, prior_logits: Tensor) -> Tensor:
+        """Equivalent to: `mos_log_probs(latents, prior_logits, decoder.weight)`."""
+        component_logits = self.decoder(latents.dense())
+        return mix_log_probs(cap_logits(component_logits, self.softcap), prior_logits.to(component_logits.device))
+
+    def loss(
+        self, latents: Latents, prior_logits: Tensor, targets: Tensor, **options: Unpack[ReductionOptions]
+    ) -> Tensor:
+        """Equivalent to: `mos_cross_entropy(latents, prior_logits, decoder.weight, targets)`."""
+
+        def chunk_nll(latents: Tensor, prior_logits: Tensor, targets: Tensor) -> Tensor:
+            log_probs = self.log_probs(as_latents(latents), prior_logits)
+            return F.nll_loss(log_probs, targets, ignore_index=options["ignore_index"], reduction="none")
+
+        nll = torch.cat(self._in_chunks(chunk_nll, options["chunk_size"], latents, prior_logits, targets))
+        return reduce(nll, targets != options["ignore_index"], options["reduction"])
+
+    def scores(self, latents: Latents, prior_logits: Tensor, targets: Tensor, options: ScoreOptions) -> Scores:
+        """Equivalent to: `score(self.log_probs(latents, prior_logits), targets, options)`."""
+
+        def chunk_scores(latents: Tensor, prior_logits: Tensor, targets: Tensor) -> Scores:
+            return score(self.log_probs(as_latents(latents), prior_logits), targets, options)
+
+        parts = self._in_chunks(chunk_scores, None, latents, prior_logits, targets)
+        return tuple(None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
+
+    def _in_chunks(
+        self,
+        function: Callable[..., Any],
+        chunk_size: int | None,
+        latents: Latents,
+        prior_logits: Tensor,
+        targets: Tensor,
+    ) -> list[Any]:
+        dense = latents.dense()
+        # Not every adapter names its width.
+        V = self.decoder.out_features if hasattr(self.decoder, "out_features") else self.decoder.weight.shape[0]
+        size = chunk_size or tokens_per_chunk(dense.shape[-2], V, AUTOGRAD_BYTES_PER_LOGIT, dense.device)
+        chunks = zip(dense.split(size), prior_logits.split(size), targets.split(size), strict=True)
+        return [checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks]
+
+
+class ReadDecoder(CalledDecoder):
+    """Reads the decoder's weight: the fused loss, and its kin for log-probabilities and scores."""
+
+    def log_probs(self, latents: Latents, prior_logits: Tensor) -> Tensor:
+        weight = self.decoder.weight.to(latents.dtype)
+        differentiable = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        log_probs = mos_log_probs if differentiable else infer_log_probs
+        return log_probs(latents, prior_logits, weight, decoder_bias=self.decoder.bias, softcap=self.softcap)
+
+    def loss(
+        self, latents: Latents, prior_logits: Tensor, targets: Tensor, **options: Unpack[ReductionOptions]
+    ) -> Tensor:
+        weight, bias = self.decoder.weight, self.decoder.bias
+        return mos_cross_entropy(
+            latents, prior_logits, weight, targets, decoder_bias=bias, softcap=self.softcap, **options
+        )
+
+    def scores(self, latents: Latents, prior_logits: Tensor, targets: Tensor, options: ScoreOptions) -> Scores:
+        weight, bias = self.decoder.weight, self.decoder.bias
+        return token_scores(latents, prior_logits, weight, targets, options, decoder_bias=bias, softcap=self.softcap)
+
+
+class ShardedDecoder(CalledDecoder):
+    """Reads the rows of this process's vocabulary shard (tensor parallelism); the processes share the softmax."""
+
+    def loss(
+        self, latents: Latents, prior_logits: Tensor, targets: Tensor, **options: Unpack[ReductionOptions]
+    ) -> Tensor:
+        weight, bias = self.decoder.weight, self.decoder.bias
+        return mos_cross_entropy(
+            latents,
+            prior_logits,
+            weight.to_local(),
+            targets,
+            decoder_bias=None if bias is None else bias.to_local(),
+            softcap=self.softcap,
+            shard=_shard_of(weight),
+            **options,
+        )
+
+
+class GatheredDecoder(CalledDecoder):
+    """Reads the weight between the hooks that gather it (FSDP2, ZeRO-3).
+
+    These engines gather a weight in hooks around the forward of its module. So the loss runs in place of the decoder's
+    own forward: it sees the gathered weight, and the engine sees when the weight is needed.
+    """
+
+    def loss(
+        self, latents: Latents, prior_logits: Tensor, targets: Tensor, **options: Unpack[ReductionOptions]
+    ) -> Tensor:
+        kind = type(latents)
+
+        def loss_of(*tensors: Tensor) -> Tensor:
+            use = ShardedDecoder if hasattr(self.decoder.weight, "device_mesh") else ReadDecoder
+            gathered = use(self.decoder, self.softcap)
+            return gathered.loss(kind(*tensors), prior_logits, targets, **options)
+
+        return _call_as(self.decoder, loss_of, *latents.tensors)
+
+
+def use_of(decoder: nn.Module, softcap: float | None) -> CalledDecoder:
+    """The cheapest use that this decoder allows."""
+    if may_read(decoder):
+        return ReadDecoder(decoder, softcap)
+    is_linear = type(decoder).forward is nn.Linear.forward and not hasattr(decoder, "_hf_hook")
+    if not is_linear or torch.compiler.is_compiling():
+        return CalledDecoder(decoder, softcap)
+    weight: Any = decoder.weight
+    if type(getattr(weight, "_local_tensor", weight)) not in (nn.Parameter, Tensor):
+        return CalledDecoder(decoder, softcap)
+    hooks = [*decoder._forward_pre_hooks.values(), *decoder._forward_hooks.values()]
+    if hooks and all((getattr(hook, "__module__", None) or "").startswith(ENGINES) for hook in hooks):
+        return GatheredDecoder(decoder, softcap)
+    return ShardedDecoder(decoder, softcap) if not hooks and _is_sharded(weight) else CalledDecoder(decoder, softcap)
 
 
 def _call_as(decoder: nn.Module, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """`function(*inputs)` in the place of the decoder's forward, between its hooks."""
+    """Computes `function(*inputs)` in place of the decoder's forward, between its hooks."""
     own = vars(decoder).get("forward")
     results = []
 
@@ -70,28 +176,24 @@ def _call_as(decoder: nn.Module, function: Callable[..., Tensor], *inputs: Tenso
         del decoder.forward
         if own is not None:
             decoder.forward = own
-    # FSDP2's hooks are on the result itself. Its mixed precision rounds what it returns, which would be the loss.
+    # FSDP2 hooks the result itself. Its mixed precision rounds what the module returns, which would round the loss.
     return output if output.dtype == results[0].dtype else results[0]
 
 
-def _hooks(module: nn.Module) -> list[Any]:
-    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-
-
-def _holds_classes(weight: Any) -> bool:
-    """Whether the weight is sharded over the vocabulary, and by nothing else."""
+def _is_sharded(weight: Any) -> bool:
+    """Whether the weight is sharded over the vocabulary, and over nothing else."""
     mesh = getattr(weight, "device_mesh", None)
     if mesh is None or mesh.mesh_dim_names != (TENSOR_PARALLEL,) or not weight.placements[0].is_shard(0):
         return False
-    return (mesh.size() - 1) * _classes_per_process(weight) < weight.shape[0]  # nobody is left without a class
+    return (mesh.size() - 1) * _classes_per_process(weight) < weight.shape[0]  # every process holds a class
 
 
 def _classes_per_process(weight: Any) -> int:
     return -(-weight.shape[0] // weight.device_mesh.size())
 
 
-def _shard(weight: Any) -> VocabularyShard:
-    if not _holds_classes(weight):
+def _shard_of(weight: Any) -> VocabularyShard:
+    if not _is_sharded(weight):
         raise ValueError(
             f"lm_head.decoder.weight: expected it sharded over the vocabulary on a mesh of one dimension, "
             f"{TENSOR_PARALLEL!r}, given {weight.placements} on {weight.device_mesh}"

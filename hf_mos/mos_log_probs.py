@@ -1,4 +1,4 @@
-"""The maths of the mixture of softmaxes, in its readable form.
+"""The maths of the mixture of softmaxes: the readable reference, and the same without gradients, chunk by chunk.
 
     N tokens, K mixtures, D input_size, E latent_size, V classes
     log_prior            = log_softmax(prior_logits)                          (N, K)
@@ -16,17 +16,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mos_latents import SubspaceLatents
+from .mos_chunks import tokens_per_chunk
+from .mos_latents import Latents, as_latents
+
+REDUCTIONS = ("mean", "sum", "none")
 
 
-def widen(x: Tensor) -> Tensor:
-    """`x` in fp32, or as it is if it is wider."""
-    return x if x.dtype == torch.float64 else x.float()
+def mos_log_probs(
+    latents: Tensor | Latents,
+    prior_logits: Tensor,
+    decoder_weight: Tensor,
+    *,
+    decoder_bias: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Equivalent to: `log(sum_k softmax(prior_logits)_k * softmax(latents_k @ decoder_weight.T + decoder_bias))`.
 
+    The reference that the fast loss is tested against, with the same arguments as `mos_cross_entropy`.
 
-def cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
-    """Equivalent to: `softcap * tanh(logits / softcap)`; `None` leaves them as they are."""
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    Args:
+        latents: (..., K, E), one latent for each component, or [`Latents`] that stand for them.
+        prior_logits: (..., K), the raw output of the prior.
+        decoder_weight: (V, E), the vocabulary projection that all components share.
+        decoder_bias: (V,), or `None`.
+        softcap: each component's logits become `softcap * tanh(logits / softcap)`; `None` for none.
+
+    Returns:
+        (..., V), natural log-probabilities in fp32 (fp64 for fp64). Differentiable.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+    latents = as_latents(latents)
+    check_shapes(latents, prior_logits, decoder_weight, decoder_bias)
+    component_logits = cap_logits(F.linear(latents.dense(), decoder_weight, decoder_bias), softcap)
+    return mix_log_probs(component_logits, prior_logits)
 
 
 def mix_log_probs(component_logits: Tensor, prior_logits: Tensor) -> Tensor:
@@ -44,49 +68,87 @@ def mix_log_probs(component_logits: Tensor, prior_logits: Tensor) -> Tensor:
     return torch.logsumexp(log_prior.unsqueeze(-1) + component_log_probs, dim=-2)
 
 
-def mos_log_probs(
-    latents: Tensor | SubspaceLatents,
+@torch.no_grad()
+def infer_log_probs(
+    latents: Latents,
     prior_logits: Tensor,
     decoder_weight: Tensor,
     *,
     decoder_bias: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Equivalent to: `log(sum_k softmax(prior_logits)_k * softmax(latents_k @ decoder_weight.T + decoder_bias))`.
-
-    The reference that the fast loss is tested against, with the same arguments as `mos_cross_entropy`.
+    """Equivalent to: `mos_log_probs(latents, prior_logits, decoder_weight)` without gradients and (N, K, V) copies.
 
     Args:
-        latents: (..., K, E), one latent for each component, or the [`SubspaceLatents`] that stand for them.
-        prior_logits: (..., K), the raw output of the prior.
-        decoder_weight: (V, E), the vocabulary projection that all components share.
-        decoder_bias: (V,), or `None`.
-        softcap: each component's logits become `softcap * tanh(logits / softcap)`; `None` for none.
+        latents: of (N, K, E).
+        prior_logits: (N, K).
+        decoder_weight: (V, E), in the dtype of the latents.
+        decoder_bias, softcap: as in `mos_log_probs`.
 
     Returns:
-        (..., V), natural log-probabilities in fp32 (fp64 for fp64). Differentiable.
-
-    Raises:
-        ValueError: the shapes do not fit together.
+        (N, V), natural log-probabilities in fp32 (fp64 for fp64).
     """
-    check_shapes(latents, prior_logits, decoder_weight, decoder_bias)
-    dense = latents.dense() if isinstance(latents, SubspaceLatents) else latents
-    component_logits = cap_logits(F.linear(dense, decoder_weight, decoder_bias), softcap)
-    return mix_log_probs(component_logits, prior_logits)
+    (N, K), V, device = prior_logits.shape, decoder_weight.shape[0], decoder_weight.device
+    dtype = widen(decoder_weight[:0]).dtype
+    latents = latents.for_inference()
+    projection = latents.projection(decoder_weight, (False,) * len(latents.tensors), False, dtype)
+    log_probs = torch.empty(N, V, dtype=dtype, device=device)
+    size = tokens_per_chunk(K, V, 3 * dtype.itemsize, device)
+    for start in range(0, N, size):
+        tokens = slice(start, start + size)
+        logits = projection.component_logits(tokens)
+        if decoder_bias is not None:
+            logits = logits + decoder_bias
+        log_probs[tokens] = mix_log_probs(cap_logits(widen(logits), softcap), prior_logits[tokens])
+    return log_probs
 
 
-def check_shapes(
-    latents: Tensor | SubspaceLatents, prior_logits: Tensor, decoder_weight: Tensor, decoder_bias: Tensor | None
-) -> None:
-    if isinstance(latents, SubspaceLatents):
-        hidden_states, shifts, basis = latents
-        width, leading = hidden_states.shape[-1], shifts.shape[:-1]
-        if leading[:-1] != hidden_states.shape[:-1] or basis.shape != (width, shifts.shape[-1]):
-            shapes = ", ".join(str(tuple(part.shape)) for part in latents)
-            raise ValueError(f"latents: expected (..., E), (..., K, R) and (E, R), given {shapes}")
-    else:
-        width, leading = latents.shape[-1], latents.shape[:-1]
-    if len(leading) < 1 or prior_logits.shape != leading:
+def widen(x: Tensor) -> Tensor:
+    """Equivalent to: `x.float()`, or `x` itself in fp64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
+    """Equivalent to: `softcap * tanh(logits / softcap)`; `None` leaves the logits as they are."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def cap_(logits: Tensor, softcap: float, slope: Tensor | None) -> None:
+    """Equivalent to: `cap_logits` in place; writes its derivative at each logit to `slope`, if there is one."""
+    logits.div_(softcap).tanh_()
+    if slope is not None:
+        torch.mul(logits, logits, out=slope).neg_().add_(1)
+    logits.mul_(softcap)
+
+
+def reduce(nll: Tensor, counts: Tensor, reduction: str) -> Tensor:
+    """Equivalent to: `nll` (N,), its sum, or its sum over the number of tokens that count, for `REDUCTIONS`.
+
+    Args:
+        nll: (N,), zero where a token does not count.
+        counts: (N,) bool, whether a token counts.
+        reduction: one of `REDUCTIONS`.
+    """
+    return nll if reduction == "none" else nll.sum() / divisor(counts, reduction)
+
+
+def divisor(counts: Tensor, reduction: str) -> Tensor | int:
+    """The divisor of the summed loss; at least 1, so that a batch in which no token counts has a loss of zero."""
+    return 1 if reduction == "sum" else counts.sum().clamp(min=1)
+
+
+def count_items(targets: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """The divisor of a batch's summed loss: the number given, else the number of targets that are not -100."""
+    if num_items_in_batch is None:
+        num_items_in_batch = (targets != -100).sum()
+    return torch.as_tensor(num_items_in_batch, device=targets.device).clamp(min=1)
+
+
+def check_shapes(latents: Latents, prior_logits: Tensor, decoder_weight: Tensor, decoder_bias: Tensor | None) -> None:
+    """Raises a ValueError where the shapes do not fit together."""
+    latents.check()
+    *leading, width = latents.shape
+    if len(leading) < 1 or prior_logits.shape != tuple(leading):
         raise ValueError(f"prior_logits: expected {tuple(leading)} as the latents, given {tuple(prior_logits.shape)}")
     if decoder_weight.dim() != 2 or decoder_weight.shape[1] != width:
         raise ValueError(f"decoder_weight: expected (V, {width}) as the latents, given {tuple(decoder_weight.shape)}")

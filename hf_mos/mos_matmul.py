@@ -1,10 +1,12 @@
-"""Matrix products, by the library that is the fastest for them."""
+"""Matrix products by the library that is the fastest for them."""
+
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-TILE = 1024  # classes at a time, whose logits stay in the cache until they are where they belong
+TILE = 1024  # classes at a time, so that a tile of logits stays in the cache until it is copied to its place
 
 
 def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -27,13 +29,30 @@ def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def multiply_into(out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Equivalent to: `out.copy_(multiply(rows, weight, bias))`, without memory of the size of `out`; returns `out`."""
-    if weight.is_contiguous() and _suits_onednn(rows, weight):  # so that a tile of it has no gaps either
-        # oneDNN writes to memory of its own
+    if weight.is_contiguous() and _suits_onednn(rows, weight):  # contiguous, so that a tile has no gaps either
+        # oneDNN returns a tensor of its own.
         for start in range(0, weight.shape[0], TILE):
             tile = slice(start, start + TILE)
             out[:, tile] = _onednn(rows, weight[tile], None if bias is None else bias[tile])
         return out
     return torch.mm(rows, weight.t(), out=out) if bias is None else torch.addmm(bias, rows, weight.t(), out=out)
+
+
+def project(projection: nn.Linear, hidden_states: Tensor) -> Tensor:
+    """Equivalent to: `projection(hidden_states)`; without gradients by the faster product."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not may_read(projection):
+        return projection(hidden_states)
+    outputs = multiply(hidden_states.flatten(0, -2), projection.weight, projection.bias)
+    return outputs.unflatten(0, hidden_states.shape[:-1])
+
+
+def may_read(projection: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether the module computes `F.linear` of its weight, so that the weight may be read in place of a call.
+
+    An adapter, a quantizer, an offloading hook or a sharded tensor changes the result of a call, or the weight.
+    """
+    hooked = projection._forward_hooks or projection._forward_pre_hooks or hasattr(projection, "_hf_hook")
+    return type(projection) is nn.Linear and type(projection.weight) in (nn.Parameter, Tensor) and not hooked
 
 
 def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,61 +1,59 @@
-"""From a chunk of tokens to its component logits, and from their errors back to the gradients.
+"""From the latents of a chunk of tokens to their component logits, and from the errors back to the gradients.
 
-    n tokens of a chunk, K mixtures, E latent_size, R latent_rank, V classes
+    N tokens, n of them in a chunk, K mixtures, E latent_size, R latent_rank, V classes
     error       = softmax(component_logits) - onehot(target)      (n K, V)
     row_weights = responsibilities (times the token's weight)     (n K, 1)
 
-The gradient of the component logits is `row_weights * error`. In fp32 and wider it is never made: the row weights go
-on the narrow side of each product. In half precision they join the error when that is rounded, and are `None` here.
-Gradients that many tokens add to are summed in `sum_dtype`, whatever the dtype of the products.
+The gradient of the component logits is `row_weights * error`. In fp32 and wider this product is never made: the row
+weights go on the narrow side of each matmul. In half precision they join the error when it is rounded, and are `None`
+here. Gradients that many tokens add to are summed in `sum_dtype`, whatever the dtype of the matmuls.
 """
+
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
-from .mos_latents import SubspaceLatents
 from .mos_matmul import multiply, multiply_into
 
-Tokens = slice | Tensor  # which tokens a chunk holds
+Tokens = slice | Tensor  # the tokens of a chunk, as an index
 
 
-def project(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, half: Tensor) -> Tensor:
-    """Equivalent to: `out.copy_(F.linear(rows, weight, bias))`, by way of `half` where `rows` are half precision."""
-    product = multiply_into(out if rows.dtype == out.dtype else half, rows, weight, bias)
-    return product if product is out else out.copy_(product)
+class Projection(ABC):
+    """The map of one kind of latents to component logits, and back.
 
-
-def weighted(rows: Tensor, row_weights: Tensor | None) -> Tensor:
-    return rows if row_weights is None else rows * row_weights
-
-
-class Accumulator:
-    """A gradient (V, E) that products of all chunks add to; absent where it is not wanted."""
-
-    def __init__(self, like: Tensor, wanted: bool, sum_dtype: torch.dtype) -> None:
-        self.total = torch.empty_like(like, dtype=sum_dtype) if wanted else None
-        self.is_empty = True
-
-    def add_product(self, left: Tensor, right: Tensor) -> None:
-        if self.total is None:
-            return
-        if left.dtype == self.total.dtype:
-            self.total.addmm_(left, right, beta=0 if self.is_empty else 1)
-        elif self.is_empty:
-            self.total.copy_(torch.mm(left, right))
-        else:
-            self.total.add_(torch.mm(left, right))
-        self.is_empty = False
-
-    def result(self) -> Tensor | None:
-        if self.total is not None and self.is_empty:
-            self.total.zero_()
-        return self.total
-
-
-class DenseProjection:
-    """`component_logits = latents @ weight.T`, for latents (N, K, E)."""
+    A group of tokens is opened, goes forward and backward chunk by chunk, and is closed. `place` is where a chunk's
+    tokens lie in their group.
+    """
 
     shared_share = 0.0  # of the working memory, beside the component logits
+
+    def open(self, group: Tokens, size: int, bias: Tensor | None) -> None:
+        """Begins a group of at most `size` tokens."""
+        self.bias = bias
+
+    @abstractmethod
+    def logits(self, tokens: Tokens, place: slice, out: Tensor, half: Tensor) -> None:
+        """Writes the component logits to `out` (n K, V), by way of `half` where the latents are half precision."""
+
+    @abstractmethod
+    def backward(self, tokens: Tokens, place: slice, error: Tensor, row_weights: Tensor | None) -> None:
+        """Adds the gradients of the last `logits`."""
+
+    def close(self, group: Tokens) -> None:  # noqa: B027
+        """Ends a group."""
+
+    @abstractmethod
+    def gradients(self) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+        """The gradients of the latents' tensors, and that of the weight; `None` where not wanted."""
+
+    @abstractmethod
+    def component_logits(self, tokens: slice) -> Tensor:
+        """Equivalent to: `latents[tokens] @ weight.T` (n, K, V), without groups, bias and gradients."""
+
+
+class FullProjection(Projection):
+    """`component_logits = latents @ weight.T`, for latents (N, K, E)."""
 
     def __init__(
         self, latents: Tensor, weight: Tensor, wanted: tuple[bool, ...], wants_weight: bool, sum_dtype: torch.dtype
@@ -64,12 +62,9 @@ class DenseProjection:
         self.d_latents = torch.zeros_like(latents) if wanted[0] else None
         self.d_weight = Accumulator(weight, wants_weight, sum_dtype)
 
-    def open(self, group: Tokens, size: int, bias: Tensor | None) -> None:
-        self.bias = bias
-
     def logits(self, tokens: Tokens, place: slice, out: Tensor, half: Tensor) -> None:
         self.rows = self.latents[tokens].flatten(0, 1)
-        project(self.rows, self.weight, self.bias, out, half)
+        write_product(self.rows, self.weight, self.bias, out, half)
 
     def backward(self, tokens: Tokens, place: slice, error: Tensor, row_weights: Tensor | None) -> None:
         if self.d_latents is not None:
@@ -77,35 +72,38 @@ class DenseProjection:
             self.d_latents[tokens] = d_rows.view(-1, *self.latents.shape[1:])
         self.d_weight.add_product(error.t(), weighted(self.rows, row_weights))
 
-    def close(self, group: Tokens) -> None:
-        pass
-
     def gradients(self) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
         return (self.d_latents,), self.d_weight.result()
 
+    def component_logits(self, tokens: slice) -> Tensor:
+        latents = self.latents[tokens]
+        return multiply(latents.flatten(0, 1), self.weight).unflatten(0, latents.shape[:2])
 
-class SubspaceProjection:
+
+class SubspaceProjection(Projection):
     """`component_logits_k = hidden_states @ weight.T + shifts_k @ (weight @ basis).T`: one wide product for all K.
 
-    A group of tokens shares the wide products: their shared logits are made when it is opened, chunk by chunk the
-    errors, summed over the mixture, take their places, and what they send back is made when it is closed.
+    A group of tokens shares the wide products. `open` makes their shared logits; chunk by chunk, `backward` replaces
+    these by the errors, summed over the mixture; `close` makes the gradients of the sums.
     """
 
     shared_share = 0.5
 
     def __init__(
         self,
-        latents: SubspaceLatents,
+        hidden_states: Tensor,
+        shifts: Tensor,
+        basis: Tensor,
         weight: Tensor,
         wanted: tuple[bool, ...],
         wants_weight: bool,
         sum_dtype: torch.dtype,
     ) -> None:
-        self.hidden_states, self.shifts, self.basis = latents
+        self.hidden_states, self.shifts, self.basis = hidden_states, shifts, basis
         self.weight = weight
-        self.narrow_weight = weight @ self.basis  # (V, R), once per step
-        self.d_hidden = torch.zeros_like(self.hidden_states) if wanted[0] else None
-        self.d_shifts = torch.zeros_like(self.shifts) if wanted[1] else None
+        self.narrow_weight = weight @ basis  # (V, R), once per step
+        self.d_hidden = torch.zeros_like(hidden_states) if wanted[0] else None
+        self.d_shifts = torch.zeros_like(shifts) if wanted[1] else None
         self.wants_basis, self.wants_shared = wanted[2], wanted[0] or wants_weight
         self.d_weight = Accumulator(weight, wants_weight, sum_dtype)
         # Column by column: at R = 8 MKL adds such a product in a third to a tenth of the time.
@@ -118,12 +116,12 @@ class SubspaceProjection:
             self.buffer = self.weight.new_empty(size, self.weight.shape[0])
         self.group_rows = self.hidden_states[group]
         self.shared = self.buffer[: self.group_rows.shape[0]]
-        project(self.group_rows, self.weight, bias, self.shared, self.shared)
+        write_product(self.group_rows, self.weight, bias, self.shared, self.shared)
 
     def logits(self, tokens: Tokens, place: slice, out: Tensor, half: Tensor) -> None:
         shifts = self.shifts[tokens]
         self.rows = shifts.flatten(0, 1)
-        project(self.rows, self.narrow_weight, None, out, half)
+        write_product(self.rows, self.narrow_weight, None, out, half)
         out.view(*shifts.shape[:2], -1).add_(self.shared[place].unsqueeze(1))
 
     def backward(self, tokens: Tokens, place: slice, error: Tensor, row_weights: Tensor | None) -> None:
@@ -154,14 +152,43 @@ class SubspaceProjection:
                 d_weight.addmm_(d_narrow, self.basis.t().to(d_narrow.dtype))
         return (self.d_hidden, self.d_shifts, d_basis), d_weight
 
+    def component_logits(self, tokens: slice) -> Tensor:
+        shifts = self.shifts[tokens]
+        shared = multiply(self.hidden_states[tokens], self.weight)
+        logits = multiply(shifts.flatten(0, 1), self.narrow_weight)
+        return logits.unflatten(0, shifts.shape[:2]) + shared.unsqueeze(1)
 
-def projection_for(
-    latents: Tensor | SubspaceLatents,
-    weight: Tensor,
-    wanted: tuple[bool, ...],
-    wants_weight: bool,
-    sum_dtype: torch.dtype,
-) -> DenseProjection | SubspaceProjection:
-    if isinstance(latents, SubspaceLatents):
-        return SubspaceProjection(latents, weight, wanted, wants_weight, sum_dtype)
-    return DenseProjection(latents, weight, wanted, wants_weight, sum_dtype)
+
+class Accumulator:
+    """A gradient (V, E) that the products of all chunks add to; absent where it is not wanted."""
+
+    def __init__(self, like: Tensor, wanted: bool, sum_dtype: torch.dtype) -> None:
+        self.total = torch.empty_like(like, dtype=sum_dtype) if wanted else None
+        self.is_empty = True
+
+    def add_product(self, left: Tensor, right: Tensor) -> None:
+        if self.total is None:
+            return
+        if left.dtype == self.total.dtype:
+            self.total.addmm_(left, right, beta=0 if self.is_empty else 1)
+        elif self.is_empty:
+            self.total.copy_(torch.mm(left, right))
+        else:
+            self.total.add_(torch.mm(left, right))
+        self.is_empty = False
+
+    def result(self) -> Tensor | None:
+        if self.total is not None and self.is_empty:
+            self.total.zero_()
+        return self.total
+
+
+def write_product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, half: Tensor) -> None:
+    """Equivalent to: `out.copy_(F.linear(rows, weight, bias))`, by way of `half` where `rows` are half precision."""
+    product = multiply_into(out if rows.dtype == out.dtype else half, rows, weight, bias)
+    if product is not out:
+        out.copy_(product)
+
+
+def weighted(rows: Tensor, row_weights: Tensor | None) -> Tensor:
+    return rows if row_weights is None else rows * row_weights

@@ -1,4 +1,4 @@
-"""What trainers of preferences and of rewards ask about each token, without a tensor of (N, K, V) or (N, V).
+"""The scores of each token that preference and reward trainers need, without a tensor of (N, K, V) or (N, V).
 
     p                 softmax(mixture's log-probabilities / temperature)                    (N, V)
     log_probs         log p(target)                                                         (N,)
@@ -10,6 +10,7 @@
 The names are those of TRL, whose trainers read them. `log_probs` and `entropy` are differentiable.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,11 +20,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.utils import ModelOutput
 
-from .mos_chunks import LossOptions, loss_and_gradients, tokens_per_chunk
-from .mos_inference import infer_log_probs
-from .mos_latents import SubspaceLatents
-from .mos_log_probs import mos_log_probs, widen
+from .mos_chunks import tokens_per_chunk
+from .mos_latents import Latents
+from .mos_log_probs import infer_log_probs, mos_log_probs, widen
+from .mos_loss import (
+    ForEachInput,
+    Gradients,
+    LossInputs,
+    LossOptions,
+    in_dtype_of,
+    loss_and_gradients,
+    wanted_of,
+    work_dtype_of,
+)
 
+Scores = tuple[Tensor | None, ...]  # (N,) each, in the order of SCORES; None where not wanted
 SCORES = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
@@ -34,7 +45,7 @@ class ScoreOptions(NamedTuple):
 
 @dataclass
 class TokenScores(ModelOutput):
-    """Scores of each token, `None` where they are not wanted, and with them what a model knows of its batch."""
+    """Scores of each token, `None` where not wanted, and the loss, the mask and the router loss of the batch."""
 
     loss: Tensor | None = None
     log_probs: Tensor | None = None
@@ -42,12 +53,12 @@ class TokenScores(ModelOutput):
     log_sum_sq_probs: Tensor | None = None
     mean_logits: Tensor | None = None
     is_top1: Tensor | None = None
-    label_mask: Tensor | None = None  # whether a label counts; the scores are zero where it does not
+    label_mask: Tensor | None = None  # whether a label counts; where it does not, the scores are zero
     aux_loss: Tensor | None = None
 
 
-def score(log_probs: Tensor, targets: Tensor, options: ScoreOptions) -> tuple[Tensor | None, ...]:
-    """The scores in the order of `SCORES`, in their readable form.
+def score(log_probs: Tensor, targets: Tensor, options: ScoreOptions) -> Scores:
+    """The scores in the order of `SCORES`: the readable reference.
 
     Args:
         log_probs: (n, V), of the mixture.
@@ -68,7 +79,7 @@ def score(log_probs: Tensor, targets: Tensor, options: ScoreOptions) -> tuple[Te
 
 @torch.compiler.disable
 def token_scores(
-    latents: Tensor | SubspaceLatents,
+    latents: Latents,
     prior_logits: Tensor,
     decoder_weight: Tensor,
     targets: Tensor,
@@ -76,40 +87,45 @@ def token_scores(
     *,
     decoder_bias: Tensor | None = None,
     softcap: float | None = None,
-) -> tuple[Tensor | None, ...]:
+) -> Scores:
     """Equivalent to: `score(mos_log_probs(latents, prior_logits, decoder_weight), targets, options)`.
 
-    A chunk of tokens at a time: one product of (N K) x E x V, and three more for the gradient of `log_probs`. That of
-    `entropy`, and with a temperature other than 1 that of `log_probs`, is by autograd through the readable maths.
+    A chunk of tokens at a time: one matmul of (N K) x E x V, and three more for the gradient of `log_probs`. Autograd
+    through the readable maths makes the gradient of `entropy`, and at a temperature other than 1 that of `log_probs`.
 
     Args:
-        latents, prior_logits, decoder_weight, decoder_bias, softcap: as in `mos_cross_entropy`.
-        targets: (N,), class indices; none that is ignored.
+        latents: of (N, K, E).
+        prior_logits, decoder_weight, decoder_bias, softcap: as in `mos_cross_entropy`.
+        targets: (N,), class indices, none of them ignored.
         options: which scores, at which temperature.
 
     Returns:
         The scores (N,) in the order of `SCORES`, in fp32 (fp64 for fp64), `None` where not wanted.
     """
-    latent_tensors = latents if isinstance(latents, SubspaceLatents) else (latents,)
-    device_type, dtype = targets.device.type, latent_tensors[0].dtype
-    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-    work = LossOptions(softcap, ignore_index=-100, chunk_size=None, work_dtype=dtype)
-    return TokenScoring.apply(options, work, prior_logits, decoder_weight, decoder_bias, targets, *latent_tensors)
+    inputs = LossInputs(prior_logits, decoder_weight, decoder_bias, latents)
+    work = LossOptions(softcap, ignore_index=-100, chunk_size=None, work_dtype=work_dtype_of(latents))
+    return TokenScoring.apply(options, work, type(latents), targets, *inputs.flat())
 
 
 class TokenScoring(torch.autograd.Function):
     """`token_scores`."""
 
     @staticmethod
-    def forward(ctx: Any, options: ScoreOptions, work: LossOptions, *tensors: Any) -> tuple[Tensor | None, ...]:
+    def forward(
+        ctx: Any,
+        options: ScoreOptions,
+        work: LossOptions,
+        kind: type[Latents],
+        targets: Tensor,
+        *tensors: Tensor | None,
+    ) -> Scores:
         ctx.set_materialize_grads(False)  # an entropy that is only logged costs nothing in the backward pass
-        ctx.save_for_backward(*tensors)
-        ctx.options, ctx.work = options, work
-        targets = tensors[3]
+        ctx.save_for_backward(targets, *tensors)
+        ctx.options, ctx.work, ctx.kind = options, work, kind
+        inputs = LossInputs.read(kind, tensors)
         chunks = [
-            score(log_probs_of(tensors, tokens, work, infer_log_probs), targets[tokens], options)
-            for tokens in token_chunks(tensors, 4)
+            score(log_probs_of(inputs, tokens, work, infer_log_probs), targets[tokens], options)
+            for tokens in token_chunks(inputs, 4)
         ]
         scores = tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*chunks, strict=True))
         ctx.mark_non_differentiable(*(x for x in scores[2:] if x is not None))
@@ -117,61 +133,55 @@ class TokenScoring(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_log_probs: Tensor | None, d_entropy: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        tensors, options, work = ctx.saved_tensors, ctx.options, ctx.work
-        gradients: tuple[Tensor | None, ...]
-        needs = ctx.needs_input_grad[2:]
-        wanted = (*needs[:3], *needs[4:])
+    def backward(ctx: Any, d_log_probs: Tensor | None, d_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        targets, *tensors = ctx.saved_tensors
         if d_entropy is None and d_log_probs is None:
-            return (None,) * (2 + len(tensors))
+            return (None,) * (4 + len(tensors))
+        inputs, options, work = LossInputs.read(ctx.kind, tensors), ctx.options, ctx.work
+        gradients: Gradients
         if d_entropy is None and options.temperature == 1:
             assert d_log_probs is not None
-            gradients = loss_and_gradients(tensors, work, wanted, token_weights=-d_log_probs)[1]
+            _, gradients = loss_and_gradients(inputs, targets, work, wanted_of(ctx), token_weights=-d_log_probs)
         else:
-            gradients = gradients_by_autograd(tensors, options, work, wanted, d_log_probs, d_entropy)
-        inputs = (*tensors[:3], *tensors[4:])
-        prior, weight, bias, *latents = (
-            None if gradient is None else gradient.to(x.dtype) for gradient, x in zip(gradients, inputs, strict=True)
-        )
-        return (None, None, prior, weight, bias, None, *latents)
+            gradients = gradients_by_autograd(inputs, targets, options, work, wanted_of(ctx), d_log_probs, d_entropy)
+        return (None, None, None, None, *in_dtype_of(inputs, gradients))
 
 
 def gradients_by_autograd(
-    tensors: tuple[Any, ...],
+    inputs: LossInputs,
+    targets: Tensor,
     options: ScoreOptions,
     work: LossOptions,
-    wanted: tuple[bool, ...],
+    wanted: ForEachInput[bool],
     d_log_probs: Tensor | None,
     d_entropy: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """The gradients of both scores, in the order prior logits, weight, bias, latents; summed in fp32 or wider."""
-    leaves: list[Any] = [None if x is None else x.detach().requires_grad_(x.is_floating_point()) for x in tensors]
-    inputs = [x for x, want in zip((*leaves[:3], *leaves[4:]), wanted, strict=True) if want]
-    totals = [torch.zeros_like(x, dtype=widen(x[:0]).dtype) for x in inputs]
-    for tokens in token_chunks(tensors, 24):
+) -> Gradients:
+    """The gradients of both scores, summed in fp32 or wider."""
+    leaves: list[Any] = [None if x is None else x.detach().requires_grad_() for x in inputs.flat()]
+    wanted_leaves = [x for x, want in zip(leaves, wanted.flat(), strict=True) if x is not None and want]
+    totals = [torch.zeros_like(x, dtype=widen(x[:0]).dtype) for x in wanted_leaves]
+    for tokens in token_chunks(inputs, 24):
         with torch.enable_grad():
-            log_probs = log_probs_of(leaves, tokens, work, mos_log_probs)
-            scores = score(log_probs, tensors[3][tokens], options)
+            log_probs = log_probs_of(LossInputs.read(type(inputs.latents), leaves), tokens, work, mos_log_probs)
+            scores = score(log_probs, targets[tokens], options)
         pairs = [(x, d[tokens]) for x, d in zip(scores, (d_log_probs, d_entropy), strict=False) if d is not None]
         outputs, d_outputs = zip(*pairs, strict=True)
-        for total, gradient in zip(totals, torch.autograd.grad(outputs, inputs, d_outputs), strict=True):
+        for total, gradient in zip(totals, torch.autograd.grad(outputs, wanted_leaves, d_outputs), strict=True):
             total += gradient
     remaining = iter(totals)
-    return tuple(next(remaining) if want else None for want in wanted)
+    return ForEachInput.read([next(remaining) if want else None for want in wanted.flat()])
 
 
-def token_chunks(tensors: tuple[Any, ...], bytes_per_logit: int) -> list[slice]:
-    """At least one, so that a batch without tokens has scores too."""
-    (N, K), V = tensors[0].shape, tensors[1].shape[0]
-    size = tokens_per_chunk(K, V, bytes_per_logit, tensors[0].device)
+def token_chunks(inputs: LossInputs, bytes_per_logit: int) -> list[slice]:
+    """Slices of tokens; at least one, so that a batch without tokens has scores too."""
+    (N, K), V = inputs.prior_logits.shape, inputs.decoder_weight.shape[0]
+    size = tokens_per_chunk(K, V, bytes_per_logit, inputs.prior_logits.device)
     return [slice(start, start + size) for start in range(0, max(N, 1), size)]
 
 
-def log_probs_of(tensors: Any, tokens: slice, work: LossOptions, log_probs: Any) -> Tensor:
-    prior_logits, weight, bias, _, *latent_tensors = tensors
+def log_probs_of(inputs: LossInputs, tokens: slice, work: LossOptions, log_probs: Callable[..., Tensor]) -> Tensor:
     dtype = work.work_dtype
-    first, *others = (x.to(dtype) for x in latent_tensors)
-    latents = SubspaceLatents(first[tokens], others[0][tokens], others[1]) if others else first[tokens]
-    bias = None if bias is None else bias.to(dtype)
-    with torch.autocast(first.device.type, enabled=False):
-        return log_probs(latents, prior_logits[tokens], weight.to(dtype), decoder_bias=bias, softcap=work.softcap)
+    latents, weight = inputs.latents[tokens].to(dtype), inputs.decoder_weight.to(dtype)
+    bias = None if inputs.decoder_bias is None else inputs.decoder_bias.to(dtype)
+    with torch.autocast(inputs.prior_logits.device.type, enabled=False):
+        return log_probs(latents, inputs.prior_logits[tokens], weight, decoder_bias=bias, softcap=work.softcap)

@@ -29,7 +29,7 @@ N, K, E, R, V = 37, 3, 24, 8, 211
 
 def subspace_latents(*tensors: Tensor) -> Any:
     """Finds the class where this version has it."""
-    for module in ("hf_mos.mos_latents", "hf_mos.mixture_of_softmaxes"):
+    for module in ("hf_mos.mixture_of_softmaxes", "hf_mos.mos_latents"):
         try:
             return importlib.import_module(module).SubspaceLatents(*tensors)
         except (ModuleNotFoundError, AttributeError):

@@ -62,7 +62,7 @@ def component_divergence(model: MoSForCausalLM, tokens: Tensor) -> float:
     """Mean Kullback-Leibler divergence between pairs of components, in nats."""
     with torch.no_grad():
         hidden_states = model.backbone(input_ids=tokens).logits
-        log_probs = model.lm_head.decoder(model.lm_head.latents(hidden_states)).log_softmax(-1)  # (B, T, K, V)
+        log_probs = model.lm_head.decoder(model.lm_head.latents(hidden_states).dense()).log_softmax(-1)  # (B, T, K, V)
     left, right = log_probs.unsqueeze(-2), log_probs.unsqueeze(-3)
     return float((left.exp() * (left - right)).sum(-1).mean())
 

@@ -113,9 +113,7 @@ def test_starts_as_one_softmax_and_parts_when_trained(options):
             optimizer.zero_grad()
             model(hidden_states, targets=targets).backward()
             optimizer.step()
-        latents = model.latents(hidden_states)
-        dense = latents if options == {} else latents.dense()
-        assert (dense.std(dim=-2).max() > 1e-3) == parts
+        assert (model.latents(hidden_states).dense().std(dim=-2).max() > 1e-3) == parts
 
 
 class Doubling(nn.Linear):

@@ -12,9 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_mos
 from hf_mos import mos_cross_entropy, mos_log_probs
-from hf_mos.mos_inference import infer_log_probs
-from hf_mos.mos_latents import SubspaceLatents
-from hf_mos.mos_log_probs import mix_log_probs
+from hf_mos.mos_latents import SubspaceLatents, as_latents
+from hf_mos.mos_log_probs import infer_log_probs, mix_log_probs
 
 IGNORED = -100
 
@@ -245,7 +244,8 @@ def test_inference_equals_reference(rank, N):
     leaves, _ = draw(N=N, K=4, rank=rank, bias=True)
     positional, bias = arguments(leaves)
     options = {"decoder_bias": bias, "softcap": 2.0}
-    torch.testing.assert_close(infer_log_probs(*positional, **options), mos_log_probs(*positional, **options))
+    inferred = infer_log_probs(as_latents(positional[0]), *positional[1:], **options)
+    torch.testing.assert_close(inferred, mos_log_probs(*positional, **options))
 
 
 @pytest.mark.parametrize("rank", [None, 2])

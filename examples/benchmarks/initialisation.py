@@ -25,7 +25,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from hf_mos import MoSForCausalLM, MoSLMHead
-from hf_mos.mos_latents import SubspaceLatents
 
 
 def no_change(head: MoSLMHead) -> None:
@@ -94,8 +93,7 @@ def perplexity(model: PreTrainedModel, blocks: Tensor) -> float:
 @torch.no_grad()
 def parting(model: MoSForCausalLM, blocks: Tensor) -> float:
     hidden_states = model.backbone(blocks[:8]).logits.flatten(0, 1)
-    latents = model.lm_head.latents(hidden_states)
-    latents = latents.dense() if isinstance(latents, SubspaceLatents) else latents
+    latents = model.lm_head.latents(hidden_states).dense()
     return (latents.std(dim=-2).mean() / hidden_states.std()).item()
 
 

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import hf_mos
-from hf_mos.mos_latents import SubspaceLatents
 from hf_mos.mos_log_probs import mos_log_probs
 
 THRESHOLDS = {
@@ -49,8 +48,7 @@ def main(
     head = loaded.lm_head
     with torch.no_grad():
         hidden_states = loaded.backbone(blocks).logits[:, :-1].flatten(0, 1)
-        latents, prior_logits = head.latents(hidden_states), head.prior_logits(hidden_states)
-        latents = latents.dense() if isinstance(latents, SubspaceLatents) else latents
+        latents, prior_logits = head.latents(hidden_states).dense(), head.prior_logits(hidden_states)
     targets, weight = blocks[:, 1:].flatten(), head.decoder.weight.detach()
 
     exact, responsibilities = decoder_gradient(latents.double(), prior_logits.double(), weight.double(), targets, 0.0)

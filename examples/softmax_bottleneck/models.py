@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from hf_mos import MoSConfig, MoSForCausalLM, MoSLMHead
+from hf_mos.mos_latents import FullLatents, Latents
 
 
 class SoftmaxHead(MoSLMHead):
@@ -28,8 +29,8 @@ class SoftmaxHead(MoSLMHead):
     def prior_logits(self, hidden_states: Tensor) -> Tensor:
         return hidden_states.new_zeros(*hidden_states.shape[:-1], 1)
 
-    def latents(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states.unsqueeze(-2)
+    def latents(self, hidden_states: Tensor) -> Latents:
+        return FullLatents(hidden_states.unsqueeze(-2))
 
 
 class ContextsHead(MoSLMHead):
@@ -38,9 +39,10 @@ class ContextsHead(MoSLMHead):
     def prior_logits(self, hidden_states: Tensor) -> Tensor:
         return hidden_states.new_zeros(*hidden_states.shape[:-1], 1)
 
-    def latents(self, hidden_states: Tensor) -> Tensor:
+    def latents(self, hidden_states: Tensor) -> Latents:
         weights = super().prior_logits(hidden_states).softmax(-1)
-        return torch.einsum("...k,...ke->...e", weights, super().latents(hidden_states)).unsqueeze(-2)
+        context = torch.einsum("...k,...ke->...e", weights, super().latents(hidden_states).dense())
+        return FullLatents(context.unsqueeze(-2))
 
 
 class TrainedBasisHead(MoSLMHead):

@@ -88,10 +88,10 @@ def model_card(
         hidden_size=head.input_size,
         latent_size=head.latent_size,
         vocab_size=head.decoder.out_features,
-        latents=describe_latents(model),
+        latents=head.kind.describe(model.config),
         tied=head.decoder.weight is model.get_input_embeddings().weight,
         num_parameters=model.num_parameters(),
-        head_cost=head_cost(model),
+        head_cost=head.kind.cost(head),
         eval_results=eval_results,
         command=command,
         machine=machine,
@@ -179,19 +179,3 @@ def address(text: str, model_id: str, revision: str) -> str:
     text = re.sub(r'"(revision|code_revision)": "[^"]*"', rf'"\1": "{revision}"', text)
     text = re.sub(r'from_pretrained\("[^"]*", \*\*trusted\)', f'from_pretrained("{model_id}", **trusted)', text)
     return text if revision == "main" else text.replace(PIN_IT, "")
-
-
-def describe_latents(model: MoSForCausalLM) -> str:
-    head, config = model.lm_head, model.config
-    kind = (
-        "full projections" if head.latent_rank is None else f"shifts in one shared subspace of rank {head.latent_rank}"
-    )
-    return f"{kind}, {config.latent_activation} activation"
-
-
-def head_cost(model: MoSForCausalLM) -> float:
-    """Multiplications of the vocabulary product, in products of one softmax: K, or 1 + K R / E with shared latents."""
-    head = model.lm_head
-    if head.latent_rank is None:
-        return float(head.num_mixtures)
-    return 1 + head.num_mixtures * head.latent_rank / head.latent_size

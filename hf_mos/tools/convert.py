@@ -101,7 +101,7 @@ def convert(
         num_new_parameters=reloaded.num_parameters() - num_softmax_parameters,
         gap=float(gap),
         tolerance=rounding(logits, reloaded.dtype),
-        is_exact_by_design=config.latent_activation == "identity" or config.latent_rank is not None,
+        is_exact_by_design=reloaded.lm_head.kind.is_exact(config),
         dtype=str(reloaded.dtype).removeprefix("torch."),
         has_tokenizer=tokenizer is not None,
     )

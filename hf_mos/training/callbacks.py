@@ -198,8 +198,8 @@ def whole_head(head: MoSLMHead, config: Any) -> MoSLMHead:
         return head
     V, E = weights["decoder.weight"].shape
     whole = MoSLMHead(config, decoder=nn.Linear(E, V, bias="decoder.bias" in weights, device="meta"))
-    if head.latent_rank is not None:
-        whole.basis = head.basis
+    for name, buffer in head.named_buffers():
+        setattr(whole, name, buffer)
     whole.load_state_dict(weights, assign=True)
     return whole
 

@@ -49,8 +49,7 @@ def predict_in_chunks(head: Any, hidden_states: Tensor) -> Iterator[tuple[slice,
     size = tokens_per_chunk(K, head.decoder.out_features, BYTES_PER_LOGIT, hidden_states.device)
     for start in range(0, N, size):
         tokens = slice(start, min(start + size, N))
-        latents = head.latents(hidden_states[tokens])
-        dense = latents if isinstance(latents, Tensor) else latents.dense()
+        dense = head.latents(hidden_states[tokens]).dense()
         log_prior = F.log_softmax(widen(head.prior_logits(hidden_states[tokens])), dim=-1)
         logits = cap_logits(widen(head.decoder(dense)), head.softcap)
         yield tokens, MixturePredictions(log_prior, F.log_softmax(logits, dim=-1), F.softmax(logits, dim=-1))

@@ -15,7 +15,7 @@ from training import assert_close_to, joint_batch, make_model
 from transformers.distributed import DistributedConfig
 
 from hf_mos import MoSForCausalLM
-from hf_mos.mos_decoder import is_shared
+from hf_mos.mos_decoder import ShardedDecoder, use_of
 from hf_mos.mos_latents import SubspaceLatents
 from hf_mos.mos_loss import mos_cross_entropy
 from hf_mos.mos_vocabulary import VocabularyShard
@@ -183,7 +183,7 @@ def compare_models(folder: str) -> None:
             decoder = model.lm_head.decoder.weight
             assert decoder.to_local().shape[0] in (VOCAB_SIZE // 2, VOCAB_SIZE // 2 + 1)
             tied = alone.config.tie_word_embeddings
-            assert is_shared(model.lm_head.decoder)
+            assert type(use_of(model.lm_head.decoder, None)) is ShardedDecoder
             assert (decoder is model.get_input_embeddings().weight) == tied
 
             batch = joint_batch(0)

@@ -6,8 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_mos import mos_cross_entropy, mos_log_probs
-from hf_mos.mos_inference import infer_log_probs
-from hf_mos.mos_latents import SubspaceLatents
+from hf_mos.mos_latents import FullLatents, Latents, SubspaceLatents
+from hf_mos.mos_log_probs import infer_log_probs
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EPSILON = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
@@ -32,7 +32,7 @@ def mixtures(draw: st.DrawFn, dtypes: list[torch.dtype] = DTYPES, num_mixtures: 
             *((scale * part).to(dtype) for part in (normal(N, E), normal(N, K, R), normal(E, R)))
         )
     else:
-        latents = (scale * normal(N, K, E)).to(dtype)
+        latents = FullLatents((scale * normal(N, K, E)).to(dtype))
     targets = torch.randint(0, V, (N,), generator=generator)
     if draw(st.booleans()):
         targets[torch.randint(0, N, (1,), generator=generator)] = -100
@@ -63,14 +63,13 @@ def loss(mixture: dict, **changes) -> torch.Tensor:
 
 
 def widened(value):
-    if isinstance(value, SubspaceLatents):
-        return SubspaceLatents(*(part.double() for part in value))
+    if isinstance(value, Latents):
+        return value.to(torch.float64)
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def parts(mixture: dict) -> list[torch.Tensor]:
-    latents = mixture["latents"]
-    return [*(latents if isinstance(latents, SubspaceLatents) else [latents]), mixture["prior_logits"]]
+    return [*mixture["latents"].tensors, mixture["prior_logits"]]
 
 
 def tolerance(mixture: dict) -> float:
@@ -118,8 +117,7 @@ def test_gradients_are_finite(mixture: dict) -> None:
 @MANY
 @given(mixtures(num_mixtures=1))
 def test_one_component_is_a_softmax(mixture: dict) -> None:
-    latents = widened(mixture["latents"])
-    dense = latents.dense() if isinstance(latents, SubspaceLatents) else latents
+    dense = widened(mixture["latents"]).dense()
     logits = F.linear(dense[:, 0], widened(mixture["decoder_weight"]), widened(mixture["decoder_bias"]))
     if mixture["softcap"]:
         logits = mixture["softcap"] * torch.tanh(logits / mixture["softcap"])
@@ -134,11 +132,10 @@ def test_permuting_components_changes_nothing(mixture: dict, random) -> None:
     K = mixture["prior_logits"].shape[1]
     order = random.sample(range(K), K)
     latents = mixture["latents"]
-    permuted = (
-        latents._replace(shifts=latents.shifts[:, order])
-        if isinstance(latents, SubspaceLatents)
-        else latents[:, order]
-    )
+    if isinstance(latents, SubspaceLatents):
+        permuted = SubspaceLatents(latents.hidden_states, latents.shifts[:, order], latents.basis)
+    else:
+        permuted = FullLatents(latents.values[:, order])
     changed = {"latents": permuted, "prior_logits": mixture["prior_logits"][:, order]}
     gap = (loss(mixture) - loss(mixture, **changed)).abs().max()
     assert gap <= tolerance(mixture) * len(mixture["targets"])

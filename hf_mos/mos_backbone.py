@@ -1,0 +1,137 @@
+"""The backbone: a causal LM with its head taken off, and the facts about it that the mixture needs.
+
+No architecture has code of its own here: the work goes by the interfaces that transformers gives every causal LM.
+"""
+
+import copy
+import inspect
+from typing import Any, NoReturn
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from .configuration_mos import NO_SOFTCAP, SOFTCAP_FIELDS
+
+
+def new_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    """Makes a causal LM with random weights, of the class that transformers maps the config to.
+
+    For a config without such a class (the text model of a composite one) it is the class that the config names.
+    """
+    named: Any = getattr(transformers, (config.architectures or [""])[0], None)
+    if named is None or type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM.from_config(config)
+    return named._from_config(config)
+
+
+def output_projection(model: PreTrainedModel) -> nn.Linear:
+    """Returns the model's vocabulary projection; raises a ValueError where none can be taken off."""
+
+    def refuse(expected: str, given: str) -> NoReturn:
+        raise ValueError(f"model: expected a causal LM {expected}, given {type(model).__name__} {given}")
+
+    if model.config.is_encoder_decoder:
+        refuse("without an encoder", "that has one")
+    if "labels" not in inspect.signature(model.forward).parameters:
+        refuse("whose forward takes labels", "that is no language model by itself")
+    projection = model.get_output_embeddings()
+    if not isinstance(projection, nn.Linear):
+        found = "none" if projection is None else type(projection).__name__
+        refuse("whose output embeddings are one nn.Linear", f"with {found}")
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    mapped = type(model.config) in mapping
+    loaded = mapping[type(model.config)] if mapped else getattr(transformers, type(model).__name__, None)
+    if loaded is None or not isinstance(model, loaded):
+        name = "no class of transformers" if loaded is None else loaded.__name__
+        refuse("of the class that its config is loaded as", f"for which that is {name}")
+    return projection
+
+
+def behead(backbone: PreTrainedModel) -> tuple[nn.Linear, str]:
+    """Replaces the vocabulary projection by a pass-through and deletes the backbone's tying, parallelism and softcap
+    entries for it.
+
+    Returns:
+        The projection, which becomes the mixture's decoder, and the path of the backbone's weight that it is tied to
+        in a tied model.
+    """
+    projection = backbone.get_output_embeddings()
+    path = _path_of(projection, backbone)
+    own_ties = backbone._tied_weights_keys or {}
+    partners = {**{source: target for target, source in own_ties.items()}, **own_ties}  # some tie the embedding to it
+    tied_to = partners.get(f"{path}.weight") or f"{_path_of(backbone.get_input_embeddings(), backbone)}.weight"
+    backbone.set_output_embeddings(HeadlessProjection(projection.weight.dtype, projection.weight.device))
+    if f"{path}.bias" in own_ties:  # some BERT-like heads hold the projection's bias a second time
+        owner_path, _, name = own_ties[f"{path}.bias"].rpartition(".")
+        owner: Any = backbone.get_submodule(owner_path)
+        setattr(owner, name, None)
+        owner._is_hf_initialized = True  # its initialisation would read the bias
+    for field in SOFTCAP_FIELDS:  # most models read it from their config at each call (see take_softcap), some copy it
+        if hasattr(backbone, field):
+            setattr(backbone, field, NO_SOFTCAP)
+    if hasattr(backbone, "logit_softcap"):
+        backbone.logit_softcap = nn.Identity()
+    for name in ("_tied_weights_keys", "all_tied_weights_keys", "_tp_plan", "_pp_plan", "_fsdp_plan"):
+        entries = getattr(backbone, name, None)
+        if entries:
+            others = {k: v for k, v in entries.items() if not (k.startswith(path) or str(v).startswith(path))}
+            setattr(backbone, name, others)
+    return _without_padding(projection, backbone.config), tied_to
+
+
+def _path_of(module: nn.Module, root: nn.Module) -> str:
+    return next(name for name, candidate in root.named_modules() if candidate is module)
+
+
+def _without_padding(projection: nn.Linear, config: PreTrainedConfig) -> nn.Linear:
+    """Removes the rows beyond the vocabulary, whose logits some backbones cut off."""
+    classes = getattr(config.get_text_config(), "unpadded_vocab_size", None)
+    if classes is None or classes >= projection.out_features:
+        return projection
+    decoder: Any = nn.Linear(projection.in_features, classes, bias=False, device="meta")
+    decoder.weight = nn.Parameter(projection.weight[:classes], requires_grad=projection.weight.requires_grad)
+    decoder._is_hf_initialized = getattr(projection, "_is_hf_initialized", False)
+    return decoder
+
+
+def reads_softcap(backbone: PreTrainedModel) -> bool:
+    """Whether the model applies its config's softcap; some vision-language models ignore their text model's."""
+    forwards = [vars(base)["forward"] for base in type(backbone).__mro__ if "forward" in vars(base)]
+    names = {name for forward in forwards for name in inspect.unwrap(forward).__code__.co_names}
+    return not names.isdisjoint({*SOFTCAP_FIELDS, "logit_softcap"})
+
+
+def add_aux_loss(loss: Tensor, aux_loss: Any, backbone: PreTrainedModel) -> Tensor:
+    """Adds a mixture-of-experts backbone's router loss, if there is one, with the backbone's own coefficient."""
+    if not isinstance(aux_loss, Tensor):
+        return loss
+    holders = (backbone, backbone.config.get_text_config())
+    names = ("router_aux_loss_coef", "aux_loss_coef")
+    coefficient = next(getattr(holder, name) for holder in holders for name in names if hasattr(holder, name))
+    return loss + coefficient * aux_loss.to(loss.device)
+
+
+def share_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Copies the model's modules and configs around the same tensors."""
+    modules = [*model.modules()]
+    kept = (value for module in modules for value in vars(module).values() if isinstance(value, Tensor))
+    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers(), *kept)}
+    return copy.deepcopy(model, memo)
+
+
+class HeadlessProjection(nn.Module):
+    """Equivalent to: the identity, in place of the backbone's vocabulary projection.
+
+    The backbone then returns hidden states as its logits. Some architectures read the projection's dtype and bias.
+    fp16 is widened, as it cannot hold the results of some architectures' next step (`NO_SOFTCAP`).
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.empty(0, dtype=dtype, device=device), persistent=False)
+        self.bias = None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states.float() if hidden_states.dtype == torch.float16 else hidden_states
