@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import importlib
 import inspect
 import operator
 import os
@@ -13,18 +14,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from .configuration_mos import MoSConfig, take_softcap
+from .configuration_mos import MoSConfig
 from .mos_backbone import (
     add_aux_loss,
     behead,
     new_backbone,
-    output_projection,
-    reads_softcap,
-    share_weights,
 )
 from .mos_checkpoint import (
     SavedCheckpoint,
@@ -35,7 +33,6 @@ from .mos_checkpoint import (
     whole_state_dict,
 )
 from .mos_head import MoSLMHead
-from .mos_latents import kind_of
 from .mos_log_probs import count_items
 from .mos_trl import FusedHeadMixin
 
@@ -159,35 +156,11 @@ class MoSForCausalLM(FusedHeadMixin, PreTrainedModel, GenerationMixin):
             ValueError: the model has no vocabulary projection that can be taken off, an option is unknown or out of
                 range, or it would change the model's predictions.
         """
-        fields = {field.name for field in dataclasses.fields(MoSConfig)} & MoSConfig.__annotations__.keys()
-        options = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
-        known_options = f"options of MoSConfig ({', '.join(sorted(fields))})"
-        if "text_config" in options:
-            raise ValueError("text_config: expected none, it is the model's own config")
-        if isinstance(model, PreTrainedModel):
-            if kwargs:
-                raise ValueError(f"expected {known_options}, given {sorted(kwargs)}")
-            if isinstance(model, cls) or getattr(model.config, "model_type", None) == MoSConfig.model_type:
-                raise ValueError(f"model: expected a causal LM with a softmax head, given {type(model).__name__}")
-            backbone = share_weights(model)
-        elif isinstance(model, (str, os.PathLike)):
-            MoSConfig(text_config={"model_type": "llama"}, num_mixtures=num_mixtures, **options)  # fail before loading
-            try:
-                backbone = AutoModelForCausalLM.from_pretrained(model, **kwargs)
-            except TypeError as error:  # from_pretrained hands unknown arguments to the model's constructor
-                raise ValueError(f"expected {known_options} or of from_pretrained: {error}") from error
-        else:
-            raise ValueError(f"model: expected a path, a Hub id or a causal LM, given {type(model).__name__}")
-        projection = output_projection(backbone)
-        config = _config_for(backbone, projection, num_mixtures, options)
-        module: Any
-        for module in backbone.modules():
-            module._is_hf_initialized = True  # post_init must not draw its weights again
-        result = cls(config, backbone=backbone)
-        result.generation_config = backbone.generation_config
-        config.name_or_path = backbone.name_or_path  # for cards and tokenizers
-        result.name_or_path = ""  # PEFT would name it as the base of an adapter; the softmax model is not that base
-        return result.train(backbone.training)
+        try:
+            conversion = importlib.import_module("hf_mos.conversion")  # it does not travel with a checkpoint
+        except ModuleNotFoundError as error:
+            raise ImportError("from_causal_lm: expected hf_mos, which is not installed: pip install hf_mos") from error
+        return conversion.convert_causal_lm(cls, model, num_mixtures, kwargs)
 
     # ----------------------------------------------------------------------------------------------- save and load
 
@@ -406,31 +379,3 @@ def keep_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tenso
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
     return hidden_states[:, logits_to_keep]
-
-
-def _config_for(
-    backbone: PreTrainedModel, projection: nn.Linear, num_mixtures: int, options: dict[str, Any]
-) -> MoSConfig:
-    """Makes the config of the conversion; raises a ValueError where an option would change the model's predictions."""
-    tied = projection.weight is backbone.get_input_embeddings().weight
-    softcap = take_softcap(backbone.config)
-    softcap = softcap if reads_softcap(backbone) else None
-    own = {"tie_word_embeddings": tied, "softcap": softcap, "decoder_bias": projection.bias is not None}
-    for name in ("softcap", "decoder_bias"):
-        if options.get(name) not in (None, own[name]):
-            raise ValueError(f"{name}: expected {own[name]!r}, as the model has it, given {options[name]!r}")
-    if options.get("tie_word_embeddings") and not tied:
-        raise ValueError("tie_word_embeddings: expected False, the model's own head is not tied, given True")
-    given = {name: value for name, value in options.items() if value is not None}
-    config = MoSConfig(text_config=backbone.config, num_mixtures=num_mixtures, **{**own, **given})
-    if config.latent_size not in (None, projection.in_features):
-        raise ValueError(
-            f"latent_size: expected {projection.in_features}, the head's width, given {config.latent_size}"
-        )
-    if not kind_of(config).is_exact(config):
-        logger.warning(
-            f"latent_activation={config.latent_activation!r} changes the model's predictions until it is trained; "
-            "only 'identity' is exact at step 0."
-        )
-    config.dtype = backbone.dtype
-    return config

@@ -3,9 +3,7 @@
 No architecture has code of its own here: the work goes by the interfaces that transformers gives every causal LM.
 """
 
-import copy
-import inspect
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import transformers
@@ -24,29 +22,6 @@ def new_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     if named is None or type(config) in AutoModelForCausalLM._model_mapping:
         return AutoModelForCausalLM.from_config(config)
     return named._from_config(config)
-
-
-def output_projection(model: PreTrainedModel) -> nn.Linear:
-    """Returns the model's vocabulary projection; raises a ValueError where none can be taken off."""
-
-    def refuse(expected: str, given: str) -> NoReturn:
-        raise ValueError(f"model: expected a causal LM {expected}, given {type(model).__name__} {given}")
-
-    if model.config.is_encoder_decoder:
-        refuse("without an encoder", "that has one")
-    if "labels" not in inspect.signature(model.forward).parameters:
-        refuse("whose forward takes labels", "that is no language model by itself")
-    projection = model.get_output_embeddings()
-    if not isinstance(projection, nn.Linear):
-        found = "none" if projection is None else type(projection).__name__
-        refuse("whose output embeddings are one nn.Linear", f"with {found}")
-    mapping: Any = AutoModelForCausalLM._model_mapping
-    mapped = type(model.config) in mapping
-    loaded = mapping[type(model.config)] if mapped else getattr(transformers, type(model).__name__, None)
-    if loaded is None or not isinstance(model, loaded):
-        name = "no class of transformers" if loaded is None else loaded.__name__
-        refuse("of the class that its config is loaded as", f"for which that is {name}")
-    return projection
 
 
 def behead(backbone: PreTrainedModel) -> tuple[nn.Linear, str]:
@@ -96,13 +71,6 @@ def _without_padding(projection: nn.Linear, config: PreTrainedConfig) -> nn.Line
     return decoder
 
 
-def reads_softcap(backbone: PreTrainedModel) -> bool:
-    """Whether the model applies its config's softcap; some vision-language models ignore their text model's."""
-    forwards = [vars(base)["forward"] for base in type(backbone).__mro__ if "forward" in vars(base)]
-    names = {name for forward in forwards for name in inspect.unwrap(forward).__code__.co_names}
-    return not names.isdisjoint({*SOFTCAP_FIELDS, "logit_softcap"})
-
-
 def add_aux_loss(loss: Tensor, aux_loss: Any, backbone: PreTrainedModel) -> Tensor:
     """Adds a mixture-of-experts backbone's router loss, if there is one, with the backbone's own coefficient."""
     if not isinstance(aux_loss, Tensor):
@@ -111,14 +79,6 @@ def add_aux_loss(loss: Tensor, aux_loss: Any, backbone: PreTrainedModel) -> Tens
     names = ("router_aux_loss_coef", "aux_loss_coef")
     coefficient = next(getattr(holder, name) for holder in holders for name in names if hasattr(holder, name))
     return loss + coefficient * aux_loss.to(loss.device)
-
-
-def share_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """Copies the model's modules and configs around the same tensors."""
-    modules = [*model.modules()]
-    kept = (value for module in modules for value in vars(module).values() if isinstance(value, Tensor))
-    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers(), *kept)}
-    return copy.deepcopy(model, memo)
 
 
 class HeadlessProjection(nn.Module):

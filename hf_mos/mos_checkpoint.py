@@ -1,14 +1,14 @@
-"""Saving that leaves the old checkpoint or the new one, and loading that takes no file on trust.
+"""An atomic save, and a strict load.
 
-A checkpoint is many files, and no single call of the operating system replaces them all. But `config.json` decides
-which of them are read: its `transformers_weights` names the weights and its `auto_map` the code, in a subfolder if
-need be. So a save writes everything to a subfolder first and then goes on in steps, at each of which one whole
-checkpoint loads with transformers' own `from_pretrained`:
+A checkpoint is many files, and no system call replaces them all at once. But `config.json` decides which of them are
+read: its `transformers_weights` names the weights and its `auto_map` the code, also in a subfolder. So a save writes
+everything to a subfolder first. After each of its steps one complete checkpoint loads with transformers' own
+`from_pretrained`:
 
-    1. the new checkpoint is written to `_saving_*/`                                 the old one loads
-    2. `os.replace` puts a `config.json` that names the files in `_saving_*/`        from here on the new one
-    3. weights of another layout go, and the new files get their usual names too
-    4. `os.replace` puts the usual `config.json`; `_saving_*/` goes
+    1. write the new checkpoint to `_saving_*/`                                      the old one loads
+    2. `os.replace` the `config.json` by one that names the files in `_saving_*/`    from here on the new one loads
+    3. delete weights of another layout, and give the new files their usual names too
+    4. `os.replace` the `config.json` by the usual one, and delete `_saving_*/`
 
 Files that are no part of the checkpoint stay: a tokenizer, the state of a Trainer, a README.
 """
@@ -33,25 +33,16 @@ CONFIG_FILE = "config.json"
 STAGING_PREFIX = "_saving_"  # the Trainer does not upload what begins with an underscore
 STAGED_CONFIG, STAGED_INDEX = "staged.json", "staged.safetensors.index.json"
 DISTRIBUTED_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # loaded before all else
-# Of the head in its own layout: not what a quantizer stores beside a weight, and not the copy of a tied decoder's.
+# Matches the head's own weights; excludes a quantizer's extra tensors and the duplicate of a tied decoder.
 HEAD_WEIGHT = re.compile(r"lm_head\.(?!decoder\.weight$)(.+\.)?(weight|bias|basis)")
 
 Header = dict[str, tuple[int, ...]]  # the tensors of a safetensors file and their shapes
 
 
-# ---------------------------------------------------------------------------------------------------------------- save
-
-
 def replace_checkpoint(folder: Path, variant: str | None, write: Callable[[Path], None]) -> list[str]:
-    """What `write` puts into the empty folder that it is given takes the place of the checkpoint in `folder`.
+    """Replaces the checkpoint in `folder` by the one that `write` writes to an empty folder; returns its file names.
 
-    Args:
-        folder: made if it does not exist.
-        variant: as in `save_pretrained`; weights of other variants stay.
-        write: writes a checkpoint as `save_pretrained` does. If it fails, nothing has changed.
-
-    Returns:
-        The names of the checkpoint's files.
+    If `write` fails, nothing has changed. Weights of another variant than `variant` stay.
     """
     staging = folder / f"{STAGING_PREFIX}{uuid.uuid4().hex[:12]}"
     staging.mkdir(parents=True)
@@ -75,7 +66,7 @@ def replace_checkpoint(folder: Path, variant: str | None, write: Callable[[Path]
 
 
 def _point_into(staging: Path, names: list[str]) -> None:
-    """Writes the config, and of shards the index, that name the files where they lie now, seen from one level up."""
+    """Writes the config, and the index of shards, that name the staged files as seen from the folder above."""
     weights = [name for name in names if name.endswith(".safetensors")]
     if CONFIG_FILE not in names or not weights:
         return
@@ -93,7 +84,7 @@ def _point_into(staging: Path, names: list[str]) -> None:
 
 
 def _install(staging: Path, folder: Path, names: list[str], variant: str | None) -> None:
-    """Gives the files their usual names, so that no mixture of old and new ones can be read under these either."""
+    """Gives the files their usual names, in an order in which these never name old and new files together."""
     old = [path for path in folder.iterdir() if _is_weights(path.name, variant)]
     old_shards = [path for path in old if re.search(r"-of-\d{5}\.", path.name)]
     for path in old:
@@ -115,7 +106,7 @@ def _install(staging: Path, folder: Path, names: list[str], variant: str | None)
 
 
 def _place(source: Path, target: Path) -> None:
-    """A second name for a file, in the place of what had that name."""
+    """Gives a file a second name, `target`, and replaces the file that had it."""
     spare = source.with_name("placing")
     try:
         os.link(source, spare)
@@ -126,7 +117,7 @@ def _place(source: Path, target: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """To the disk, so that a power cut keeps the order of the steps too."""
+    """Flushes to the disk, so that a power cut keeps the order of the steps too."""
     if path.is_dir() and os.name != "posix":
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -147,7 +138,7 @@ def _is_weights(name: str, variant: str | None) -> bool:
 
 
 def whole_state_dict(model: nn.Module) -> Any:
-    """The weights that processes share, gathered on the CPU of the first; empty on the others. All must call this."""
+    """Gathers sharded weights on the CPU of the first process; empty on the others. All must call this."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -155,7 +146,7 @@ def whole_state_dict(model: nn.Module) -> Any:
 
 @contextlib.contextmanager
 def own_class_name(model: PreTrainedModel) -> Iterator[None]:
-    """FSDP2 gives a model a class of its own, of torch's; the name and code that are saved are the model's."""
+    """Saves the name and the code of the model's own class, in place of the class that FSDP2 gives it."""
     given: Any = type(model)
     own = next(base for base in given.__mro__ if not base.__module__.startswith("torch."))
     names = given.__module__, given.__name__
@@ -167,7 +158,7 @@ def own_class_name(model: PreTrainedModel) -> Iterator[None]:
 
 
 class SavedCheckpoint(PushToHubMixin):
-    """The files of a checkpoint on disk, as something that `push_to_hub` can upload."""
+    """The files of a checkpoint on disk, in the form that `push_to_hub` uploads."""
 
     def __init__(self, folder: Path, names: list[str]) -> None:
         self.folder, self.names = folder, names
@@ -177,19 +168,12 @@ class SavedCheckpoint(PushToHubMixin):
             shutil.copyfile(self.folder / name, Path(save_directory, name))
 
 
-# ---------------------------------------------------------------------------------------------------------------- load
-
-
 def check_files(folder: Path, variant: str | None, weights: str | None = None) -> dict[str, Header]:
-    """The tensors of a checkpoint on disk, file by file, read from the headers alone.
+    """Reads the headers of a checkpoint's weights, by file name; empty where the folder has no weights of this kind.
 
     Args:
-        folder: holds the weights.
         variant: as in `from_pretrained`.
-        weights: the file that a config names; `None`: what the folder's own `config.json` names, or the usual names.
-
-    Returns:
-        The headers by file name; empty where the folder holds no weights that this function knows.
+        weights: the file that a config names; `None`: the one that the folder's `config.json` names, or a usual name.
 
     Raises:
         OSError: a file is missing, cut short or no JSON.
@@ -233,7 +217,7 @@ def _check_shards(folder: Path, index_file: str) -> dict[str, Header]:
 
 
 def _inside(folder: Path, name: Any, source: str) -> Path:
-    """The path of a file that `source` names, which must not lead out of the folder."""
+    """The path of a file that `source` names; it must lie in the folder."""
     if not isinstance(name, str) or PurePosixPath(name).is_absolute() or re.search(r"\\|:|(^|/)\.\.(/|$)", name):
         raise ValueError(f"{folder / source}: expected the name of a file in this folder, given {name!r}")
     return folder / name
@@ -250,7 +234,7 @@ def _refuse_pickles(folder: Path) -> None:
 
 
 def read_header(path: Path) -> Header:
-    """The shapes in a safetensors file; OSError if the file is not as long as its header says, or has none."""
+    """Reads the shapes in a safetensors file; OSError if its header is broken or says another length."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -282,16 +266,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 def check_loaded(
     model: Any, info: dict[str, Any], source: Any, headers: dict[str, Header], allow_mismatched: bool
 ) -> None:
-    """ValueError if a weight was not in the checkpoint, had another shape there, or, of the head, is not finite.
+    """Raises a ValueError for a weight that the checkpoint lacks or has in another shape, and for a broken head.
 
-    Or if the checkpoint has a weight of the head that the config does not name, without which it predicts otherwise.
-
-    Args:
-        model: as loaded.
-        info: the loading info of `from_pretrained`.
-        source: what was loaded, for the message.
-        headers: of [`check_files`], for the message; empty where nothing was read from a local folder.
-        allow_mismatched: weights of another shape are drawn anew, as the caller asked for.
+    A head is broken where a weight is not finite, or where the config names no place for one of its weights.
+    `source` and `headers`, of [`check_files`], are for the messages. `allow_mismatched`: the caller asked transformers
+    to draw weights of another shape anew.
     """
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     files = {key: Path(source, file) for file, header in headers.items() for key in header}
@@ -319,10 +298,10 @@ def check_loaded(
 
 
 class MismatchedWeights(ValueError, RuntimeError):
-    """Weights of another shape than the config says; a RuntimeError too, as transformers raises."""
+    """Weights of another shape than the config says; also the RuntimeError that transformers raises."""
 
 
 def _non_finite(tensor: Tensor) -> float | None:
-    """One of the values that are not finite, if there are any, without a tensor of the same size."""
+    """A value that is not finite, or `None`; makes no tensor of the same size."""
     extremes = torch.stack(tensor.aminmax())  # NaN comes through
     return None if extremes.isfinite().all() else float(extremes[~extremes.isfinite()][0])

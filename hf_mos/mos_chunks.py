@@ -1,6 +1,7 @@
 """How the tokens of a batch are split into chunks, and the buffers that all chunks reuse."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,61 +18,58 @@ MIN_BUDGET_BYTES = 256 * 2**20
 DEVICE_MEMORY_SHARE = 1 / 64
 
 
-class ChunkBuffers:
-    """The reused buffers of (chunk_size * K, V), as large as the budget allows.
+class ChunkBuffers(NamedTuple):
+    """The buffers (size * K, V) that chunks of `size` tokens share, as large as the budget allows."""
 
-    Args:
-        num_classes: the classes whose logits this process holds.
-        all_classes: V. Processes that shard the vocabulary split the tokens alike, though their shards differ in size.
-        chunk_size: tokens in a chunk; `None`: as many as the budget allows.
-        work_dtype: of the matmuls.
-        sum_dtype: of the softmax and of sums.
-        has_slope: whether the derivative of a softcap is kept.
-        device: of the buffers.
-    """
+    size: int  # tokens in a chunk
+    group_size: int  # tokens that share the wide products of a projection
+    logits: Tensor  # in sum_dtype
+    half: Tensor | None  # their copy in work_dtype, if that is narrower
+    slope: Tensor | None  # the derivative of a softcap, if there is one
 
-    def __init__(
-        self,
+    @classmethod
+    def allocate(
+        cls,
+        num_tokens: int,
+        num_mixtures: int,
         num_classes: int,
-        all_classes: int,
-        chunk_size: int | None,
-        work_dtype: torch.dtype,
+        like: Tensor,
         sum_dtype: torch.dtype,
         has_slope: bool,
-        device: torch.device,
-    ) -> None:
-        self.num_classes, self.all_classes = num_classes, all_classes
-        self.chunk_size, self.device = chunk_size, device
-        self.work_dtype, self.sum_dtype = work_dtype, sum_dtype
-        self.has_half, self.has_slope = work_dtype != sum_dtype, has_slope
-        self.logits = self.half = torch.empty(0)
-        self.slope: Tensor | None = None
+        shared_share: float,
+        chunk_size: int | None,
+    ) -> "ChunkBuffers":
+        """Splits tokens and budget.
 
-    def allocate(self, num_tokens: int, num_mixtures: int, shared_share: float) -> tuple[int, int]:
-        """Makes the buffers; returns the number of tokens in a chunk, and in a group that shares wide products."""
-        bytes_per_logit = self.sum_dtype.itemsize * (1 + self.has_slope) + self.work_dtype.itemsize * self.has_half
-        budget = budget_bytes(self.device)
-        size = self.chunk_size
+        Args:
+            num_classes: V; processes that shard the vocabulary split the tokens alike, though their shards differ.
+            like: the decoder's weight, in work_dtype, with a row for each class that this process holds.
+            shared_share: the share of the budget for a group's wide products.
+            chunk_size: `size`; `None`: as many tokens as the budget allows.
+        """
+        work_dtype, device = like.dtype, like.device
+        has_half, budget = work_dtype != sum_dtype, budget_bytes(device)
+        size = chunk_size
         if size is None:
-            rows = max(MIN_ROWS, int(budget * (1 - shared_share)) // (self.all_classes * bytes_per_logit))
-            size = rows // num_mixtures
+            bytes_per_logit = sum_dtype.itemsize * (1 + has_slope) + work_dtype.itemsize * has_half
+            size = max(MIN_ROWS, int(budget * (1 - shared_share)) // (num_classes * bytes_per_logit)) // num_mixtures
         group_size = num_tokens
         if shared_share:
-            rows = max(MIN_ROWS, int(budget * shared_share) // (self.all_classes * self.work_dtype.itemsize))
+            rows = max(MIN_ROWS, int(budget * shared_share) // (num_classes * work_dtype.itemsize))
             group_size = max(rows, size)
         group_size = even(num_tokens, group_size)
         size = even(group_size, size)
-        shape = (size * num_mixtures, self.num_classes)
-        self.logits = torch.empty(shape, dtype=self.sum_dtype, device=self.device)
-        if self.has_half:
-            self.half = torch.empty(shape, dtype=self.work_dtype, device=self.device)
-        if self.has_slope:
-            self.slope = torch.empty(shape, dtype=self.sum_dtype, device=self.device)
-        return size, group_size
 
-    def rows(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The first rows of the logits, of their copy in half precision, and of the softcap's derivative."""
-        return self.logits[:count], self.half[:count], None if self.slope is None else self.slope[:count]
+        def empty(dtype: torch.dtype) -> Tensor:
+            return torch.empty(size * num_mixtures, like.shape[0], dtype=dtype, device=device)
+
+        half, slope = empty(work_dtype) if has_half else None, empty(sum_dtype) if has_slope else None
+        return cls(size, group_size, empty(sum_dtype), half, slope)
+
+    def rows(self, count: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The first rows of the logits, their copy, and their slope."""
+        half, slope = (None if buffer is None else buffer[:count] for buffer in (self.half, self.slope))
+        return self.logits[:count], half, slope
 
 
 def even(count: int, size: int) -> int:

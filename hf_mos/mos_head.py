@@ -38,17 +38,9 @@ class MoSLMHead(nn.Module):
     mixture predicts what one softmax with its decoder predicts, whatever the prior. The prior has random weights of
     standard deviation 1 / sqrt(D), so that the mixture weights differ from token to token, each component gets the
     gradients of other tokens, and the components part. Under equal weights their gradients would be equal and they
-    would stay clones for ever. The basis is fixed: Adam moves a trained one at random while the shift is still zero,
-    and then none of the gain was left (`examples/softmax_bottleneck/defaults.py`).
-    Measured by `python examples/benchmarks/initialisation.py --threads 1` (K = 4, D = 32, V = 2048, 400 steps from the
-    same checkpoint; largest change of a log-probability at step 0, then validation perplexity, where one softmax
-    reaches 118):
-
-        identity, random prior (the default)          2e-6    113
-        shift of zero, random prior, latent_rank 8    2e-6    116
-        identity, three times the prior's spread      2e-6    116
-        identity, equal weights: clones               2e-6    117
-        identity and noise of 0.02, equal weights     0.98    112
+    would stay clones for ever (perplexity 117 in place of 113 after 400 steps, one softmax 118, by
+    `python examples/benchmarks/initialisation.py --threads 1`). The basis is fixed: Adam moves a trained one at random
+    while the shift is still zero, and then none of the gain was left (`examples/softmax_bottleneck/defaults.py`).
 
     Source: Yang et al. 2018, arXiv 1711.03953, section 2.3.
     """

@@ -7,7 +7,7 @@ projection in `mos_projections.py`, and its field in `configuration_mos.py`.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ Kind = TypeVar("Kind", bound="Latents")
 
 
 class Head(Protocol):
-    """The part of [`MoSLMHead`] that a kind reads, and the modules that it adds."""
+    """The part of [`MoSLMHead`] that a kind reads; `latent`, `shift` and `basis` are modules that a kind adds."""
 
     num_mixtures: int
     input_size: int
@@ -47,10 +47,6 @@ class Latents(ABC):
         return tuple(vars(self).values())
 
     @property
-    @abstractmethod
-    def shape(self) -> torch.Size: ...  # (..., K, E)
-
-    @property
     def dtype(self) -> torch.dtype:
         return self.tensors[0].dtype
 
@@ -62,18 +58,19 @@ class Latents(ABC):
         pairs = zip(self.tensors, self.per_token, strict=True)
         return type(self)(*(tensor[tokens] if has_rows else tensor for tensor, has_rows in pairs))
 
-    def check(self) -> None:  # noqa: B027
-        """Raises a ValueError where the tensors do not fit together."""
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size: ...  # (..., K, E)
 
     @abstractmethod
-    def dense(self) -> Tensor:
-        """The latents themselves, (..., K, E)."""
+    def check(self) -> None: ...  # raises a ValueError where the tensors do not fit together
 
     @abstractmethod
-    def projection(
-        self, weight: Tensor, wanted: tuple[bool, ...], wants_weight: bool, sum_dtype: torch.dtype
-    ) -> Projection:
-        """Makes the map to component logits and back, with the gradients that are `wanted` of `tensors`."""
+    def dense(self) -> Tensor: ...  # the latents themselves, (..., K, E)
+
+    @abstractmethod
+    def projection(self, *arguments: Any) -> Projection:
+        """The kind's projection, made of `tensors` and the arguments `weight, wanted, wants_weight, sum_dtype`."""
 
     def for_inference(self) -> "Latents":
         """The kind that costs the least for these tokens without gradients."""
@@ -86,28 +83,23 @@ class Latents(ABC):
 
     @classmethod
     @abstractmethod
-    def reset_parameters(cls, head: Head) -> None:
-        """Initialises these modules."""
+    def reset_parameters(cls, head: Head) -> None: ...  # initialises their weights; biases are zero in every kind
 
     @classmethod
     @abstractmethod
-    def of(cls: type[Kind], head: Head, hidden_states: Tensor) -> Kind:
-        """Computes the latents of hidden states (..., D)."""
+    def of(cls: type[Kind], head: Head, hidden_states: Tensor) -> Kind: ...  # for hidden states (..., D)
 
     @staticmethod
     @abstractmethod
-    def is_exact(config: MoSConfig) -> bool:
-        """Whether a fresh head predicts what one softmax with its decoder predicts."""
+    def is_exact(config: MoSConfig) -> bool: ...  # whether a fresh head predicts as one softmax with its decoder does
 
     @staticmethod
     @abstractmethod
-    def cost(head: Head) -> float:
-        """Multiplications of the vocabulary projection, as a multiple of those of one softmax."""
+    def cost(head: Head) -> float: ...  # multiplications with the decoder, in those of one softmax
 
     @staticmethod
     @abstractmethod
-    def describe(config: MoSConfig) -> str:
-        """One line for a model card."""
+    def describe(config: MoSConfig) -> str: ...  # one line for a model card
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,13 +113,14 @@ class FullLatents(Latents):
     def shape(self) -> torch.Size:
         return self.values.shape
 
+    def check(self) -> None:
+        pass
+
     def dense(self) -> Tensor:
         return self.values
 
-    def projection(
-        self, weight: Tensor, wanted: tuple[bool, ...], wants_weight: bool, sum_dtype: torch.dtype
-    ) -> Projection:
-        return FullProjection(self.values, weight, wanted, wants_weight, sum_dtype)
+    def projection(self, *arguments: Any) -> Projection:
+        return FullProjection(self.values, *arguments)
 
     @classmethod
     def add_modules(cls, head: Head, config: MoSConfig, like: Tensor) -> None:
@@ -135,8 +128,8 @@ class FullLatents(Latents):
 
     @classmethod
     def reset_parameters(cls, head: Head) -> None:
-        if is_taken_away(head.latent):
-            return
+        if head.latent.weight.numel() == 0:
+            return  # ZeRO-3 has emptied it, as it does while it loads a checkpoint
         if isinstance(head.activation, nn.Identity):
             eye = torch.eye(head.latent_size, head.input_size)
             init.copy_(head.latent.weight, eye.repeat(head.num_mixtures, 1).to(head.latent.weight))
@@ -186,10 +179,8 @@ class SubspaceLatents(Latents):
     def dense(self) -> Tensor:
         return self.hidden_states.unsqueeze(-2) + self.shifts @ self.basis.T
 
-    def projection(
-        self, weight: Tensor, wanted: tuple[bool, ...], wants_weight: bool, sum_dtype: torch.dtype
-    ) -> Projection:
-        return SubspaceProjection(self.hidden_states, self.shifts, self.basis, weight, wanted, wants_weight, sum_dtype)
+    def projection(self, *arguments: Any) -> Projection:
+        return SubspaceProjection(self.hidden_states, self.shifts, self.basis, *arguments)
 
     def for_inference(self) -> Latents:
         """Full latents for so few tokens that these cost less than `weight @ basis`."""
@@ -206,8 +197,7 @@ class SubspaceLatents(Latents):
     @classmethod
     def reset_parameters(cls, head: Head) -> None:
         init.copy_(head.basis, cosine_directions(*head.basis.shape).to(head.basis))
-        if not is_taken_away(head.shift):
-            init.zeros_(head.shift.weight)
+        init.zeros_(head.shift.weight)
 
     @classmethod
     def of(cls, head: Head, hidden_states: Tensor) -> "SubspaceLatents":
@@ -254,11 +244,6 @@ def activate(head: Head, layer: nn.Linear, hidden_states: Tensor) -> Tensor:
 def in_dtype_of(layer: nn.Linear, hidden_states: Tensor) -> Tensor:
     """The hidden states in the dtype of a layer's weight; a quantizer's weight has the dtype of its codes instead."""
     return hidden_states.to(layer.weight.dtype) if layer.weight.is_floating_point() else hidden_states
-
-
-def is_taken_away(layer: nn.Linear) -> bool:
-    """Whether ZeRO-3 has emptied the weight, as it does while it loads a checkpoint."""
-    return layer.weight.numel() == 0
 
 
 def cosine_directions(size: int, count: int) -> Tensor:

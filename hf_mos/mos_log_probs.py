@@ -77,17 +77,7 @@ def infer_log_probs(
     decoder_bias: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Equivalent to: `mos_log_probs(latents, prior_logits, decoder_weight)` without gradients and (N, K, V) copies.
-
-    Args:
-        latents: of (N, K, E).
-        prior_logits: (N, K).
-        decoder_weight: (V, E), in the dtype of the latents.
-        decoder_bias, softcap: as in `mos_log_probs`.
-
-    Returns:
-        (N, V), natural log-probabilities in fp32 (fp64 for fp64).
-    """
+    """Equivalent to: `mos_log_probs` for latents of (N, K, E) in the decoder's dtype, chunk by chunk, no gradients."""
     (N, K), V, device = prior_logits.shape, decoder_weight.shape[0], decoder_weight.device
     dtype = widen(decoder_weight[:0]).dtype
     latents = latents.for_inference()
@@ -122,13 +112,7 @@ def cap_(logits: Tensor, softcap: float, slope: Tensor | None) -> None:
 
 
 def reduce(nll: Tensor, counts: Tensor, reduction: str) -> Tensor:
-    """Equivalent to: `nll` (N,), its sum, or its sum over the number of tokens that count, for `REDUCTIONS`.
-
-    Args:
-        nll: (N,), zero where a token does not count.
-        counts: (N,) bool, whether a token counts.
-        reduction: one of `REDUCTIONS`.
-    """
+    """The `nll` (N,), zero where a token does not count: as it is, its sum, or its mean over the tokens that count."""
     return nll if reduction == "none" else nll.sum() / divisor(counts, reduction)
 
 

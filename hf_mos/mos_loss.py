@@ -143,17 +143,9 @@ def loss_and_gradients(
     wanted: ForEachInput[bool] | None = None,
     token_weights: Tensor | None = None,
 ) -> tuple[Tensor, Gradients]:
-    """Computes each token's nll (N,), and the gradients of the sum of `token_weights * nll`.
+    """Computes each token's nll (N,), and the `wanted` gradients of the sum of `token_weights` (N,) times nll.
 
-    Args:
-        inputs: of the loss.
-        targets: (N,).
-        options: of the loss.
-        wanted: which gradients to make; `None`: none.
-        token_weights: (N,); `None`: ones.
-
-    Returns:
-        The nll, and the gradients in `sum_dtype`, those of the latents in `work_dtype`; `None` where not wanted.
+    The gradients of `per_token` latents are in `work_dtype`, all others in fp32 or wider.
     """
     work_dtype = options.work_dtype
     wanted = wanted or ForEachInput.read([False] * len(inputs.flat()))
@@ -170,13 +162,14 @@ def loss_and_gradients(
         d_prior = torch.zeros_like(log_prior) if wanted.prior_logits else None
         d_bias = torch.zeros(V, dtype=sum_dtype, device=device) if wanted.decoder_bias else None
 
-        has_slope = options.softcap is not None and wants_logits
-        buffers = ChunkBuffers(V, vocabulary.num_classes, options.chunk_size, work_dtype, sum_dtype, has_slope, device)
+        has_slope, share = options.softcap is not None and wants_logits, projection.shared_share
         kept = (targets != options.ignore_index).nonzero().squeeze(1)
-        size, group_size = buffers.allocate(kept.shape[0], K, projection.shared_share)
-        for group in split(kept, group_size, of=N):
-            projection.open(group, group_size, bias)
-            for tokens, place in split_again(group, size):
+        buffers = ChunkBuffers.allocate(
+            kept.shape[0], K, vocabulary.num_classes, weight, sum_dtype, has_slope, share, options.chunk_size
+        )
+        for group in split(kept, buffers.group_size, of=N):
+            projection.open(group, buffers.group_size, bias)
+            for tokens, place in split_again(group, buffers.size):
                 target_rows = targets[tokens].long().repeat_interleave(K).unsqueeze(1)  # (n K, 1)
                 logits, half, slope = buffers.rows(target_rows.shape[0])  # (n K, V) each
                 projection.logits(tokens, place, logits, half)
@@ -261,10 +254,7 @@ def in_dtype_of(inputs: LossInputs, gradients: Gradients) -> tuple[Tensor | None
 
 
 def _free_name() -> str:
-    """Returns an unused operator name.
-
-    A process may import the package and remote-code copies; registering a name twice would destroy the first operator.
-    """
+    """An unused operator name, as a process may import the package and its remote-code copies."""
     names = (f"cross_entropy_{number}" if number else "cross_entropy" for number in count())
     return next(f"hf_mos::{name}" for name in names if not hasattr(torch.ops.hf_mos, name))
 
@@ -294,10 +284,7 @@ def cross_entropy_operator(
     reduction: str,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor]]:
-    """Custom operator that torch.compile treats as opaque.
-
-    Returns the loss and one gradient per input; gradients not requested are empty tensors.
-    """
+    """Opaque to torch.compile; returns the loss and one gradient per input, empty where not wanted."""
     options = LossOptions(softcap, ignore_index, chunk_size, work_dtype)
     inputs = LossInputs(prior_logits, decoder_weight, decoder_bias, KINDS[kind](*latents))
     waits = reduction == "none" and token_weights is None

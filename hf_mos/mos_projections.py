@@ -22,8 +22,7 @@ Tokens = slice | Tensor  # the tokens of a chunk, as an index
 class Projection(ABC):
     """The map of one kind of latents to component logits, and back.
 
-    A group of tokens is opened, goes forward and backward chunk by chunk, and is closed. `place` is where a chunk's
-    tokens lie in their group.
+    A group of tokens is opened, goes through chunk by chunk, and is closed; `place` is a chunk's place in its group.
     """
 
     shared_share = 0.0  # of the working memory, beside the component logits
@@ -33,7 +32,7 @@ class Projection(ABC):
         self.bias = bias
 
     @abstractmethod
-    def logits(self, tokens: Tokens, place: slice, out: Tensor, half: Tensor) -> None:
+    def logits(self, tokens: Tokens, place: slice, out: Tensor, half: Tensor | None) -> None:
         """Writes the component logits to `out` (n K, V), by way of `half` where the latents are half precision."""
 
     @abstractmethod
@@ -44,12 +43,10 @@ class Projection(ABC):
         """Ends a group."""
 
     @abstractmethod
-    def gradients(self) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
-        """The gradients of the latents' tensors, and that of the weight; `None` where not wanted."""
+    def gradients(self) -> tuple[tuple[Tensor | None, ...], Tensor | None]: ...  # of the latents' tensors; of weight
 
     @abstractmethod
-    def component_logits(self, tokens: slice) -> Tensor:
-        """Equivalent to: `latents[tokens] @ weight.T` (n, K, V), without groups, bias and gradients."""
+    def component_logits(self, tokens: slice) -> Tensor: ...  # (n, K, V), without groups, bias and gradients
 
 
 class FullProjection(Projection):
@@ -62,7 +59,7 @@ class FullProjection(Projection):
         self.d_latents = torch.zeros_like(latents) if wanted[0] else None
         self.d_weight = Accumulator(weight, wants_weight, sum_dtype)
 
-    def logits(self, tokens: Tokens, place: slice, out: Tensor, half: Tensor) -> None:
+    def logits(self, tokens: Tokens, place: slice, out: Tensor, half: Tensor | None) -> None:
         self.rows = self.latents[tokens].flatten(0, 1)
         write_product(self.rows, self.weight, self.bias, out, half)
 
@@ -118,7 +115,7 @@ class SubspaceProjection(Projection):
         self.shared = self.buffer[: self.group_rows.shape[0]]
         write_product(self.group_rows, self.weight, bias, self.shared, self.shared)
 
-    def logits(self, tokens: Tokens, place: slice, out: Tensor, half: Tensor) -> None:
+    def logits(self, tokens: Tokens, place: slice, out: Tensor, half: Tensor | None) -> None:
         shifts = self.shifts[tokens]
         self.rows = shifts.flatten(0, 1)
         write_product(self.rows, self.narrow_weight, None, out, half)
@@ -183,9 +180,9 @@ class Accumulator:
         return self.total
 
 
-def write_product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, half: Tensor) -> None:
+def write_product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, half: Tensor | None) -> None:
     """Equivalent to: `out.copy_(F.linear(rows, weight, bias))`, by way of `half` where `rows` are half precision."""
-    product = multiply_into(out if rows.dtype == out.dtype else half, rows, weight, bias)
+    product = multiply_into(out if half is None or rows.dtype == out.dtype else half, rows, weight, bias)
     if product is not out:
         out.copy_(product)
 

@@ -60,9 +60,7 @@ class TokenScores(ModelOutput):
 def score(log_probs: Tensor, targets: Tensor, options: ScoreOptions) -> Scores:
     """The scores in the order of `SCORES`: the readable reference.
 
-    Args:
-        log_probs: (n, V), of the mixture.
-        targets: (n,), class indices.
+    `log_probs` (n, V) are the mixture's, `targets` (n,) class indices.
     """
     logits = log_probs if options.temperature == 1 else log_probs / options.temperature
     if options.temperature != 1:
@@ -92,15 +90,7 @@ def token_scores(
 
     A chunk of tokens at a time: one matmul of (N K) x E x V, and three more for the gradient of `log_probs`. Autograd
     through the readable maths makes the gradient of `entropy`, and at a temperature other than 1 that of `log_probs`.
-
-    Args:
-        latents: of (N, K, E).
-        prior_logits, decoder_weight, decoder_bias, softcap: as in `mos_cross_entropy`.
-        targets: (N,), class indices, none of them ignored.
-        options: which scores, at which temperature.
-
-    Returns:
-        The scores (N,) in the order of `SCORES`, in fp32 (fp64 for fp64), `None` where not wanted.
+    The arguments are those of `mos_cross_entropy`; no target may be ignored. The scores are in fp32 (fp64 for fp64).
     """
     inputs = LossInputs(prior_logits, decoder_weight, decoder_bias, latents)
     work = LossOptions(softcap, ignore_index=-100, chunk_size=None, work_dtype=work_dtype_of(latents))
@@ -133,7 +123,9 @@ class TokenScoring(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_log_probs: Tensor | None, d_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, d_log_probs: Tensor | None, d_entropy: Tensor | None, *others: Any
+    ) -> tuple[Tensor | None, ...]:
         targets, *tensors = ctx.saved_tensors
         if d_entropy is None and d_log_probs is None:
             return (None,) * (4 + len(tensors))

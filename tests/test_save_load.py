@@ -12,8 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import hf_mos
 from hf_mos import MoSConfig, MoSForCausalLM
 
-# The classifier and the package's own file stay at home.
-CODE_FILES = {p.name for p in Path(hf_mos.__file__).parent.glob("*.py")} - {"__init__.py", "mixture_of_softmaxes.py"}
+# These stay at home: the classifier, the conversion, the package's own file.
+CODE_FILES = {p.name for p in Path(hf_mos.__file__).parent.glob("*.py")} - {
+    "__init__.py",
+    "conversion.py",
+    "mixture_of_softmaxes.py",
+}
 
 
 def assert_same_weights(model: PreTrainedModel, other: PreTrainedModel) -> None:
