@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import hf_mos
 from hf_mos import MoSConfig, MoSForCausalLM
 
-# These stay at home: the classifier, the conversion, the package's own file.
-CODE_FILES = {p.name for p in Path(hf_mos.__file__).parent.glob("*.py")} - {
+# The package's own file, the conversion and the classifier do not travel.
+AT_HOME = {"__init__.py", "conversion.py", "mixture_of_softmaxes.py"}
+CODE_FILES = {path.name for path in Path(hf_mos.__file__).parent.glob("*.py")} - AT_HOME
     "__init__.py",
     "conversion.py",
     "mixture_of_softmaxes.py",
