@@ -15,10 +15,6 @@ from hf_mos import MoSConfig, MoSForCausalLM
 # The package's own file, the conversion and the classifier do not travel.
 AT_HOME = {"__init__.py", "conversion.py", "mixture_of_softmaxes.py"}
 CODE_FILES = {path.name for path in Path(hf_mos.__file__).parent.glob("*.py")} - AT_HOME
-    "__init__.py",
-    "conversion.py",
-    "mixture_of_softmaxes.py",
-}
 
 
 def assert_same_weights(model: PreTrainedModel, other: PreTrainedModel) -> None:
