@@ -1,0 +1,47 @@
+"""The READMEs: README.md stays short, and every file that a README links to or names exists."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("hf_mos", "examples", "model_cards", "tests")
+READMES = [ROOT / "README.md", *sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("README.md"))]
+ADDRESS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Source"] + "/blob/main/"
+# [text](target), ![image](target), and the definition [name]: target.
+LINK = re.compile(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)$", re.MULTILINE)
+REFERENCE = re.compile(r"\]\[([^\]]+)\]")
+NAMED_FILE = re.compile(r"(?<![\w/.-])(?:examples|hf_mos|tests)/[\w/.-]+\.(?:py|md|yaml|png|json)\b")
+
+
+def test_the_readme_is_short() -> None:
+    assert (ROOT / "README.md").stat().st_size <= 12_000
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_named_files_exist(readme: Path) -> None:
+    text = readme.read_text(encoding="utf-8")
+    missing = [name for name in NAMED_FILE.findall(text) if not (ROOT / name).is_file()]
+    missing += [name for name in REFERENCE.findall(text) if f"\n[{name}]: " not in text]
+    for target in (inline or defined for inline, defined in LINK.findall(text)):
+        path, _, heading = target.partition("#")
+        if path.startswith(ADDRESS):
+            linked = ROOT / path.removeprefix(ADDRESS)
+        elif "://" in path:
+            continue
+        else:
+            assert readme != ROOT / "README.md" or not path, (
+                f"{target}: a package index cannot resolve a relative link"
+            )
+            linked = readme.parent / path if path else readme
+        if not linked.exists() or (heading and heading not in headings(linked)):
+            missing.append(target)
+    assert not missing
+
+
+def headings(document: Path) -> list[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
