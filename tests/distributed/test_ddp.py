@@ -6,7 +6,7 @@ import pytest
 import torch
 from processes import WORLD_SIZE, run_on_two
 from torch.nn.parallel import DistributedDataParallel
-from training import (
+from training_steps import (
     MODELS,
     assert_close_to,
     assert_like_one_process,

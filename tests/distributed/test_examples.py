@@ -12,7 +12,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from processes import WORLD_SIZE, free_port, run_command
 from tokenizers import ByteLevelBPETokenizer
-from training import assert_close_to
+from training_steps import assert_close_to
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_mos import MoSForCausalLM

@@ -17,7 +17,7 @@ from processes import WORLD_SIZE, run_on_two
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from training import (
+from training_steps import (
     LEARNING_RATE,
     MODELS,
     STEPS,
