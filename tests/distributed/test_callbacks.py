@@ -1,4 +1,4 @@
-"""The callbacks on two processes: all stop together, and what is logged of the mixture is of the tokens of all."""
+"""Checks the callbacks on two processes: both stop at the same step, and the logged numbers cover all tokens."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""DistributedDataParallel, by itself and through the Trainer: two processes train as one does on their joint batch."""
+"""Checks DistributedDataParallel, alone and in the Trainer: two processes train as one does on the joint batch."""
 
 from pathlib import Path
 

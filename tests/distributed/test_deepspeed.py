@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-2 and ZeRO-3 through the Trainer: two processes train as one does, and save what one loads."""
+"""Checks DeepSpeed ZeRO-2 and ZeRO-3 in the Trainer: two processes train as one does and save one whole checkpoint."""
 
 import warnings
 from pathlib import Path

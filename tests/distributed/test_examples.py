@@ -1,4 +1,4 @@
-"""The configs of examples/accelerate: Accelerate takes each, and the one for CPUs runs the training script."""
+"""Checks examples/accelerate: Accelerate accepts each config, and the training script runs with the one for CPUs."""
 
 import json
 import os

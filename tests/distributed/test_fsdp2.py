@@ -1,4 +1,4 @@
-"""FSDP2, by torch, by transformers and by Accelerate: weights sharded over two processes train as those of one do."""
+"""Checks FSDP2 in torch, transformers and Accelerate: two processes with sharded weights train as one does."""
 
 import contextlib
 from collections.abc import Iterator

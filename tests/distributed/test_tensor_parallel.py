@@ -1,4 +1,4 @@
-"""Tensor parallelism: two processes share the vocabulary, and loss, gradients and text are those of one."""
+"""Checks a vocabulary sharded over two processes: same loss, gradients and generated text as one process."""
 
 import ctypes
 import gc

@@ -1,4 +1,4 @@
-"""Runs that go wrong stop and can be taken up again; components that starve are seen and revived."""
+"""Checks the callbacks: a failing run stops and can resume, and a starved component is reported and recovers."""
 
 import json
 import math
