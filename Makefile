@@ -29,11 +29,11 @@ test-faults: install
 
 # The tools that people use with a model: command line, Hub, servers, evaluation, adapters, trackers.
 test-ecosystem: $(ECOSYSTEM_INSTALLED) $(TRACKIO_INSTALLED) $(SPACE_INSTALLED)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'slow or not slow' tests/ecosystem
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile tests/ecosystem
 
 # Two processes on this machine: DDP, FSDP2, tensor parallelism, DeepSpeed, conversion of what does not fit twice.
 test-distributed: $(DISTRIBUTED_INSTALLED)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m 'slow or not slow' tests/distributed
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/distributed
 
 # The wheel with its dependencies in an empty environment. Needs the package index.
 test-package: install

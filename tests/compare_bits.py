@@ -1,12 +1,12 @@
-"""Compares two versions of hf_mos to the bit: losses, log-probabilities, scores and gradients of saved inputs.
+"""Compares two versions of hf_mos bit by bit: losses, log-probabilities, scores and gradients of saved inputs.
 
 Run it on the old version with a file that does not exist yet, then on the new version with the same file:
 
     git worktree add ../old OLD_COMMIT
-    PYTHONPATH=../old:tests python tests/compare_bits.py bits.pt    # writes
-    PYTHONPATH=.:tests python tests/compare_bits.py bits.pt         # compares; exit code 1 at the first difference
+    PYTHONPATH=../old python tests/compare_bits.py bits.pt    # writes the inputs and the results
+    PYTHONPATH=. python tests/compare_bits.py bits.pt         # compares; exit code 1 at the first difference
 
-The inputs travel in the file, so that both versions get the same bits. Use one machine for both.
+The file holds the inputs, so both versions get the same bits. Run both on one machine.
 """
 
 import importlib

@@ -1,9 +1,9 @@
-"""Tests run offline, on one thread, from a fixed seed."""
+"""Settings of all tests: no network, no accelerator for DeepSpeed, one thread, and a fixed seed for each test."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed, where it is installed, prints what it looks for
+os.environ["DS_ACCELERATOR"] = "cpu"  # otherwise DeepSpeed prints its search for an accelerator
 
 import pytest
 import torch

@@ -1,10 +1,10 @@
-"""Writes checkpoints with one release of transformers, or checks those that another one wrote.
+"""Writes checkpoints with one release of transformers, or checks the checkpoints that another release wrote.
 
     python tests/exchange_checkpoints.py write FOLDER
     python tests/exchange_checkpoints.py check FOLDER
 
-A release may compute an architecture otherwise than another; the mixture may differ by as much as the causal LM
-without it does, twice over and no more.
+Two releases may compute an architecture differently. The log-probabilities of the mixture may differ by at most twice
+the difference that the causal LM without the mixture has, plus rounding.
 """
 
 import sys

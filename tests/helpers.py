@@ -1,4 +1,4 @@
-"""Tiny causal LMs with random weights, and what several tests do with them."""
+"""Tiny causal LMs with random weights, and helpers that several test files use."""
 
 import os
 import subprocess

@@ -3,9 +3,9 @@
     make test-mixins
     python tests/run_transformers_mixins.py build/transformers/transformers-VERSION.tar.gz [arguments of pytest]
 
-VERSION is the installed one; `make` downloads it. The distribution holds the common tests (modeling, configuration,
-training), and not the modules beside them that they import; those are stood in for by empty classes, so their tests
-are not run: generation is tested in test_generation.py and exporting in test_compile_export.py.
+VERSION is the installed one; `make` downloads it. The distribution has the common tests (modeling, configuration,
+training) but lacks some modules that they import. Empty classes replace these modules, so their tests do not run.
+test_generation.py and test_compile_export.py test generation and exporting instead.
 """
 
 import importlib

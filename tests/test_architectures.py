@@ -1,4 +1,4 @@
-"""A sample of architectures through the checks of `examples/architectures.py`, and each peculiarity by itself."""
+"""Runs the checks of `examples/architectures.py` on a sample of architectures, and tests each special case."""
 
 import importlib.util
 import sys

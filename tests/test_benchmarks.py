@@ -1,4 +1,4 @@
-"""The benchmarks run, and print no time where a gradient is wrong."""
+"""Checks that the benchmarks run, and that they print no time if a gradient is wrong."""
 
 import json
 import os

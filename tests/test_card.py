@@ -1,4 +1,4 @@
-"""The model card says what the model is, what was measured, and how to load it."""
+"""Checks that a model card describes the model, its measurements, and how to load it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A compiled or exported model gives what the eager one gives."""
+"""Checks that compiled and exported models give the results of the eager model."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What transformers asks of every model besides training, saving and generating."""
+"""Checks what transformers requires of every model besides training, saving and generating."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""A converted causal LM predicts what it predicted, shares its weights, and its components part when trained."""
+"""Checks conversion: same predictions, shared weights, and components that diverge once trained."""
 
 import copy
 import gc

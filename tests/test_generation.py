@@ -1,4 +1,4 @@
-"""Every way to generate gives what the causal LM gives before training, and what greedy decoding gives after."""
+"""Checks generation: the causal LM's tokens before training, and greedy decoding's tokens after it."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The classifier with K softmax layers, and the readable maths that it shares with the language-model head."""
+"""Checks the classifier with K softmax layers, and the readable maths that it shares with the language-model head."""
 
 import pytest
 import torch

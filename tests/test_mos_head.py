@@ -1,4 +1,4 @@
-"""The head by itself: what it computes, how it starts, what its decoder may be."""
+"""Checks the head alone: its outputs, its initialisation, and the decoders that it accepts."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The fast loss against the readable reference, in float64 and in the dtypes that people train in."""
+"""Checks the fast loss against the readable reference, in float64 and in the dtypes used for training."""
 
 import importlib
 import itertools

@@ -1,4 +1,4 @@
-"""The products against F.linear, where oneDNN takes them and where it does not."""
+"""Checks the matmuls against F.linear, with oneDNN and without."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The package as an index would carry it: built, installed without its source tree, and used."""
+"""Checks the wheel and the sdist: metadata, contents, and use of the wheel without the source tree."""
 
 import os
 import subprocess

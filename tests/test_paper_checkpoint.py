@@ -1,4 +1,4 @@
-"""Heads of the paper's own code compute what they computed there."""
+"""Checks that a head loaded from a checkpoint of the paper's code computes the paper's equations."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The quickstart from end to end, with few texts and few steps."""
+"""Runs the quickstart from end to end, with few texts and few steps."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The rank of the log-probability matrix: bounded for one softmax, not for a mixture."""
+"""Checks the rank of the log-probability matrix: bounded for one softmax, not bounded for a mixture."""
 
 import pytest
 import torch

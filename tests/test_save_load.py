@@ -1,4 +1,4 @@
-"""A checkpoint is safetensors with code beside it, and is the same model wherever it is loaded."""
+"""Checks that a checkpoint is safetensors with code beside it, and loads as the same model everywhere."""
 
 import json
 from pathlib import Path

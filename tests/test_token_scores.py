@@ -1,4 +1,4 @@
-"""The scores of tokens that trainers of preferences read, against their definitions."""
+"""Checks the per-token scores that preference trainers read against their definitions."""
 
 from typing import Any
 

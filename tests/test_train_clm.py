@@ -1,4 +1,4 @@
-"""`examples/train_clm.py` as people run it."""
+"""Runs `examples/train_clm.py` from the command line and checks its results."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What the Trainer asks of a model: the loss, its normalisation, precision, checkpoints and evaluation."""
+"""Checks what the Trainer requires of a model: loss, normalisation, precision, checkpoints and evaluation."""
 
 import math
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Functions of a test file, run in two fresh processes of one gloo group.
+"""Runs a function of a test file in two fresh processes that form one gloo group.
 
-A worker is a function at the top of a test file. Its arguments are texts; it leaves its results in files. It fails on
-a warning, and where it would run alone.
+A worker is a module-level function of a test file in this folder. It receives strings and writes its results to files.
+The run fails if a worker warns, or if the group has another size than two.
 """
 
 import contextlib
@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 WORLD_SIZE = 2
+TESTS = Path(__file__).parents[1]  # holds helpers.py, which the workers import
 PATIENCE = 240.0  # seconds
 
 
 def run_on_two(worker: Callable[..., None], *arguments: Any, environment: Mapping[str, str] | None = None) -> str:
-    """Runs the worker on both ranks. Returns what they printed; fails with it when one fails or takes too long."""
+    """Runs the worker on both ranks and returns their output. Fails with the output if a rank fails or times out."""
     file = worker.__code__.co_filename
     return run_command(
         [sys.executable, "-W", "error", __file__, file, worker.__name__, *map(str, arguments)], environment
@@ -29,7 +30,7 @@ def run_on_two(worker: Callable[..., None], *arguments: Any, environment: Mappin
 
 
 def run_command(command: list[str], environment: Mapping[str, str] | None = None) -> str:
-    """Runs a command as both ranks of a group, as `torchrun --nproc-per-node 2` would."""
+    """Runs the same command as rank 0 and as rank 1, as `torchrun --nproc-per-node 2` does."""
     port = free_port()
     processes = [
         subprocess.Popen(
@@ -57,7 +58,9 @@ def run_command(command: list[str], environment: Mapping[str, str] | None = None
 
 
 def environment_of(rank: int, port: int) -> dict[str, str]:
+    """Environment variables of one rank: those of torchrun, and PYTHONPATH for helpers.py."""
     return os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(WORLD_SIZE),
@@ -78,7 +81,7 @@ def free_port() -> int:
 
 
 def stop(processes: list[subprocess.Popen]) -> None:
-    """Ends those that still run, and what they started."""
+    """Kills the processes that still run, together with their children."""
     for process in processes:
         if process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
@@ -87,12 +90,12 @@ def stop(processes: list[subprocess.Popen]) -> None:
 
 def main() -> None:
     file, name, *arguments = sys.argv[1:]
-    sys.path[:0] = [str(Path(file).parent), str(Path(file).parents[1])]
     import torch
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     assert torch.distributed.get_world_size() == WORLD_SIZE
+    # This script's folder is the first entry of sys.path, so the test file is found by its name.
     getattr(importlib.import_module(Path(file).stem), name)(*arguments)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

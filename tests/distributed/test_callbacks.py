@@ -1,4 +1,4 @@
-"""The callbacks on two processes: all stop together, and what is logged of the mixture is of the tokens of all."""
+"""Checks the callbacks on two processes: both stop at the same step, and the logged numbers cover all tokens."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 from processes import WORLD_SIZE, run_on_two
 from test_fsdp2 import load_sharded, shard
-from training import make_model, run_trainer, training_rows
+from training_steps import make_model, run_trainer, training_rows
 from transformers import TrainerCallback
 
 from hf_mos.training.callbacks import MixtureUsage, StopOnNonFiniteLoss, whole_head

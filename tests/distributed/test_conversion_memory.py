@@ -1,4 +1,4 @@
-"""Converting a model that does not fit twice: what a sharded checkpoint's conversion takes at its peak."""
+"""Checks that converting a sharded checkpoint peaks at the memory of one model."""
 
 import json
 import subprocess

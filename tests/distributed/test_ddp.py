@@ -1,4 +1,4 @@
-"""DistributedDataParallel, by itself and through the Trainer: two processes train as one does on their joint batch."""
+"""Checks DistributedDataParallel, alone and in the Trainer: two processes train as one does on the joint batch."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from processes import WORLD_SIZE, run_on_two
 from torch.nn.parallel import DistributedDataParallel
-from training import (
+from training_steps import (
     MODELS,
     assert_close_to,
     assert_like_one_process,

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-2 and ZeRO-3 through the Trainer: two processes train as one does, and save what one loads."""
+"""Checks DeepSpeed ZeRO-2 and ZeRO-3 in the Trainer: two processes train as one does and save one whole checkpoint."""
 
 import warnings
 from pathlib import Path
@@ -8,9 +8,19 @@ from unittest import mock
 import pytest
 import torch
 from accelerate import DistributedType, PartialState
+from extras import missing_requirements
 from helpers import run_python, tiny_causal_lm
 from processes import WORLD_SIZE, run_on_two
-from training import ACCUMULATION, MODELS, STEPS, assert_close_to, load_results, losses_of, run_trainer, save_results
+from training_steps import (
+    ACCUMULATION,
+    MODELS,
+    STEPS,
+    assert_close_to,
+    load_results,
+    losses_of,
+    run_trainer,
+    save_results,
+)
 
 import hf_mos.mos_loss
 from hf_mos import MoSForCausalLM
@@ -79,6 +89,8 @@ def load_sharded(folder: str, saved: str) -> None:
 
 @pytest.fixture(scope="module", params=STAGES)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if missing := missing_requirements("distributed"):
+        pytest.fail(f"expected {', '.join(missing)}, which `make test-distributed` installs", pytrace=False)
     folder = tmp_path_factory.mktemp(f"zero{request.param}")
     run_on_two(train_and_save, folder, request.param, environment=ENVIRONMENT)
     return folder

@@ -1,4 +1,4 @@
-"""The configs of examples/accelerate: Accelerate takes each, and the one for CPUs runs the training script."""
+"""Checks examples/accelerate: Accelerate accepts each config, and the training script runs with the one for CPUs."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from processes import WORLD_SIZE, free_port, run_command
 from tokenizers import ByteLevelBPETokenizer
-from training import assert_close_to
+from training_steps import assert_close_to
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_mos import MoSForCausalLM

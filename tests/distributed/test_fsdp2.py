@@ -1,4 +1,4 @@
-"""FSDP2, by torch, by transformers and by Accelerate: weights sharded over two processes train as those of one do."""
+"""Checks FSDP2 in torch, transformers and Accelerate: two processes with sharded weights train as one does."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from processes import WORLD_SIZE, run_on_two
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from training import (
+from training_steps import (
     LEARNING_RATE,
     MODELS,
     STEPS,

@@ -1,4 +1,4 @@
-"""Tensor parallelism: two processes share the vocabulary, and loss, gradients and text are those of one."""
+"""Checks a vocabulary sharded over two processes: same loss, gradients and generated text as one process."""
 
 import ctypes
 import gc
@@ -11,7 +11,7 @@ from processes import WORLD_SIZE, run_on_two
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import assert_close_to, joint_batch, make_model
+from training_steps import assert_close_to, joint_batch, make_model
 from transformers.distributed import DistributedConfig
 
 from hf_mos import MoSForCausalLM

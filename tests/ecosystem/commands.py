@@ -1,4 +1,4 @@
-"""The `hf-mos` command in a fresh process."""
+"""Runs the `hf-mos` command in a fresh process."""
 
 import os
 import subprocess

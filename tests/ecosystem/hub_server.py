@@ -1,6 +1,6 @@
-"""A small Hub: as much of its HTTP interface as creating, committing to and loading from a model repository takes.
+"""A small Hub server: the HTTP calls that create a model repository, commit to it and load from it.
 
-Large files are stored as the Hub stores them: on a server of another host name, to which no token may be sent.
+Like the Hub, it stores large files on a server with another host name, to which no client may send a token.
 
     with HubServer(tokens={"hf_secret": "user"}) as hub:
         os.environ["HF_ENDPOINT"] = hub.url

@@ -1,4 +1,4 @@
-"""The `hf-mos` command: what it prints, what it leaves behind, how it fails."""
+"""Checks the `hf-mos` command: its output, the files it writes, and its errors."""
 
 import json
 import math

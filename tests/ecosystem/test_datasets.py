@@ -1,4 +1,4 @@
-"""A stream of `datasets` through the Trainer."""
+"""Checks that the Trainer trains a mixture on a stream of `datasets`."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`accelerate estimate-memory` of a checkpoint's own code: it looks models up on the Hub, here in a folder."""
+"""Checks `accelerate estimate-memory` on a checkpoint with remote code, in a local folder in place of the Hub."""
 
 import json
 from pathlib import Path

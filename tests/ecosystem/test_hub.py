@@ -1,4 +1,4 @@
-"""A checkpoint goes to a Hub and comes back, bit for bit, where hf_mos is not installed; or it does not go at all."""
+"""Checks pushing to a Hub: the checkpoint loads bit for bit without hf_mos, and a failed push leaves nothing."""
 
 import json
 import os

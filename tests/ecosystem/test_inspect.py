@@ -1,4 +1,4 @@
-"""What `hf-mos inspect` says of a mixture, against plain formulas in float64; its JSON, its tables and its page."""
+"""Checks the numbers of `hf-mos inspect` against plain formulas in float64, and its JSON, tables and page."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""lm-eval loads a mixture as it loads any model, with trust_remote_code, and gets from it what it should."""
+"""Checks lm-eval on a mixture loaded with trust_remote_code: scores and text equal the model's own."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""PEFT's adapters on a mixture: trained, saved, loaded, merged and taken off, with the same predictions."""
+"""Checks PEFT's adapters on a mixture: predictions stay the same after saving, loading, merging and unloading."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""torchao's and bitsandbytes' weights in a mixture: what they replace, and the loss of the dequantised model."""
+"""Checks torchao and bitsandbytes: which layers they quantise, and that the loss equals the dequantised model's."""
 
 import copy
 from pathlib import Path

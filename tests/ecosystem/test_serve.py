@@ -1,4 +1,4 @@
-"""transformers' OpenAI-compatible server serves a mixture to OpenAI's own client."""
+"""Checks that transformers' OpenAI-compatible server serves a mixture to OpenAI's client."""
 
 import os
 import re

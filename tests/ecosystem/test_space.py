@@ -1,4 +1,4 @@
-"""The app of examples/space in a real browser: one types a text and sees which component each token comes from."""
+"""Checks the app of examples/space in a real browser: it colours each token by its component."""
 
 import io
 import subprocess

@@ -1,4 +1,4 @@
-"""What a tracker gets from the Trainer: the loss, and the mixture's own numbers."""
+"""Checks that trackers receive the loss and the mixture's statistics from the Trainer."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""TRL's trainers, as they are, on a mixture: its own loss, and log-probabilities that are its own."""
+"""Checks TRL's unmodified trainers on a mixture: they use the mixture's own loss and log-probabilities."""
 
 import math
 from pathlib import Path

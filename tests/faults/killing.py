@@ -1,4 +1,4 @@
-"""Kills a process at its n-th change of a folder, as `kill -9` would."""
+"""Kills a process with SIGKILL at its n-th change of a folder."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A checkpoint with a fault is refused, in words that name the file, the key, what was expected and what was given."""
+"""Checks that a broken checkpoint is refused: the error names the file, the key, the expected and the given value."""
 
 import json
 import re

@@ -1,7 +1,8 @@
-"""Runs that go wrong stop and can be taken up again; components that starve are seen and revived."""
+"""Checks the callbacks: a failing run stops and can resume, and a starved component is reported and recovers."""
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -82,9 +83,10 @@ def test_a_sound_run_is_left_alone(tmp_path: Path) -> None:
     assert losses[0] == losses[1]
 
 
-def test_the_process_ends_with_an_error(tmp_path: Path) -> None:
-    code = f"""
-sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
+def test_the_process_ends_with_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in Path(__file__).parents[:2]:
+        monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+    code = """
 from pathlib import Path
 from test_callbacks import Poison, StopOnNonFiniteLoss, tiny_mos, trainer
 trainer(Path(sys.argv[1]), tiny_mos(), [StopOnNonFiniteLoss(), Poison(3)]).train()

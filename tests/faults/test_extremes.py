@@ -1,4 +1,4 @@
-"""Values at the edge: finite results that agree with float64, or an error that names what is wrong."""
+"""Checks extreme values: the results are finite and agree with float64, or an error names the problem."""
 
 import pytest
 import torch

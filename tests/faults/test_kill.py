@@ -1,4 +1,4 @@
-"""Killed at every write of a save, a folder holds the old checkpoint or the new one, whole."""
+"""Checks that a save killed at any write leaves a folder that loads as the old or as the new checkpoint."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""What holds for every shape, dtype and option, tried on many."""
+"""Checks, on random shapes, dtypes and options, the properties that hold for all of them."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""What else a save has to do besides surviving: variants, shards, several processes, offloaded weights, the Hub."""
+"""Checks saving with variants, shards, several processes, offloaded weights and the Hub."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Steps of training that one process and two must take alike."""
+"""Training steps whose losses and weights must be the same on one process and on two."""
 
 import json
 from pathlib import Path
