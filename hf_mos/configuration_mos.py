@@ -1,70 +1,42 @@
-"""MoSConfig: the backbone's config plus the options of the mixture head."""
+"""MoSConfig: the backbone's config, and the options of the mixture head with the help text of each."""
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
 LATENT_ACTIVATIONS = ("identity", "tanh")
 
-# What the architectures of transformers call the softcap that they apply to their logits. It belongs inside each
-# component of the mixture, so it is taken out of the backbone's config and kept in ours.
+# The names that transformers' architectures give the softcap of their logits. It belongs inside each component of the
+# mixture, so it is moved from the backbone's config to this one.
 SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# Where such a field may not be None: `tanh(h / 2^64) * 2^64` is h, to the bit, in fp32 and in bf16.
+# Replaces a softcap that may not be None: `tanh(h / 2^64) * 2^64` is h, to the bit, in fp32 and in bf16.
 NO_SOFTCAP = 2.0**64
 
+# Attributes that live in the backbone's text config; absent here where they are absent there.
+DELEGATED = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "max_position_embeddings", "layer_types", "sliding_window", "initializer_range", "use_cache",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
 
-def _delegated(name: str) -> property:
-    """A config attribute that lives in the backbone's text config; absent here where it is absent there."""
 
-    def get(self: "MoSConfig") -> Any:
-        return getattr(self.get_text_config(), name)
-
-    def set_(self: "MoSConfig", value: Any) -> None:
-        setattr(self.get_text_config(), name, value)
-
-    return property(get, set_, doc=f"`{name}` of the backbone's text config.")
+def option(default: Any, help: str, as_flag: bool = True) -> Any:
+    """A field of the head with its help text. `as_flag`: the commands offer it, as a conversion may set it."""
+    return dataclasses.field(default=default, metadata={"help": help, "as_flag": as_flag})
 
 
 class MoSConfig(PreTrainedConfig):
-    r"""Configuration of [`MoSForCausalLM`]: a causal LM's config and its mixture-of-softmaxes head.
+    """Configuration of [`MoSForCausalLM`]: a causal LM's config and the options of its mixture head.
 
     Args:
-        text_config (`PreTrainedConfig` or `dict`):
-            The backbone: the config of any causal LM in transformers. Required.
-        num_mixtures (`int`, defaults to 4):
-            K, the number of softmaxes that are mixed.
-        latent_size (`int`, *optional*):
-            E, the width of each component's latent. `None`: the decoder's input width. Another width needs an untied
-            decoder, as the input embedding has the backbone's width.
-        latent_rank (`int`, *optional*):
-            R: the components differ only inside one fixed subspace of this rank that they share, `latents_k = h +
-            basis @ shift_k(h)`, at the cost of 1 + K R / E softmax heads instead of K. `None`: full latents.
-        latent_activation (`str`, defaults to `"identity"`):
-            `"identity"`, or `"tanh"` as in the paper; it acts on the latents, with `latent_rank` on the shifts. A full
-            latent behind a tanh cannot be put on a trained model unchanged.
-        latent_bias (`bool`, defaults to `False`), prior_bias (`bool`, defaults to `False`):
-            Whether the latent projection and the prior have a bias.
-        latent_dropout (`float`, defaults to 0.0):
-            Dropout probability on the latents, with `latent_rank` on the shifts, in training, in [0, 1).
-        balance_coefficient (`float`, defaults to 0.0):
-            In training, the loss of each token gets this times the squared coefficient of variation of the mean
-            mixture weights: 0 where the components are used alike, K - 1 where one is used alone. It revives
-            components that starve; 0.01 is mild.
-        decoder_bias (`bool`, *optional*):
-            Whether the decoder has a bias. `None`: as the backbone's own head.
-        softcap (`float`, *optional*):
-            `softcap * tanh(component_logits / softcap)` inside each component. `None`: as the backbone's own head.
-        tie_word_embeddings (`bool`, *optional*):
-            Whether the decoder is the input embedding. `None`: as the backbone says.
-        skip_logits_in_training (`bool`, defaults to `True`):
-            In training mode, a call with `labels` returns `logits=None`: the loss never makes a vocabulary-wide
-            tensor. `False` returns the logits as well, at their cost in memory.
+        text_config (`PreTrainedConfig` or `dict`): the backbone, any causal LM of transformers. Required.
+        kwargs: the fields below, each with its help text, and the arguments of `PreTrainedConfig`.
 
     Raises:
-        ValueError: a field is of the wrong type or out of range; the message names the field, what was expected and
-            what was given.
+        ValueError: a field has a wrong type or is out of range: "field: expected X, given Y".
     """
 
     model_type = "mos"
@@ -73,33 +45,41 @@ class MoSConfig(PreTrainedConfig):
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache_params", "state", "mems"]
 
     text_config: Any = None
-    num_mixtures: int = 4
-    latent_size: int | None = None
-    latent_rank: int | None = None
-    latent_activation: str = "identity"
-    latent_bias: bool = False
-    prior_bias: bool = False
-    latent_dropout: float = 0.0
-    balance_coefficient: float = 0.0
-    decoder_bias: bool | None = None
-    softcap: float | None = None
-    tie_word_embeddings: bool | None = None
-    skip_logits_in_training: bool = True
-
-    vocab_size = _delegated("vocab_size")
-    hidden_size = _delegated("hidden_size")
-    num_hidden_layers = _delegated("num_hidden_layers")
-    num_attention_heads = _delegated("num_attention_heads")
-    num_key_value_heads = _delegated("num_key_value_heads")
-    head_dim = _delegated("head_dim")
-    max_position_embeddings = _delegated("max_position_embeddings")
-    layer_types = _delegated("layer_types")
-    sliding_window = _delegated("sliding_window")
-    initializer_range = _delegated("initializer_range")
-    use_cache = _delegated("use_cache")
-    bos_token_id = _delegated("bos_token_id")
-    eos_token_id = _delegated("eos_token_id")
-    pad_token_id = _delegated("pad_token_id")
+    num_mixtures: int = option(4, "K, the number of softmaxes.")
+    latent_size: int | None = option(
+        None, "E, the width of the latents; None: the decoder's width. Needs an untied decoder.", as_flag=False
+    )
+    latent_rank: int | None = option(
+        None,
+        "R: the components differ in one shared subspace of this rank. The head costs 1 + K R / E softmaxes, not K.",
+    )
+    latent_activation: str = option(
+        "identity",
+        "identity, or tanh as in the paper, on the latents (on the shifts with a latent rank). Full latents with tanh "
+        "change a trained model's predictions.",
+    )
+    latent_bias: bool = option(False, "Give the latent projection a bias.")
+    prior_bias: bool = option(False, "Give the prior a bias.")
+    latent_dropout: float = option(0.0, "Dropout probability on the latents, or the shifts, in training, in [0, 1).")
+    balance_coefficient: float = option(
+        0.0,
+        "Add to each token's loss in training this times the squared coefficient of variation of the mean mixture "
+        "weights (0 if used alike, K - 1 if one is used alone). Revives starved components; 0.01 is mild.",
+    )
+    decoder_bias: bool | None = option(
+        None, "Give the decoder a bias; None: as the backbone's own head.", as_flag=False
+    )
+    softcap: float | None = option(
+        None,
+        "Cap the logits of each component: softcap * tanh(logits / softcap); None: as the backbone's own head.",
+        as_flag=False,
+    )
+    tie_word_embeddings: bool | None = option(None, "Tie the decoder to the input embedding; None: as the backbone.")
+    skip_logits_in_training: bool = option(
+        True,
+        "Return logits=None in training with labels, which saves a vocabulary-wide tensor.",
+        as_flag=False,
+    )
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.text_config = _read_text_config(self.text_config)
@@ -111,8 +91,8 @@ class MoSConfig(PreTrainedConfig):
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         self._check_fields()
-        # The base class writes its attention and experts implementations, None unless given, over the sub-configs'
-        # own. Those of a loaded backbone are in use and must stay.
+        # The base class overwrites the attention and experts implementations of the sub-configs, with None unless
+        # given. A loaded backbone uses its own, so they must stay.
         text_config = self.text_config
         own = {name: kwargs.pop(name, None) for name in ("attn_implementation", "experts_implementation")}
         self.text_config = None
@@ -128,43 +108,33 @@ class MoSConfig(PreTrainedConfig):
             if not ok:
                 raise ValueError(f"{field}: expected {expected}, given {getattr(self, field)!r}")
 
-        def is_int(value: Any) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool)
-
-        require("num_mixtures", is_int(self.num_mixtures) and self.num_mixtures >= 1, "an int of at least 1")
+        require("num_mixtures", is_count(self.num_mixtures), "an int of at least 1")
+        for field in ("latent_size", "latent_rank"):
+            value = getattr(self, field)
+            require(field, value is None or is_count(value), "an int of at least 1, or None")
         size = self.latent_size
-        require("latent_size", size is None or (is_int(size) and size >= 1), "an int of at least 1, or None")
-        rank = self.latent_rank
-        require("latent_rank", rank is None or (is_int(rank) and rank >= 1), "an int of at least 1, or None")
-        if rank is not None:
+        if self.latent_rank:
             require("latent_size", size is None, "None with latent_rank, whose latents have the width of the input,")
         activations = " or ".join(repr(name) for name in LATENT_ACTIVATIONS)
         require("latent_activation", self.latent_activation in LATENT_ACTIVATIONS, activations)
         for field in ("latent_bias", "prior_bias", "tie_word_embeddings", "skip_logits_in_training"):
             require(field, isinstance(getattr(self, field), bool), "a bool")
         require("decoder_bias", self.decoder_bias is None or isinstance(self.decoder_bias, bool), "a bool or None")
-        dropout = self.latent_dropout
-        is_number = isinstance(dropout, (int, float)) and not isinstance(dropout, bool)
-        require("latent_dropout", is_number and 0 <= dropout < 1, "a number in [0, 1)")
-        balance = self.balance_coefficient
-        is_number = isinstance(balance, (int, float)) and not isinstance(balance, bool)
-        require("balance_coefficient", is_number and 0 <= balance < float("inf"), "a finite number of at least 0")
-        cap = self.softcap
-        is_number = isinstance(cap, (int, float)) and not isinstance(cap, bool)
-        require("softcap", cap is None or (is_number and 0 < cap < float("inf")), "a finite number above 0, or None")
-        if self.tie_word_embeddings and size is not None:
-            width = embedding_size(self.text_config)
-            if width is not None and size != width:
-                raise ValueError(
-                    f"latent_size: expected {width}, the width of the input embedding that the decoder is tied to, "
-                    f"or tie_word_embeddings=False, given {size}"
-                )
+        require("latent_dropout", is_number(self.latent_dropout, lambda x: 0 <= x < 1), "a number in [0, 1)")
+        balance, cap = self.balance_coefficient, self.softcap
+        require("balance_coefficient", is_number(balance, lambda x: x >= 0), "a finite number of at least 0")
+        require("softcap", cap is None or is_number(cap, lambda x: x > 0), "a finite number above 0, or None")
+        width = embedding_size(self.text_config)
+        if self.tie_word_embeddings and size is not None and width is not None and size != width:
+            raise ValueError(
+                f"latent_size: expected {width}, the width of the input embedding that the decoder is tied to, "
+                f"or tie_word_embeddings=False, given {size}"
+            )
 
     def validate(self) -> None:
-        """Of this config its own fields, and of the backbone's what its own class checks.
+        """Checks this config's own fields, then lets the backbone's config check itself.
 
-        The base class's checks would read the delegated fields, which an architecture may define in its own way, or
-        for each layer.
+        The base class would check the delegated fields, which an architecture may define in its own way, or by layer.
         """
         self._check_fields()
         self.text_config.validate()
@@ -183,6 +153,28 @@ class MoSConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
 
+def delegated(name: str) -> property:
+    def get(self: MoSConfig) -> Any:
+        return getattr(self.get_text_config(), name)
+
+    def set_(self: MoSConfig, value: Any) -> None:
+        setattr(self.get_text_config(), name, value)
+
+    return property(get, set_, doc=f"`{name}` of the backbone's text config.")
+
+
+for _name in DELEGATED:
+    setattr(MoSConfig, _name, delegated(_name))
+
+
+def is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def is_number(value: Any, in_range: Callable[[float], bool]) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value < float("inf") and in_range(value)
+
+
 def _read_text_config(text_config: Any) -> PreTrainedConfig:
     if isinstance(text_config, PreTrainedConfig):
         has_softcap = any(_holder(text_config, field) is not None for field in SOFTCAP_FIELDS)
@@ -196,7 +188,7 @@ def _read_text_config(text_config: Any) -> PreTrainedConfig:
 
 
 def _holder(text_config: PreTrainedConfig, field: str) -> PreTrainedConfig | None:
-    """The config, top or text part, that sets `field`."""
+    """The config, or the text config in it, that sets `field`."""
     for config in (text_config, text_config.get_text_config()):
         if vars(config).get(field) not in (None, NO_SOFTCAP):
             return config
@@ -204,7 +196,7 @@ def _holder(text_config: PreTrainedConfig, field: str) -> PreTrainedConfig | Non
 
 
 def take_softcap(text_config: PreTrainedConfig) -> float | None:
-    """Removes the backbone's logit softcap from its config, in place, and returns it (`None`: it has none)."""
+    """Removes the logit softcap from the backbone's config, in place, and returns it; `None` if it has none."""
     softcap = None
     for field in SOFTCAP_FIELDS:
         holder = _holder(text_config, field)
@@ -216,7 +208,7 @@ def take_softcap(text_config: PreTrainedConfig) -> float | None:
 
 
 def embedding_size(text_config: PreTrainedConfig) -> int | None:
-    """Width of the input embedding, as far as a config tells (`None`: it does not)."""
+    """The width of the input embedding; `None` if the config does not tell."""
     config = text_config.get_text_config()
     for field in ("word_embed_proj_dim", "embedding_size", "hidden_size"):
         if isinstance(size := getattr(config, field, None), int):

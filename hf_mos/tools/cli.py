@@ -6,7 +6,7 @@ import json
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 try:
     import typer
@@ -15,6 +15,8 @@ try:
     from rich.table import Table
 except ModuleNotFoundError as error:
     sys.exit(f"hf-mos: expected {error.name}, which is not installed: pip install 'hf_mos[cli]'")
+
+from .head_options import with_head_options
 
 app = typer.Typer(
     name="hf-mos",
@@ -27,7 +29,15 @@ console, errors = Console(), Console(stderr=True)
 
 # What is missing where an optional package is not installed; for the others it is `cli`.
 EXTRAS = {"fastapi": "serve", "uvicorn": "serve", "openai": "serve", "pydantic": "serve", "matplotlib": "inspect"}
-PAGE_CHARACTERS = 1000  # of a file, that its page shows token by token
+PAGE_CHARACTERS = 1000  # the beginning of a file that its page shows token by token
+
+# Options of other names in earlier versions.
+RENAMED = {
+    "--file": "--validation-file",
+    "--dataset": "--dataset-name",
+    "--dataset-config": "--dataset-config-name",
+    "--untie": "--no-tie-word-embeddings",
+}
 
 # For a command that hands its options to a parser of its own, `--help` included.
 PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -46,6 +56,10 @@ def run() -> NoReturn:
     """The console script: the library's errors are messages, unless `--debug` asks for the traceback."""
     # What a library prints of its own accord is not the result.
     aside = contextlib.redirect_stdout(sys.stderr) if "--json" in sys.argv else contextlib.nullcontext()
+    for argument in sys.argv[2:]:
+        if (old := argument.partition("=")[0]) in RENAMED and sys.argv[1] in ("convert", "evaluate", "inspect"):
+            errors.print(f"[bold red]error:[/] {old}: expected {RENAMED[old]}, given an old name", soft_wrap=True)
+            sys.exit(2)
     try:
         with aside:
             app()
@@ -94,22 +108,11 @@ def main(
 
 
 @app.command("convert")
+@with_head_options
 def convert_command(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Folder for the checkpoint.", show_default=False)],
-    num_mixtures: Annotated[int, typer.Option(min=1, help="K, the number of softmaxes.")] = 4,
-    latent_rank: Annotated[
-        int | None,
-        typer.Option(min=1, help="R: the components differ in one shared subspace of this rank. Cheaper."),
-    ] = None,
-    latent_activation: Annotated[
-        Literal["identity", "tanh"], typer.Option(help="On the latents; tanh changes predictions without a rank.")
-    ] = "identity",
-    latent_dropout: Annotated[float, typer.Option(help="Dropout probability on the latents, in training.")] = 0.0,
-    balance_coefficient: Annotated[
-        float, typer.Option(help="Of the loss that keeps the mixture weights balanced; 0.01 is mild.")
-    ] = 0.0,
-    untie: Annotated[bool, typer.Option("--untie", help="Give a tied decoder weights of its own.")] = False,
+    head_options: dict[str, Any],
     dtype: Dtype = "auto",
     device: Device = None,
     revision: Revision = None,
@@ -118,10 +121,10 @@ def convert_command(
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Put a mixture in the place of a model's softmax, with not one prediction changed.
+    """Replace a model's softmax with a mixture, without a change of its predictions.
 
-    Saves safetensors, the head's code, tokenizer and generation config, reloads them, and prints by how much the
-    predictions differ from the model's own: the exactness gap.
+    Saves safetensors, the head's code, tokenizer and generation config, and reloads them. Prints the exactness gap:
+    the largest difference between the log-probabilities of the model and of the mixture.
 
     Examples:
 
@@ -131,17 +134,9 @@ def convert_command(
     """
     from .convert import convert
 
-    head_options: dict[str, Any] = {
-        "latent_rank": latent_rank,
-        "latent_activation": latent_activation,
-        "latent_dropout": latent_dropout,
-        "balance_coefficient": balance_coefficient,
-        **({"tie_word_embeddings": False} if untie else {}),
-    }
     conversion = convert(
         model,
         out,
-        num_mixtures=num_mixtures,
         dtype=dtype,
         device=device,
         revision=revision,
@@ -172,14 +167,16 @@ def convert_command(
 @app.command("evaluate")
 def evaluate_command(
     model: Model,
-    file: Annotated[
+    validation_file: Annotated[
         Path | None, typer.Option(help="Text, or rows of .json, .jsonl, .csv, .parquet.", show_default=False)
     ] = None,
-    dataset: Annotated[
+    dataset_name: Annotated[
         str | None, typer.Option(help="Hub id or folder, for load_dataset.", show_default=False)
     ] = None,
-    dataset_config: Annotated[str | None, typer.Option(help="Its configuration.", show_default=False)] = None,
-    split: Annotated[str, typer.Option(help="Its split.")] = "test",
+    dataset_config_name: Annotated[
+        str | None, typer.Option(help="Configuration of the dataset.", show_default=False)
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
     text_column: Annotated[str, typer.Option(help="Column of the text, in rows.")] = "text",
     join_rows: Annotated[
         bool, typer.Option("--join-rows", help="Take all rows as one text, as the lines of WikiText are.")
@@ -207,23 +204,23 @@ def evaluate_command(
 
     Examples:
 
-    $ hf-mos evaluate gpt2-mos --file book.txt --stride 256
+    $ hf-mos evaluate gpt2-mos --validation-file book.txt --stride 256
 
-    $ hf-mos evaluate gpt2 --dataset Salesforce/wikitext --dataset-config wikitext-2-raw-v1 --join-rows --json
+    $ hf-mos evaluate gpt2 --dataset-name Salesforce/wikitext --dataset-config-name wikitext-2-raw-v1 --join-rows
     """
     from .evaluate import evaluate
     from .loading import load_model, load_tokenizer
     from .provenance import describe_machine, own_command
     from .texts import read_dataset, read_texts
 
-    if (file is None) == (dataset is None):
-        given = "neither" if file is None else "both"
-        raise typer.BadParameter(f"expected --file or --dataset, one of the two, given {given}")
-    if file is not None:
-        texts = read_texts(file, text_column)
+    if (validation_file is None) == (dataset_name is None):
+        given = "neither" if validation_file is None else "both"
+        raise typer.BadParameter(f"expected --validation-file or --dataset-name, one of the two, given {given}")
+    if validation_file is not None:
+        texts = read_texts(validation_file, text_column)
     else:
-        assert dataset is not None
-        texts = read_dataset(dataset, dataset_config, split, text_column)
+        assert dataset_name is not None
+        texts = read_dataset(dataset_name, dataset_config_name, split, text_column)
     if join_rows:
         texts = ["".join(texts)]
     own_tokenizer = {} if tokenizer is not None else {"revision": revision}
@@ -238,7 +235,9 @@ def evaluate_command(
         batch_size=batch_size,
         track=functools.partial(track, description="evaluating"),
     )
-    data = {"data": file.name if file is not None else dataset, "split": None if file is not None else split}
+    data = {"data": dataset_name, "split": split}
+    if validation_file is not None:
+        data = {"data": validation_file.name, "split": None}
     if as_json:
         machine = {"dtype": str(loaded.dtype).removeprefix("torch."), "machine": describe_machine(loaded.device)}
         measured = {"model": model, "revision": revision, **data, **result.to_dict(), **machine}
@@ -260,25 +259,28 @@ def evaluate_command(
 @app.command("inspect")
 def inspect_command(
     model: Model,
-    text: Annotated[str | None, typer.Option(help="Looked at token by token.", show_default=False)] = None,
-    file: Annotated[
+    text: Annotated[str | None, typer.Option(help="A text to inspect token by token.", show_default=False)] = None,
+    validation_file: Annotated[
         Path | None,
         typer.Option(
-            help="Text, or rows of .json, .jsonl, .csv, .parquet, looked at on average.",
-            show_default=False,
+            help="Text, or rows of .json, .jsonl, .csv, .parquet, to inspect on average.", show_default=False
         ),
     ] = None,
     text_column: Annotated[str, typer.Option(help="Column of the text, in rows.")] = "text",
     html: Annotated[
         Path | None,
         typer.Option(
-            help="Write a page with plots here. Without --text it shows the file's beginning too.", show_default=False
+            help="Write a page with plots here. Without --text it also shows the beginning of the validation file.",
+            show_default=False,
         ),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="Candidates and tokens that are listed.")] = 5,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of the file, the first.", show_default="all")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Number of candidates and tokens in each list.")] = 5,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the file, at most.", show_default="all")
+    ] = None,
     rank_contexts: Annotated[
-        int, typer.Option(min=0, help="Contexts of which the rank is measured; above the width of the hidden state.")
+        int,
+        typer.Option(min=0, help="Contexts whose rank is measured; choose more than the hidden size."),
     ] = 2048,
     window: Annotated[
         int | None, typer.Option(help="Tokens read at a time.", show_default="the model's positions, at most 2048")
@@ -295,25 +297,25 @@ def inspect_command(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """What a mixture does: on a text token by token, over a file on average.
+    """Show how a mixture predicts: a text token by token, a file on average.
 
-    Of each token the mixture weights, who is responsible, and what each component, the mixture and the old softmax
-    expected; of a file usage and responsibility of each component, how far they are apart, and the rank of the
-    log-probability matrix against the bound of one softmax.
+    For each token: the mixture weights, the responsibilities, and the predictions of each component, of the mixture
+    and of the old softmax. For a file: usage and responsibility of each component, the divergences between components,
+    and the rank of the log-probability matrix beside the bound of one softmax.
 
     Examples:
 
     $ hf-mos inspect gpt2-mos --text "The cat sat on the mat."
 
-    $ hf-mos inspect gpt2-mos --file book.txt --max-tokens 20000 --html mixture.html
+    $ hf-mos inspect gpt2-mos --validation-file book.txt --max-tokens 20000 --html mixture.html
     """
     from .inspection.inspect_mixture import inspect_mixture
     from .loading import load_model, load_tokenizer
     from .texts import read_texts
 
-    if text is None and file is None:
-        raise typer.BadParameter("expected --text or --file, given neither")
-    corpus = None if file is None else read_texts(file, text_column)
+    if text is None and validation_file is None:
+        raise typer.BadParameter("expected --text or --validation-file, given neither")
+    corpus = None if validation_file is None else read_texts(validation_file, text_column)
     if text is None and html is not None:
         assert corpus is not None
         text = next((entry[:PAGE_CHARACTERS] for entry in corpus if entry.strip()), None)
@@ -400,7 +402,7 @@ def card_command(
 
     Example:
 
-    $ hf-mos evaluate gpt2-mos --file book.txt --json > results.json
+    $ hf-mos evaluate gpt2-mos --validation-file book.txt --json > results.json
 
     $ hf-mos card gpt2-mos --model-id user/gpt2-mos --results results.json --base-model gpt2 --license mit
     """

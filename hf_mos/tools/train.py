@@ -24,7 +24,6 @@ from huggingface_hub import CommitInfo, EvalResult, HfApi
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     HfArgumentParser,
     PreTrainedConfig,
     PreTrainedModel,
@@ -41,6 +40,8 @@ from ..modeling_mos import MoSForCausalLM
 from ..training.callbacks import MixtureUsage, StopOnNonFiniteLoss, last_whole_checkpoint
 from ..training.head_learning_rate import set_head_learning_rate
 from .card import CARD_FILE, model_card
+from .head_options import add_head_options, check_head_options
+from .loading import hub_options, load_tokenizer
 from .provenance import describe_machine, own_command
 from .push import pin_card
 from .texts import FILE_READERS
@@ -53,7 +54,7 @@ STREAMED_ROWS = 10_000  # that are packed at a time; what fills no block at thei
 
 @dataclass
 class ModelOptions:
-    """The model and its head. What is not given of the head is as MoSConfig has it."""
+    """The model, and whether it gets a mixture. The flags of the mixture are those of `head_options.py`."""
 
     model: str | None = field(default=None, metadata={"help": "Path or Hub id of a causal LM, mixture or not."})
     from_scratch: str | None = field(default=None, metadata={"help": "Path or Hub id of a config: new weights."})
@@ -61,20 +62,6 @@ class ModelOptions:
     head: Literal["mixture", "softmax"] = field(
         default="mixture", metadata={"help": "softmax: keep the model's own head."}
     )
-    num_mixtures: int | None = field(default=None, metadata={"help": "K, the number of softmaxes."})
-    latent_rank: int | None = field(
-        default=None, metadata={"help": "R: the components differ in one shared subspace of this rank. Cheaper."}
-    )
-    latent_activation: Literal["identity", "tanh"] | None = field(
-        default=None, metadata={"help": "On the latents; tanh as in the paper."}
-    )
-    latent_bias: bool | None = field(default=None, metadata={"help": "Give the latent projection a bias."})
-    latent_dropout: float | None = field(default=None, metadata={"help": "Dropout probability on the latents."})
-    balance_coefficient: float | None = field(
-        default=None, metadata={"help": "Of the loss that keeps the mixture weights balanced; 0.01 is mild."}
-    )
-    prior_bias: bool | None = field(default=None, metadata={"help": "Give the prior a bias."})
-    tie_word_embeddings: bool | None = field(default=None, metadata={"help": "false: untie the decoder."})
     head_learning_rate: float | None = field(
         default=None,
         metadata={
@@ -88,27 +75,16 @@ class ModelOptions:
     attn_implementation: str | None = field(default=None, metadata={"help": "As in from_pretrained."})
     tp_size: int = field(default=1, metadata={"help": "Under torchrun: processes that share layers and vocabulary."})
     fsdp_size: int = field(default=1, metadata={"help": "Under torchrun: processes that share weights, by FSDP2."})
-    revision: str = field(default="main", metadata={"help": "Commit, branch or tag of --model or --from-scratch."})
+    revision: str | None = field(default=None, metadata={"help": "Commit, branch or tag of the model."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the model repository's own code."})
 
-    HEAD_OPTIONS = (
-        "num_mixtures",
-        "latent_rank",
-        "latent_activation",
-        "latent_bias",
-        "latent_dropout",
-        "balance_coefficient",
-        "prior_bias",
-        "tie_word_embeddings",
-    )
+    head_options: dict[str, Any] = field(default_factory=dict, init=False)  # the fields of MoSConfig that were given
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.from_scratch is None):
             raise ValueError("expected --model or --from-scratch, one of the two, given " + given(self, "model"))
         if self.from_scratch is not None and self.tokenizer is None:
             raise ValueError("--tokenizer: expected a path or Hub id with --from-scratch, given none")
-        if self.head == "softmax" and self.head_options():
-            raise ValueError(f"--head softmax: expected no options of a mixture, given {self.head_options()}")
         rate = self.head_learning_rate
         if rate is not None and (rate < 0 or self.head == "softmax"):
             expected = "none with --head softmax" if self.head == "softmax" else "0 or more"
@@ -120,10 +96,6 @@ class ModelOptions:
         source = self.from_scratch if self.model is None else self.model
         assert source is not None
         return source
-
-    def head_options(self) -> dict[str, Any]:
-        options = {name: getattr(self, name) for name in self.HEAD_OPTIONS}
-        return {name: value for name, value in options.items() if value is not None}
 
 
 @dataclass
@@ -237,8 +209,17 @@ def parse_options(arguments: list[str] | None = None, prog: str | None = None) -
         description=description,
         epilog=examples,
         formatter_class=HelpFormatter,
+        allow_abbrev=False,
     )
-    return parser.parse_args_into_dataclasses(arguments)  # type: ignore[return-value]
+    add_head_options(parser)
+    # TrainingArguments would train into ./trainer_output.
+    next(action for action in parser._actions if action.dest == "output_dir").required = True
+    model, data, training, *given = parser.parse_args_into_dataclasses(arguments)
+    model.head_options = {name: value for namespace in given for name, value in vars(namespace).items()}
+    if model.head == "softmax" and model.head_options:
+        raise ValueError(f"--head softmax: expected no options of a mixture, given {model.head_options}")
+    check_head_options(model.head_options)
+    return model, data, training
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -258,13 +239,17 @@ def train(model_options: ModelOptions, data_options: DataOptions, training_argum
     resume_from = checkpoint_to_resume(training_arguments)
     set_seed(training_arguments.seed)
 
-    tokenizer = load_tokenizer(model_options)
+    tokenizer = load_tokenizer(
+        model_options.tokenizer or model_options.source,
+        revision=model_options.revision if model_options.tokenizer is None else None,
+        trust_remote_code=model_options.trust_remote_code,
+    )
     config = load_config(model_options)
     block_size = choose_block_size(data_options.block_size, config)
     with training_arguments.main_process_first(desc="reading the text"):
         text = load_text(data_options)
         blocks = pack(text, tokenizer, block_size, data_options)
-    model = load_model(model_options, config, tokenizer)
+    model = model_to_train(model_options, config, tokenizer)
 
     trainer = CardTrainer(
         model=model,
@@ -331,22 +316,12 @@ def choose_head_learning_rate(options: ModelOptions, learning_rate: float) -> fl
     return learning_rate if options.model is None else HEAD_RATE_FACTOR * learning_rate
 
 
-def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
-    if options.tokenizer is not None:
-        return AutoTokenizer.from_pretrained(options.tokenizer, trust_remote_code=options.trust_remote_code)
-    return AutoTokenizer.from_pretrained(options.source, **hub_options(options))
-
-
-def hub_options(options: ModelOptions) -> dict[str, Any]:
-    return {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
-
-
 def load_config(options: ModelOptions) -> PreTrainedConfig:
-    config = AutoConfig.from_pretrained(options.source, **hub_options(options))
+    config = AutoConfig.from_pretrained(options.source, **hub_options(options.revision, options.trust_remote_code))
     if config.model_type == MoSConfig.model_type:
         if options.head == "softmax":
             raise ValueError(f"--head softmax: expected a model without a mixture, given {options.model!r}")
-        for name, value in options.head_options().items():
+        for name, value in options.head_options.items():
             if getattr(config, name) != value:
                 raise ValueError(
                     f"--{name.replace('_', '-')}: the model has {getattr(config, name)!r}, given {value!r}"
@@ -354,9 +329,11 @@ def load_config(options: ModelOptions) -> PreTrainedConfig:
     return config
 
 
-def load_model(options: ModelOptions, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The causal LM with a mixture in the place of its head, or as it is where that is asked for or done already."""
-    loading: dict[str, Any] = {"dtype": options.dtype, **hub_options(options)}
+def model_to_train(
+    options: ModelOptions, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """Loads or makes the causal LM, with a mixture in place of its head unless its own head is asked for."""
+    loading: dict[str, Any] = {"dtype": options.dtype, **hub_options(options.revision, options.trust_remote_code)}
     if options.attn_implementation is not None:
         loading["attn_implementation"] = options.attn_implementation
     converts = options.head == "mixture" and config.model_type != MoSConfig.model_type
@@ -371,9 +348,9 @@ def load_model(options: ModelOptions, config: PreTrainedConfig, tokenizer: PreTr
         config.vocab_size = len(tokenizer)
         dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        model = MoSForCausalLM.from_causal_lm(model, **options.head_options()) if converts else model
+        model = MoSForCausalLM.from_causal_lm(model, **options.head_options) if converts else model
     elif converts:
-        model = MoSForCausalLM.from_causal_lm(options.source, **options.head_options(), **loading)
+        model = MoSForCausalLM.from_causal_lm(options.source, **options.head_options, **loading)
     else:
         model = AutoModelForCausalLM.from_pretrained(options.source, **loading)
     rows = model.get_input_embeddings().num_embeddings  # the weight may be sharded

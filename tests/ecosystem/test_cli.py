@@ -70,9 +70,9 @@ def test_help_of_a_command_has_an_example(run: Callable[..., Printed], command: 
     ("line", "code", "message"),
     [
         ("convert", 2, "Missing argument"),
-        ("convert BASE OUT --num-mixtures 0", 2, "--num-mixtures"),
+        ("convert BASE OUT --num-mixtures 0", 2, "num_mixtures: expected an int of at least 1, given 0"),
         ("convert BASE OUT --num-softmaxes 3", 2, "--num-softmaxes"),
-        ("convert BASE OUT --latent-dropout 1", 1, "latent_dropout: expected a number in [0, 1), given 1.0"),
+        ("convert BASE OUT --latent-dropout 1", 2, "latent_dropout: expected a number in [0, 1), given 1.0"),
         ("convert BASE OUT --dtype float12", 1, "dtype: expected 'auto' or a dtype of torch"),
         ("convert BASE OUT --device cuda:99", 1, "device: expected one that torch can use, given 'cuda:99'"),
         ("convert BASE BASE", 1, "folder: expected another than the model's own"),
@@ -80,15 +80,22 @@ def test_help_of_a_command_has_an_example(run: Callable[..., Printed], command: 
         ("convert MIXTURE OUT", 1, "expected a causal LM with a softmax head"),
         ("convert ./none OUT", 1, "model: expected a folder or a Hub id, given './none', which is neither"),
         ("convert BASE TEXT", 1, "folder: expected a folder, given"),
-        ("evaluate BASE", 2, "expected --file or --dataset, one of the two, given neither"),
-        ("evaluate BASE --file TEXT --dataset x", 2, "given both"),
-        ("evaluate BASE --file none.txt", 1, "file: expected a file, given 'none.txt', which is none"),
-        ("evaluate BASE --file EMPTY", 1, "which is empty"),
-        ("evaluate BASE --file BYTES", 1, "file: expected UTF-8"),
-        ("evaluate BASE --file TEXT --window 129", 1, "at most the model's 128 positions, given 129"),
-        ("evaluate BASE --file TEXT --window 16 --stride 17", 1, "at most the window's 16, given 17"),
-        ("evaluate BASE --file ROWS --text-column words", 1, "text_column: expected one of ['text'], given 'words'"),
-        ("train --model BASE", 2, "expected --train-file or --dataset-name"),
+        ("evaluate BASE", 2, "expected --validation-file or --dataset-name, one of the two, given neither"),
+        ("evaluate BASE --validation-file TEXT --dataset-name x", 2, "given both"),
+        ("evaluate BASE --validation-file none.txt", 1, "file: expected a file, given 'none.txt', which is none"),
+        ("evaluate BASE --validation-file EMPTY", 1, "which is empty"),
+        ("evaluate BASE --validation-file BYTES", 1, "file: expected UTF-8"),
+        ("evaluate BASE --validation-file TEXT --window 129", 1, "at most the model's 128 positions, given 129"),
+        ("evaluate BASE --validation-file TEXT --window 16 --stride 17", 1, "at most the window's 16, given 17"),
+        (
+            "evaluate BASE --validation-file ROWS --text-column words",
+            1,
+            "text_column: expected one of ['text'], given 'words'",
+        ),
+        ("train --model BASE --output-dir out", 2, "expected --train-file or --dataset-name"),
+        ("train --model BASE --train-file TEXT", 2, "--output-dir"),
+        ("evaluate BASE --file TEXT", 2, "--file: expected --validation-file"),
+        ("convert BASE OUT --untie", 2, "--untie: expected --no-tie-word-embeddings"),
         ("card BASE", 1, "expected 'mos', given 'llama'"),
         ("card MIXTURE --results TEXT", 1, "expected JSON"),
         ("push OUT user/name", 1, "expected a folder with a checkpoint, given none"),
@@ -146,7 +153,7 @@ def test_json_is_all_that_is_on_the_standard_output(
         return "cpu"
 
     monkeypatch.setattr(loading, "choose_device", chatty)
-    printed = run("evaluate", base, "--file", text_file, "--json")
+    printed = run("evaluate", base, "--validation-file", text_file, "--json")
     assert json.loads(printed.out)["machine"] == "CPU"
     assert "a library has something to say" in printed.err
 
@@ -202,7 +209,7 @@ def test_convert_of_each_kind(
 
 
 def test_convert_to_bfloat16(run: Callable[..., Printed], base: Path, tmp_path: Path) -> None:
-    printed = run("convert", base, tmp_path / "out", "--dtype", "bfloat16", "--untie", "--json")
+    printed = run("convert", base, tmp_path / "out", "--dtype", "bfloat16", "--no-tie-word-embeddings", "--json")
     assert printed.code == 0, printed.err
     assert json.loads(printed.out)["dtype"] == "bfloat16"
     weights = load_file(tmp_path / "out" / "model.safetensors")
@@ -253,7 +260,7 @@ def test_evaluate_is_the_sum_over_one_window(run: Callable[..., Printed], mixtur
     text = "Sentence 3 says that 3 times 3 is 9."
     file = tmp_path / "short.txt"
     file.write_text(text)
-    printed = run("evaluate", mixture, "--file", file, "--json")
+    printed = run("evaluate", mixture, "--validation-file", file, "--json")
     assert printed.code == 0, printed.err
     result = json.loads(printed.out)
     tokens = torch.tensor([[0, *AutoTokenizer.from_pretrained(mixture)(text).input_ids]])
@@ -297,10 +304,8 @@ def test_the_mixture_counts_as_the_softmax_that_it_was(
     file = tmp_path / "text.txt"
     file.write_text("Sentence 3 says that 3 times 3 is 9. " * 20)
     run("convert", base, tmp_path / "out")
-    nats = [
-        json.loads(run("evaluate", model, "--file", file, "--window", 64, "--batch-size", 2, "--json").out)["nats"]
-        for model in (base, tmp_path / "out")
-    ]
+    options = ["--validation-file", file, "--window", 64, "--batch-size", 2, "--json"]
+    nats = [json.loads(run("evaluate", model, *options).out)["nats"] for model in (base, tmp_path / "out")]
     assert nats[0] == pytest.approx(nats[1], rel=1e-6)
 
 
@@ -309,7 +314,7 @@ def test_bytes_are_those_of_the_text_as_it_is(run: Callable[..., Printed], mixtu
     text = "ÄÖÜ: naïve\r\nSentence\r\n  日本\n"
     file = tmp_path / "text.txt"
     file.write_bytes(text.encode())
-    printed = run("evaluate", mixture, "--file", file, "--json")
+    printed = run("evaluate", mixture, "--validation-file", file, "--json")
     assert json.loads(printed.out)["num_bytes"] == len(text.encode()) == file.stat().st_size
 
     words = Tokenizer(models.WordLevel({"<s>": 0, "naive": 1, "aou": 2, "[UNK]": 3}, unk_token="[UNK]"))
@@ -325,18 +330,18 @@ def test_rows_are_texts_of_their_own_unless_joined(run: Callable[..., Printed], 
     rows = ["Sentence 3 says", "", " that 3"]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(json.dumps({"passage": row}) for row in rows))
-    options = ["--file", file, "--text-column", "passage", "--json"]
+    options = ["--validation-file", file, "--text-column", "passage", "--json"]
     apart = json.loads(run("evaluate", mixture, *options).out)
     joined = json.loads(run("evaluate", mixture, *options, "--join-rows").out)
     (tmp_path / "joined.txt").write_text("".join(rows))
     assert (apart["num_texts"], joined["num_texts"]) == (2, 1)
-    whole = json.loads(run("evaluate", mixture, "--file", tmp_path / "joined.txt", "--json").out)
+    whole = json.loads(run("evaluate", mixture, "--validation-file", tmp_path / "joined.txt", "--json").out)
     assert joined["nats"] == whole["nats"]
     assert joined["nats"] != apart["nats"]
     folder = tmp_path / "data"
     folder.mkdir()
     file.rename(folder / "test.jsonl")
-    dataset = json.loads(run("evaluate", mixture, "--dataset", folder, *options[2:]).out)
+    dataset = json.loads(run("evaluate", mixture, "--dataset-name", folder, *options[2:]).out)
     assert dataset["nats"] == apart["nats"]
 
 
@@ -378,7 +383,7 @@ def test_measurements_go_into_the_card(
     folder = tmp_path / "out"
     AutoModelForCausalLM.from_pretrained(mixture).save_pretrained(folder)
     AutoTokenizer.from_pretrained(mixture).save_pretrained(folder)
-    measured = run("evaluate", folder, "--file", text_file, "--stride", 32, "--json")
+    measured = run("evaluate", folder, "--validation-file", text_file, "--stride", 32, "--json")
     (tmp_path / "results.json").write_text(measured.out)
     (folder / "emissions.csv").write_text("emissions,gpu_model,country_name\n0.5,,\n0.0123,H100,Iceland\n")
     about = ["--base-model", "someone/llama", "--license", "mit", "--language", "en", "--limit", "It has read little."]

@@ -215,7 +215,7 @@ def test_what_cannot_be_loaded_is_named(
     folder = tmp_path / "folder"
     shutil.copytree(mixture, folder)
     run_command("push", folder, NAME, "--private", cache=tmp_path, **hub.environment(TOKEN))
-    command = ["evaluate", name, "--file", text_file, "--revision", revision]
+    command = ["evaluate", name, "--validation-file", text_file, "--revision", revision]
     (tmp_path / "reader").mkdir()
     process = run_command(*command, cache=tmp_path / "reader", code=1, **hub.environment(token))
     assert message in " ".join(process.stderr.split())
@@ -228,7 +228,11 @@ def test_commands_take_a_model_of_the_hub(hub: HubServer, mixture: Path, text_fi
     pushed = run_command("push", folder, NAME, "--json", cache=tmp_path, **hub.environment(TOKEN))
     revision = json.loads(pushed.stdout)["revision"]
     losses = [
-        json.loads(run_command("evaluate", model, "--file", text_file, "--json", *more, cache=tmp_path, **env).stdout)
+        json.loads(
+            run_command(
+                "evaluate", model, "--validation-file", text_file, "--json", *more, cache=tmp_path, **env
+            ).stdout
+        )
         for model, more, env in ((folder, [], {}), (NAME, ["--revision", revision], hub.environment()))
     ]
     assert losses[0]["nats"] == losses[1]["nats"]

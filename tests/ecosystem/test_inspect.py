@@ -645,7 +645,7 @@ def test_the_page_is_dark_where_the_reader_wants_it_dark(tmp_path: Path) -> None
 
 
 def test_the_command_prints_the_json_of_the_inspection(mixture: Path, text_file: Path, tmp_path: Path) -> None:
-    options = ["--text", "Sentence 3 says", "--file", text_file, "--max-tokens", 300, "--top", 2, "--json"]
+    options = ["--text", "Sentence 3 says", "--validation-file", text_file, "--max-tokens", 300, "--top", 2, "--json"]
     process = run_command("inspect", mixture, *options, "--html", tmp_path / "page.html", cache=tmp_path)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(mixture), AutoTokenizer.from_pretrained(mixture)
     expected = inspect_mixture(
@@ -660,13 +660,13 @@ def test_the_command_prints_the_json_of_the_inspection(mixture: Path, text_file:
 
 
 def test_the_command_prints_tables(mixture: Path, text_file: Path, tmp_path: Path) -> None:
-    process = run_command("inspect", mixture, "--text", "Sentence", "--file", text_file, cache=tmp_path)
+    process = run_command("inspect", mixture, "--text", "Sentence", "--validation-file", text_file, cache=tmp_path)
     for words in ("Token by token", "what follows", "Components over", "Jensen-Shannon", "bound of one softmax"):
         assert words in process.stdout
 
 
 def test_a_page_of_a_file_shows_its_beginning(mixture: Path, text_file: Path, tmp_path: Path) -> None:
-    process = run_command("inspect", mixture, "--file", text_file, "--html", "page.html", cache=tmp_path)
+    process = run_command("inspect", mixture, "--validation-file", text_file, "--html", "page.html", cache=tmp_path)
     assert "page.html" in process.stdout
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert "".join(page.tokens).removesuffix("▸") == running(text_file.read_text()[:1000])
@@ -675,9 +675,9 @@ def test_a_page_of_a_file_shows_its_beginning(mixture: Path, text_file: Path, tm
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        ([], 2, "expected --text or --file, given neither"),
+        ([], 2, "expected --text or --validation-file, given neither"),
         (["--text", ""], 1, "text: expected at least one token"),
-        (["--file", "missing.txt"], 1, "missing.txt"),
+        (["--validation-file", "missing.txt"], 1, "missing.txt"),
         (["--text", "x", "--html", "no/folder/page.html"], 1, "html: expected a file in a folder that is there"),
     ],
 )
