@@ -1,4 +1,4 @@
-# Two commands for a newcomer: `make quickstart` and `make test`. Each makes .venv if it is missing.
+# `make help` lists the targets. Each makes .venv if it is missing.
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -13,53 +13,57 @@ HOST_PYTHON = $(shell for python in $(CANDIDATES); do \
 	$$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: quickstart space test test-faults test-ecosystem test-distributed test-package test-versions test-mixins lint format install clean
+.PHONY: help quickstart space test test-faults test-ecosystem test-distributed test-package test-versions test-mixins lint format install clean
 
-quickstart: install
+help: ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+quickstart: install ## Train a mixture and compare it with the softmax, in a few minutes; downloads no model and no data
 	$(PYTHON) examples/quickstart.py
+	$(PYTHON) examples/compare_heads.py
 
 # One thread in each of a few workers: the models are tiny, and more threads make them slower. A file stays with one
 # worker, so that what its tests share is made once.
-test: install
+test: install ## Run the quick tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # What a kill at every write, a broken file, a loss that is not finite and a starved component do.
-test-faults: install
+test-faults: install ## Kill saves, break checkpoints, drive losses to infinity and starve components
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 -m 'slow or not slow' tests/faults
 
 # The tools that people use with a model: command line, Hub, servers, evaluation, adapters, trackers.
-test-ecosystem: $(ECOSYSTEM_INSTALLED) $(TRACKIO_INSTALLED) $(SPACE_INSTALLED)
+test-ecosystem: $(ECOSYSTEM_INSTALLED) $(TRACKIO_INSTALLED) $(SPACE_INSTALLED) ## Test the clients: command line, Hub, servers, evaluation, adapters, trackers
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile tests/ecosystem
 
 # Two processes on this machine: DDP, FSDP2, tensor parallelism, DeepSpeed, conversion of what does not fit twice.
-test-distributed: $(DISTRIBUTED_INSTALLED)
+test-distributed: $(DISTRIBUTED_INSTALLED) ## Test two processes: DDP, FSDP2, tensor parallelism, DeepSpeed
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/distributed
 
 # The wheel with its dependencies in an empty environment. Needs the package index.
-test-package: install
+test-package: install ## Install the wheel in an empty environment and test it
 	$(PYTHON) -m pytest -m slow tests/test_package.py
 
 # The suite on the oldest and the newest transformers, and checkpoints from one to the other. Needs the package index.
-test-versions:
+test-versions: ## Run the tests on the oldest and the newest transformers
 	tests/run_versions.sh
 
 # transformers' own model tests, out of its source distribution. Needs the package index.
-test-mixins: install
+test-mixins: install ## Run transformers' own model tests
 	version=$$($(PYTHON) -c 'import transformers; print(transformers.__version__)') && \
 	$(PYTHON) -m pip download --quiet --no-deps --no-binary :all: --no-build-isolation -d build/transformers \
 		transformers==$$version && \
 	OMP_NUM_THREADS=1 $(PYTHON) tests/run_transformers_mixins.py build/transformers/transformers-$$version.tar.gz
 
-lint: install
+lint: install ## Run ruff and mypy
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m mypy
 
-format: install
+format: install ## Format the code
 	$(PYTHON) -m ruff format
 	$(PYTHON) -m ruff check --fix
 
-install: $(INSTALLED)
+install: $(INSTALLED) ## Make the virtual environment
 
 # The stamp is written last, so an interrupted installation is taken up again.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -83,7 +87,7 @@ $(TRACKIO_INSTALLED): tests/ecosystem/trackio.txt $(ECOSYSTEM_INSTALLED)
 	touch $@
 
 # The app of examples/space, apart: gradio does not take the pillow of constraints.txt.
-space: $(SPACE_INSTALLED)
+space: $(SPACE_INSTALLED) ## Make the environment of examples/space
 
 $(SPACE_INSTALLED): pyproject.toml constraints.txt
 	$(HOST_PYTHON) -m venv $(@D)
@@ -91,5 +95,5 @@ $(SPACE_INSTALLED): pyproject.toml constraints.txt
 		--disable-pip-version-check -c /dev/stdin -e '.[space]'
 	touch $@
 
-clean:
-	rm -rf $(VENV) $(VENV)-space build dist *.egg-info quickstart-out
+clean: ## Delete environments and outputs
+	rm -rf $(VENV) $(VENV)-space build dist *.egg-info quickstart-out quickstart-model

@@ -283,11 +283,3 @@ def test_a_text_that_is_not_there_is_named():
 
     with pytest.raises(typer.BadParameter, match=r"expected a file, given nowhere/train\.txt"):
         Source(data_dir=Path("nowhere"))
-
-
-def test_pandas_does_not_take_the_folder_for_a_package() -> None:
-    """It looks for an optional `bottleneck`, and the folder stands beside the examples that load datasets."""
-    folder = Path(__file__).parents[1] / "examples"
-    code = f"import sys; sys.path.insert(0, {str(folder)!r}); import pandas, quickstart, datasets"
-    process = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
-    assert process.returncode == 0, process.stderr

@@ -2,10 +2,10 @@
 
     python examples/benchmarks/initialisation.py
 
-A small Llama is trained with one softmax on the quickstart's text, then fine-tuned for the same steps from each start.
-Printed: the largest change of a log-probability at step 0, the validation perplexity afterwards, and how far the
-components have parted (standard deviation of the latents over the components, in units of the hidden states').
-Needs: pip install "hf_mos[examples]".
+A small Llama is trained with one softmax on Python's documentation, then fine-tuned for the same steps from each
+initialisation. The columns: the largest change of a log-probability at step 0, the validation perplexity after the
+steps, and the distance between the components: the standard deviation of the latents over the components, in units of
+the hidden states' own.
 """
 
 import copy
@@ -56,7 +56,7 @@ STARTS = {
 
 def blocks_of_text(vocab_size: int, block_size: int) -> tuple[Tensor, Tensor]:
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from quickstart import python_documentation
+    from python_documentation import python_documentation
 
     texts = python_documentation()
     tokenizer = ByteLevelBPETokenizer()

@@ -21,7 +21,7 @@ import typer
 Out = Annotated[Path, typer.Option(help="Folder of the JSON of every run and of the plots.")]
 Quick = Annotated[bool, typer.Option("--quick", help="A smaller version of the question, in two minutes.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Runs of each configuration, with seeds 0, 1, ...")]
-DEFAULT_OUT = Path("bottleneck-out")
+DEFAULT_OUT = Path("softmax-bottleneck-out")
 
 
 class Results:

@@ -71,7 +71,7 @@ class Source:
             found = {split: list(dataset[name]["text"]) for split, name in names.items() if name in dataset}
         else:
             sys.path.insert(0, str(Path(__file__).parents[1]))
-            from quickstart import python_documentation
+            from python_documentation import python_documentation
 
             documents = python_documentation()
             found = {"train": [text for i, text in enumerate(documents) if i % 10], "valid": documents[::10]}
