@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SCRIPTS = Path(__file__).parents[1] / "examples" / "softmax_bottleneck"
 D, V, LENGTH = 8, 60, 16
@@ -187,7 +188,7 @@ def test_retrofit_by_its_command(tmp_path, data_dir):
     assert (tmp_path / "out" / "retrofit.png").stat().st_size > 0
     assert re.search(r"^\| softmax, hidden size \d+ \| 60 \|", printed, flags=re.MULTILINE)
 
-    run("cards.py", "--out", tmp_path / "out", "--cards", tmp_path / "cards")
+    run("cards.py", "--results", tmp_path / "out", "--all", "--out", tmp_path / "cards")
     card = (tmp_path / "cards" / "retrofit" / f"mixture-K4-D{D}.md").read_text()
     best = min(
         run["result"]["valid_nats"]
@@ -198,6 +199,19 @@ def test_retrofit_by_its_command(tmp_path, data_dir):
     )
     assert f"| validation | perplexity per token | {math.exp(best):.2f}".rstrip("0") in card
     assert "| softmax | 8 | 2 |" in card
+    assert "python examples/softmax_bottleneck/retrofit.py --data-dir" in card
+    folder = re.search(r'from_pretrained\("softmax-bottleneck-out/(models/.+?)"', card)[1]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / folder).config.num_mixtures == 4
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out" / folder)) == 300
+
+
+def test_the_kept_cards_are_those_of_the_committed_results(tmp_path):
+    run("cards.py", "--out", tmp_path)
+    committed = SCRIPTS.parents[1] / "model_cards"
+    written = {path.relative_to(tmp_path) for path in tmp_path.rglob("*.md")}
+    assert written == {path.relative_to(committed) for path in committed.rglob("*.md")} - {Path("template.md")}
+    for path in written:
+        assert (tmp_path / path).read_text() == (committed / path).read_text()
 
 
 def test_from_scratch_by_its_command_of_the_heads_that_are_asked_for(tmp_path, data_dir):
@@ -214,8 +228,8 @@ def test_from_scratch_by_its_command_of_the_heads_that_are_asked_for(tmp_path, d
     assert {run["settings"]["seed"] for run in runs if "seed" in run["settings"]} == {0, 1}
     assert (tmp_path / "from_scratch_to_convergence.png").stat().st_size > 0
 
-    run("cards.py", "--out", tmp_path, "--cards", tmp_path / "cards")  # of each patience its own
-    cards = {card.name for card in (tmp_path / "cards" / "from-scratch-to-convergence").iterdir()}
+    run("cards.py", "--results", tmp_path, "--all", "--out", tmp_path / "cards")  # of each patience its own
+    cards = {card.name for card in (tmp_path / "cards" / "from_scratch_to_convergence").iterdir()}
     assert cards == {f"mixture-K4-D{D}-converged.md", f"mixture-K4-D{D}-converged-patience8.md"}
 
 

@@ -37,6 +37,7 @@ def model_card(
     language: str | list[str] | None = None,
     datasets: str | list[str] | None = None,
     emissions: dict[str, Any] | None = None,
+    made_by: str | None = None,
 ) -> ModelCard:
     """A card that says what the head is, what was measured, how to load the model and what it cannot do.
 
@@ -52,6 +53,7 @@ def model_card(
         prompt: the prompt in the card's code.
         revision: the commit that the card's code pins.
         base_model, license, language, datasets: metadata of the Hub, see `ModelCardData`.
+        made_by: the command that makes the checkpoint in the folder `model_id`, where it is not published.
         emissions: `co2_eq_emissions` of the Hub's metadata; `emissions`, in grams, is one of its keys.
 
     Returns:
@@ -101,6 +103,7 @@ def model_card(
         prompt=prompt,
         revision=revision,
         emissions=emissions,
+        made_by=made_by,
     )
 
 
