@@ -283,7 +283,7 @@ def test_the_rank_passes_the_bound_of_one_softmax() -> None:
 
 
 def test_of_a_long_corpus_contexts_all_over_it_are_ranked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_mos.tools.inspect.RANK_CLASSES", 80)
+    monkeypatch.setattr("hf_mos.tools.inspection.inspect_mixture.RANK_CLASSES", 80)
     tokenizer = tokenizer_of(eos_token=END)
     corpus = inspect_mixture(mixture_for(tokenizer), tokenizer, corpus=CORPUS, rank_contexts=120).corpus
     rank = corpus.rank
