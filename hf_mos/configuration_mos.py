@@ -46,17 +46,12 @@ class MoSConfig(PreTrainedConfig):
 
     text_config: Any = None
     num_mixtures: int = option(4, "K, the number of softmaxes.")
-    latent_size: int | None = option(
-        None, "E, the width of the latents; None: the decoder's width. Needs an untied decoder.", as_flag=False
-    )
+    latent_size: int | None = option(None, "E, the width of the latents; None: the decoder's.", as_flag=False)
     latent_rank: int | None = option(
-        None,
-        "R: the components differ in one shared subspace of this rank. The head costs 1 + K R / E softmaxes, not K.",
+        None, "R: let the components differ in one shared subspace of this rank, for 1 + K R / E softmaxes in cost."
     )
     latent_activation: str = option(
-        "identity",
-        "identity, or tanh as in the paper, on the latents (on the shifts with a latent rank). Full latents with tanh "
-        "change a trained model's predictions.",
+        "identity", "On the latents: identity, or tanh as in the paper, which changes a trained model's predictions."
     )
     latent_bias: bool = option(False, "Give the latent projection a bias.")
     prior_bias: bool = option(False, "Give the prior a bias.")
@@ -66,20 +61,13 @@ class MoSConfig(PreTrainedConfig):
         "Add to each token's loss in training this times the squared coefficient of variation of the mean mixture "
         "weights (0 if used alike, K - 1 if one is used alone). Revives starved components; 0.01 is mild.",
     )
-    decoder_bias: bool | None = option(
-        None, "Give the decoder a bias; None: as the backbone's own head.", as_flag=False
-    )
+    # A conversion takes these from the backbone's own head.
+    decoder_bias: bool | None = option(None, "Give the decoder a bias; None: as the backbone.", as_flag=False)
     softcap: float | None = option(
-        None,
-        "Cap the logits of each component: softcap * tanh(logits / softcap); None: as the backbone's own head.",
-        as_flag=False,
+        None, "In each component: softcap * tanh(logits / softcap); None: as the backbone.", as_flag=False
     )
     tie_word_embeddings: bool | None = option(None, "Tie the decoder to the input embedding; None: as the backbone.")
-    skip_logits_in_training: bool = option(
-        True,
-        "Return logits=None in training with labels, which saves a vocabulary-wide tensor.",
-        as_flag=False,
-    )
+    skip_logits_in_training: bool = option(True, "In training with labels return logits=None.", as_flag=False)
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.text_config = _read_text_config(self.text_config)
@@ -98,10 +86,9 @@ class MoSConfig(PreTrainedConfig):
         self.text_config = None
         super().__post_init__(**kwargs)
         self.text_config = text_config
-        if own["attn_implementation"] is not None:
-            self._attn_implementation = own["attn_implementation"]
-        if own["experts_implementation"] is not None:
-            self._experts_implementation = own["experts_implementation"]
+        for name, value in own.items():
+            if value is not None:
+                setattr(self, f"_{name}", value)
 
     def _check_fields(self) -> None:
         def require(field: str, ok: bool, expected: str) -> None:
@@ -125,11 +112,8 @@ class MoSConfig(PreTrainedConfig):
         require("balance_coefficient", is_number(balance, lambda x: x >= 0), "a finite number of at least 0")
         require("softcap", cap is None or is_number(cap, lambda x: x > 0), "a finite number above 0, or None")
         width = embedding_size(self.text_config)
-        if self.tie_word_embeddings and size is not None and width is not None and size != width:
-            raise ValueError(
-                f"latent_size: expected {width}, the width of the input embedding that the decoder is tied to, "
-                f"or tie_word_embeddings=False, given {size}"
-            )
+        fits = not self.tie_word_embeddings or None in (size, width) or size == width
+        require("latent_size", fits, f"{width}, the width of the tied embedding, or tie_word_embeddings=False,")
 
     def validate(self) -> None:
         """Checks this config's own fields, then lets the backbone's config check itself.
@@ -189,18 +173,15 @@ def _read_text_config(text_config: Any) -> PreTrainedConfig:
 
 def _holder(text_config: PreTrainedConfig, field: str) -> PreTrainedConfig | None:
     """The config, or the text config in it, that sets `field`."""
-    for config in (text_config, text_config.get_text_config()):
-        if vars(config).get(field) not in (None, NO_SOFTCAP):
-            return config
-    return None
+    configs = (text_config, text_config.get_text_config())
+    return next((config for config in configs if vars(config).get(field) not in (None, NO_SOFTCAP)), None)
 
 
 def take_softcap(text_config: PreTrainedConfig) -> float | None:
     """Removes the logit softcap from the backbone's config, in place, and returns it; `None` if it has none."""
     softcap = None
     for field in SOFTCAP_FIELDS:
-        holder = _holder(text_config, field)
-        if holder is not None:
+        if (holder := _holder(text_config, field)) is not None:
             softcap = float(vars(holder)[field])
             types: dict[str, Any] = {declared.name: declared.type for declared in dataclasses.fields(holder)}
             setattr(holder, field, None if isinstance(None, types.get(field, object)) else NO_SOFTCAP)
@@ -210,7 +191,5 @@ def take_softcap(text_config: PreTrainedConfig) -> float | None:
 def embedding_size(text_config: PreTrainedConfig) -> int | None:
     """The width of the input embedding; `None` if the config does not tell."""
     config = text_config.get_text_config()
-    for field in ("word_embed_proj_dim", "embedding_size", "hidden_size"):
-        if isinstance(size := getattr(config, field, None), int):
-            return size
-    return None
+    sizes = (getattr(config, field, None) for field in ("word_embed_proj_dim", "embedding_size", "hidden_size"))
+    return next((size for size in sizes if isinstance(size, int)), None)

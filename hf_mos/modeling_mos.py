@@ -149,8 +149,7 @@ class MoSForCausalLM(FusedHeadMixin, PreTrainedModel, GenerationMixin):
             num_mixtures (`int`, defaults to 4):
                 K, the number of softmaxes.
             kwargs:
-                The fields of [`MoSConfig`]; with a path or id also the arguments of
-                `AutoModelForCausalLM.from_pretrained` (`dtype`, `device_map`, `revision`, `trust_remote_code`, ...).
+                The fields of [`MoSConfig`]; with a path or id also the arguments of `from_pretrained`.
 
         Raises:
             ValueError: the model has no vocabulary projection that can be taken off, an option is unknown or out of
@@ -177,12 +176,10 @@ class MoSForCausalLM(FusedHeadMixin, PreTrainedModel, GenerationMixin):
     ) -> None:
         """Like `PreTrainedModel.save_pretrained`, but atomic.
 
-        If the process is killed, the folder loads as the old or the new checkpoint. The disk must hold both. Files
-        that are no part of a checkpoint stay; weights of another layout are deleted. See `mos_checkpoint.py`. Adapters
-        and a `distributed_checkpoint` are saved as transformers saves them.
-
-        With sharded weights (FSDP2, tensor parallelism) every process must call this; the first writes, and all return
-        when the checkpoint is complete.
+        If the process is killed, the folder loads as the old or the new checkpoint (`mos_checkpoint.py`); the disk must
+        hold both. Files that are no part of a checkpoint stay; weights of another layout are deleted. Adapters and a
+        `distributed_checkpoint` are saved as transformers saves them. With sharded weights (FSDP2, tensor parallelism)
+        every process must call this; the first writes, and all return when the checkpoint is complete.
         """
         is_native = getattr(self.config, "distributed_config", None) is not None  # transformers gathers the weights
         is_sharded = any(hasattr(parameter, "device_mesh") for parameter in self.parameters())
@@ -249,8 +246,6 @@ class MoSForCausalLM(FusedHeadMixin, PreTrainedModel, GenerationMixin):
                 model.generation_config = GenerationConfig.from_pretrained(folder, str(generation_file))
         return (model, info) if output_loading_info else model
 
-    # ------------------------------------------------------------------------------------------------------- forward
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -275,12 +270,11 @@ class MoSForCausalLM(FusedHeadMixin, PreTrainedModel, GenerationMixin):
             logits_to_keep: the number of last positions, or the positions, whose logits are computed. 0 for all.
             return_dict: `False` returns a tuple.
             num_items_in_batch: the divisor of the summed loss. `None`: the number of labels that are not -100.
-            skip_logits: return `logits=None`. `None`: in training mode with labels, as `skip_logits_in_training` says.
-                An evaluation that needs only the loss saves the logits with a data collator that adds
-                `skip_logits=True`.
+            skip_logits: return `logits=None`, for example by a data collator in an evaluation that needs only the
+                loss. `None`: in training mode with labels, as `skip_logits_in_training` says.
             kwargs: the backbone's other arguments, and `shift_labels` (batch, sequence), already shifted, in place of
-                `labels`. (It is no argument of the signature, as the Trainer requires every argument there whose name
-                contains "label".) With `fused_lm_head=True`, TRL's call, [`TokenScores`] are returned.
+                `labels`. (The Trainer requires every argument of the signature whose name contains "label".) With
+                `fused_lm_head=True`, TRL's call, [`TokenScores`] are returned.
 
         Returns:
             The backbone's output class: `loss` in nats per token, plus a mixture-of-experts backbone's `aux_loss` with
@@ -336,8 +330,6 @@ class MoSForCausalLM(FusedHeadMixin, PreTrainedModel, GenerationMixin):
         if return_dict is None:
             return_dict = self.config.return_dict
         return outputs if return_dict else outputs.to_tuple()
-
-    # ---------------------------------------------------------------------------------------------------- embeddings
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()

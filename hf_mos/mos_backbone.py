@@ -25,12 +25,9 @@ def new_backbone(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def behead(backbone: PreTrainedModel) -> tuple[nn.Linear, str]:
-    """Replaces the vocabulary projection by a pass-through and deletes the backbone's tying, parallelism and softcap
-    entries for it.
+    """Replaces the vocabulary projection by a pass-through; deletes its tying, parallelism and softcap entries.
 
-    Returns:
-        The projection, which becomes the mixture's decoder, and the path of the backbone's weight that it is tied to
-        in a tied model.
+    Returns the projection, and the path of the backbone's weight that it is tied to in a tied model.
     """
     projection = backbone.get_output_embeddings()
     path = _path_of(projection, backbone)

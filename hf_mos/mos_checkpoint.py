@@ -42,7 +42,7 @@ Header = dict[str, tuple[int, ...]]  # the tensors of a safetensors file and the
 def replace_checkpoint(folder: Path, variant: str | None, write: Callable[[Path], None]) -> list[str]:
     """Replaces the checkpoint in `folder` by the one that `write` writes to an empty folder; returns its file names.
 
-    If `write` fails, nothing has changed. Weights of another variant than `variant` stay.
+    If `write` fails, nothing has changed. Weights of another variant stay.
     """
     staging = folder / f"{STAGING_PREFIX}{uuid.uuid4().hex[:12]}"
     staging.mkdir(parents=True)
@@ -268,9 +268,8 @@ def check_loaded(
 ) -> None:
     """Raises a ValueError for a weight that the checkpoint lacks or has in another shape, and for a broken head.
 
-    A head is broken where a weight is not finite, or where the config names no place for one of its weights.
-    `source` and `headers`, of [`check_files`], are for the messages. `allow_mismatched`: the caller asked transformers
-    to draw weights of another shape anew.
+    A head is broken where a weight is not finite, or where the config has no place for a weight in the checkpoint.
+    `source` and `headers` are for the messages; `allow_mismatched` lets transformers draw misshapen weights anew.
     """
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     files = {key: Path(source, file) for file, header in headers.items() for key in header}

@@ -39,13 +39,10 @@ class ChunkBuffers(NamedTuple):
         shared_share: float,
         chunk_size: int | None,
     ) -> "ChunkBuffers":
-        """Splits tokens and budget.
+        """Splits the tokens; `chunk_size=None` puts as many into a chunk as the budget allows.
 
-        Args:
-            num_classes: V; processes that shard the vocabulary split the tokens alike, though their shards differ.
-            like: the decoder's weight, in work_dtype, with a row for each class that this process holds.
-            shared_share: the share of the budget for a group's wide products.
-            chunk_size: `size`; `None`: as many tokens as the budget allows.
+        `num_classes` is V: processes that shard the vocabulary split the tokens alike. `like` is the decoder's weight,
+        in work_dtype, with a row for each class that this process holds.
         """
         work_dtype, device = like.dtype, like.device
         has_half, budget = work_dtype != sum_dtype, budget_bytes(device)

@@ -24,7 +24,7 @@ TENSOR_PARALLEL = "tp"  # a mesh's name for the dimension that shards the vocabu
 AUTOGRAD_BYTES_PER_LOGIT = 24
 
 
-class ReductionOptions(TypedDict):
+class Reduction(TypedDict, total=False):
     """As in `mos_cross_entropy`."""
 
     reduction: str
@@ -46,9 +46,7 @@ class CalledDecoder:
         component_logits = self.decoder(latents.dense())
         return mix_log_probs(cap_logits(component_logits, self.softcap), prior_logits.to(component_logits.device))
 
-    def loss(
-        self, latents: Latents, prior_logits: Tensor, targets: Tensor, **options: Unpack[ReductionOptions]
-    ) -> Tensor:
+    def loss(self, latents: Latents, prior_logits: Tensor, targets: Tensor, **options: Unpack[Reduction]) -> Tensor:
         """Equivalent to: `mos_cross_entropy(latents, prior_logits, decoder.weight, targets)`."""
 
         def chunk_nll(latents: Tensor, prior_logits: Tensor, targets: Tensor) -> Tensor:
@@ -92,9 +90,7 @@ class ReadDecoder(CalledDecoder):
         log_probs = mos_log_probs if differentiable else infer_log_probs
         return log_probs(latents, prior_logits, weight, decoder_bias=self.decoder.bias, softcap=self.softcap)
 
-    def loss(
-        self, latents: Latents, prior_logits: Tensor, targets: Tensor, **options: Unpack[ReductionOptions]
-    ) -> Tensor:
+    def loss(self, latents: Latents, prior_logits: Tensor, targets: Tensor, **options: Unpack[Reduction]) -> Tensor:
         weight, bias = self.decoder.weight, self.decoder.bias
         return mos_cross_entropy(
             latents, prior_logits, weight, targets, decoder_bias=bias, softcap=self.softcap, **options
@@ -108,9 +104,7 @@ class ReadDecoder(CalledDecoder):
 class ShardedDecoder(CalledDecoder):
     """Reads the rows of this process's vocabulary shard (tensor parallelism); the processes share the softmax."""
 
-    def loss(
-        self, latents: Latents, prior_logits: Tensor, targets: Tensor, **options: Unpack[ReductionOptions]
-    ) -> Tensor:
+    def loss(self, latents: Latents, prior_logits: Tensor, targets: Tensor, **options: Unpack[Reduction]) -> Tensor:
         weight, bias = self.decoder.weight, self.decoder.bias
         return mos_cross_entropy(
             latents,
@@ -125,15 +119,12 @@ class ShardedDecoder(CalledDecoder):
 
 
 class GatheredDecoder(CalledDecoder):
-    """Reads the weight between the hooks that gather it (FSDP2, ZeRO-3).
+    """Reads the weight between the hooks that gather it around the decoder's forward (FSDP2, ZeRO-3).
 
-    These engines gather a weight in hooks around the forward of its module. So the loss runs in place of the decoder's
-    own forward: it sees the gathered weight, and the engine sees when the weight is needed.
+    The loss runs in place of that forward: it sees the gathered weight, and the engine sees when the weight is needed.
     """
 
-    def loss(
-        self, latents: Latents, prior_logits: Tensor, targets: Tensor, **options: Unpack[ReductionOptions]
-    ) -> Tensor:
+    def loss(self, latents: Latents, prior_logits: Tensor, targets: Tensor, **options: Unpack[Reduction]) -> Tensor:
         kind = type(latents)
 
         def loss_of(*tensors: Tensor) -> Tensor:

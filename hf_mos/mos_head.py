@@ -1,6 +1,6 @@
 """MoSLMHead: the mixture of softmaxes in place of a causal LM's vocabulary projection."""
 
-from typing import overload
+from typing import Unpack, overload
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_mos import MoSConfig
-from .mos_decoder import use_of
+from .mos_decoder import Reduction, use_of
 from .mos_latents import Latents, kind_of
 from .mos_log_probs import reduce
 from .mos_token_scores import ScoreOptions, Scores
@@ -22,10 +22,6 @@ class MoSLMHead(nn.Module):
     K latents, each a function of the hidden state, share one decoder; the prior weighs their softmaxes. `prior`,
     `latent` and `decoder` are the names of the paper's code. `mos_latents.py` has the kinds of latents, each with the
     modules that compute it: `latent`, or `shift` and a `basis` of fixed orthonormal directions with `latent_rank`.
-
-    `head(hidden_states)` gives log-probabilities; `head(hidden_states, targets=..., reduction=...)` gives the loss,
-    without a vocabulary-wide tensor. In generation, `temperature` divides the mixture's log-probabilities, so it acts
-    on the mixture and not on each component.
 
     Args:
         config: K, the latents, dropout, softcap; and, where no `decoder` is given, the decoder's shape.
@@ -88,14 +84,7 @@ class MoSLMHead(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor: ...
 
     @overload
-    def forward(
-        self,
-        hidden_states: Tensor,
-        targets: Tensor,
-        reduction: str = ...,
-        ignore_index: int = ...,
-        chunk_size: int | None = ...,
-    ) -> Tensor: ...
+    def forward(self, hidden_states: Tensor, targets: Tensor, **options: Unpack[Reduction]) -> Tensor: ...
 
     @overload
     def forward(self, hidden_states: Tensor, targets: Tensor, *, scores: ScoreOptions) -> Scores: ...

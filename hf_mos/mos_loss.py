@@ -7,9 +7,9 @@
     d component_logits = responsibilities_k * (softmax(component_logits_k) - onehot)   (n, K, V), never stored whole
     d prior_logits     = softmax(prior_logits) - responsibilities                      (n, K)
 
-`loss_and_gradients` computes these chunk by chunk: the gradients of a chunk need nothing beyond its own forward pass,
-in one reused buffer of (n K, V). So the forward pass of autograd makes the gradients and the backward pass hands them
-over. A training step is three matmuls of (N K) x E x V, two where the decoder is frozen, one without gradients.
+The gradients of a chunk need nothing beyond its own forward pass, in one reused buffer of (n K, V). So autograd's
+forward pass makes them and its backward pass hands them over. A training step is three matmuls of (N K) x E x V, two
+where the decoder is frozen, one without gradients.
 """
 
 from collections.abc import Sequence
@@ -132,9 +132,6 @@ class LossOptions(NamedTuple):
     shard: VocabularyShard | None = None  # the shard whose rows the decoder holds; `None`: it holds all rows
 
 
-# --------------------------------------------------------------------------------------- where the gradients are made
-
-
 @torch.no_grad()
 def loss_and_gradients(
     inputs: LossInputs,
@@ -203,9 +200,6 @@ def loss_and_gradients(
         return nll, ForEachInput(d_prior, d_weight, d_bias, d_latents)
 
 
-# ------------------------------------------------------------------------------------------------------------ autograd
-
-
 class MoSCrossEntropy(torch.autograd.Function):
     """`mos_cross_entropy` without its checks."""
 
@@ -248,9 +242,6 @@ def in_dtype_of(inputs: LossInputs, gradients: Gradients) -> tuple[Tensor | None
     """The gradients, flat, each in the dtype of its input."""
     pairs = zip(inputs.flat(), gradients.flat(), strict=True)
     return tuple(None if x is None or gradient is None else gradient.to(x.dtype) for x, gradient in pairs)
-
-
-# ------------------------------------------------------------------------------------------------------- torch.compile
 
 
 def _free_name() -> str:
@@ -332,9 +323,6 @@ def _backward_of_operator(ctx: Any, grad_output: Tensor, _: list[Tensor]) -> tup
 
 
 cross_entropy_operator.register_autograd(_backward_of_operator, setup_context=_save_for_operator)
-
-
-# -------------------------------------------------------------------------------------------------------------- checks
 
 
 def work_dtype_of(latents: Latents) -> torch.dtype:

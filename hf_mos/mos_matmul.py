@@ -41,7 +41,7 @@ def project(projection: nn.Linear, hidden_states: Tensor) -> Tensor:
 def may_read(projection: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether the module computes `F.linear` of its weight, so that the weight may be read in place of a call.
 
-    An adapter, a quantizer, an offloading hook or a sharded tensor changes the result of a call, or the weight.
+    An adapter, a quantizer, an offloading hook or a sharded tensor changes the result or the weight.
     """
     hooked = projection._forward_hooks or projection._forward_pre_hooks or hasattr(projection, "_hf_hook")
     return type(projection) is nn.Linear and type(projection.weight) in (nn.Parameter, Tensor) and not hooked

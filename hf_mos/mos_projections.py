@@ -9,8 +9,6 @@ weights go on the narrow side of each matmul. In half precision they join the er
 here. Gradients that many tokens add to are summed in `sum_dtype`, whatever the dtype of the matmuls.
 """
 
-from abc import ABC, abstractmethod
-
 import torch
 from torch import Tensor
 
@@ -19,38 +17,13 @@ from .mos_matmul import multiply, multiply_into
 Tokens = slice | Tensor  # the tokens of a chunk, as an index
 
 
-class Projection(ABC):
-    """The map of one kind of latents to component logits, and back.
+class Projection:
+    """`component_logits = latents @ weight.T`, for full latents (N, K, E). The base of the other kinds' projections.
 
     A group of tokens is opened, goes through chunk by chunk, and is closed; `place` is a chunk's place in its group.
     """
 
-    shared_share = 0.0  # of the working memory, beside the component logits
-
-    def open(self, group: Tokens, size: int, bias: Tensor | None) -> None:
-        """Begins a group of at most `size` tokens."""
-        self.bias = bias
-
-    @abstractmethod
-    def logits(self, tokens: Tokens, place: slice, out: Tensor, half: Tensor | None) -> None:
-        """Writes the component logits to `out` (n K, V), by way of `half` where the latents are half precision."""
-
-    @abstractmethod
-    def backward(self, tokens: Tokens, place: slice, error: Tensor, row_weights: Tensor | None) -> None:
-        """Adds the gradients of the last `logits`."""
-
-    def close(self, group: Tokens) -> None:  # noqa: B027
-        """Ends a group."""
-
-    @abstractmethod
-    def gradients(self) -> tuple[tuple[Tensor | None, ...], Tensor | None]: ...  # of the latents' tensors; of weight
-
-    @abstractmethod
-    def component_logits(self, tokens: slice) -> Tensor: ...  # (n, K, V), without groups, bias and gradients
-
-
-class FullProjection(Projection):
-    """`component_logits = latents @ weight.T`, for latents (N, K, E)."""
+    shared_share = 0.0  # of the working memory, for a buffer beside the component logits
 
     def __init__(
         self, latents: Tensor, weight: Tensor, wanted: tuple[bool, ...], wants_weight: bool, sum_dtype: torch.dtype
@@ -59,20 +32,31 @@ class FullProjection(Projection):
         self.d_latents = torch.zeros_like(latents) if wanted[0] else None
         self.d_weight = Accumulator(weight, wants_weight, sum_dtype)
 
+    def open(self, group: Tokens, size: int, bias: Tensor | None) -> None:
+        """Begins a group of at most `size` tokens."""
+        self.bias = bias
+
     def logits(self, tokens: Tokens, place: slice, out: Tensor, half: Tensor | None) -> None:
+        """Writes the component logits to `out` (n K, V), by way of `half` where the latents are half precision."""
         self.rows = self.latents[tokens].flatten(0, 1)
         write_product(self.rows, self.weight, self.bias, out, half)
 
     def backward(self, tokens: Tokens, place: slice, error: Tensor, row_weights: Tensor | None) -> None:
+        """Adds the gradients of the last `logits`."""
         if self.d_latents is not None:
             d_rows = weighted(multiply(error, self.weight.t()), row_weights)
             self.d_latents[tokens] = d_rows.view(-1, *self.latents.shape[1:])
         self.d_weight.add_product(error.t(), weighted(self.rows, row_weights))
 
+    def close(self, group: Tokens) -> None:
+        """Ends a group."""
+
     def gradients(self) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+        """The gradients of the latents' tensors, and that of the weight; `None` where not wanted."""
         return (self.d_latents,), self.d_weight.result()
 
     def component_logits(self, tokens: slice) -> Tensor:
+        """Equivalent to: `latents[tokens] @ weight.T` (n, K, V), without groups, bias and gradients."""
         latents = self.latents[tokens]
         return multiply(latents.flatten(0, 1), self.weight).unflatten(0, latents.shape[:2])
 

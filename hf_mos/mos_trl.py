@@ -35,7 +35,7 @@ class FusedHeadMixin(nn.Module):
     def token_scores(
         self, hidden_states: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None, aux_loss: Tensor | None
     ) -> TokenScores:
-        """Computes the scores of the targets (batch, sequence) that are not -100, with the options that TRL chose."""
+        """Computes the scores of the targets (batch, sequence) that are not -100."""
         targets = targets.to(hidden_states.device)
         counts = targets != -100
         flat = self.lm_head(hidden_states[counts], targets=targets[counts], scores=self.score_options)

@@ -1,4 +1,4 @@
-"""The softmax of component logits over the vocabulary: one process holds all classes, or several share them.
+"""The softmax of component logits over the vocabulary: one process holds all classes, or each holds a shard.
 
     R rows of component logits, V classes, of which this process holds the logits of V_r
     largest       = max over the processes of max_V_r(logits)                                  (R, 1)
@@ -6,9 +6,7 @@
     target_logit  = the logit of the target minus the largest, from the process that holds it  (R, 1)
     component_nll = log(total) - target_logit                                                  (R, 1)
 
-Three numbers a row cross the network, never logits.
-
-Source of the latter: Shoeybi et al. 2019, Megatron-LM, arXiv 1909.08053, section 3.
+Three numbers a row cross the network, never logits. Source: Megatron-LM, arXiv 1909.08053, section 3.
 """
 
 from typing import Any, NamedTuple
@@ -23,14 +21,10 @@ class WholeVocabulary(NamedTuple):
     num_classes: int  # V
 
     def softmax_(self, logits: Tensor, target_rows: Tensor) -> Tensor:
-        """Softmax of the logits (R, V), in place; returns the component_nll (R, 1).
+        """Softmax of the component logits (R, V), in place; returns the component_nll of the targets, both (R, 1).
 
-        log(total) is read back from the largest probability, its negative exponential, which cannot underflow: three
-        passes over the logits, where logsumexp and softmax take six and a copy of them.
-
-        Args:
-            logits: the component logits.
-            target_rows: (R, 1), class indices.
+        The largest probability is exp(-log(total)), which cannot underflow; log(total) is read back from it. So there
+        are three passes over the logits, where logsumexp and softmax take six and a copy.
         """
         target_logits = logits.gather(1, target_rows)
         largest = logits.amax(dim=-1, keepdim=True)
@@ -42,11 +36,11 @@ class WholeVocabulary(NamedTuple):
         return probs.scatter_add_(1, target_rows, probs.new_full((), -1.0).expand_as(target_rows))
 
     def sum_(self, part: Tensor | None) -> None:
-        """Nothing is elsewhere."""
+        """The part is the whole."""
 
 
 class VocabularyShard(NamedTuple):
-    """The classes `start` ... of `num_classes` whose decoder rows this process holds; the group holds all of them.
+    """This process holds the decoder's rows from class `start` on; the group holds all.
 
     The processes of the group must be given the same latents, prior logits and targets.
     """
@@ -56,7 +50,7 @@ class VocabularyShard(NamedTuple):
     group: Any  # torch.distributed.ProcessGroup
 
     def softmax_(self, logits: Tensor, target_rows: Tensor) -> Tensor:
-        """As of `WholeVocabulary`, for the logits (R, V_r) and targets of the whole vocabulary."""
+        """As in `WholeVocabulary`, for the logits (R, V_r) and targets of the whole vocabulary."""
         largest = logits.amax(dim=-1, keepdim=True)
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, self.group)
         logits.sub_(largest)
@@ -74,7 +68,7 @@ class VocabularyShard(NamedTuple):
         return probs.scatter_add_(1, place, -is_here.to(probs.dtype))
 
     def sum_(self, part: Tensor | None) -> None:
-        """Adds up in place what the classes of each process add to something; `None`: to nothing."""
+        """Sums the parts of all processes, in place; `None` stays."""
         if part is not None:
             torch.distributed.all_reduce(part, group=self.group)
 

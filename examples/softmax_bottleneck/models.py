@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from hf_mos import MoSConfig, MoSForCausalLM, MoSLMHead
-from hf_mos.mos_latents import FullLatents, Latents
+from hf_mos.mos_latents import Latents
 
 
 class SoftmaxHead(MoSLMHead):
@@ -30,7 +30,7 @@ class SoftmaxHead(MoSLMHead):
         return hidden_states.new_zeros(*hidden_states.shape[:-1], 1)
 
     def latents(self, hidden_states: Tensor) -> Latents:
-        return FullLatents(hidden_states.unsqueeze(-2))
+        return Latents(hidden_states.unsqueeze(-2))
 
 
 class ContextsHead(MoSLMHead):
@@ -42,7 +42,7 @@ class ContextsHead(MoSLMHead):
     def latents(self, hidden_states: Tensor) -> Latents:
         weights = super().prior_logits(hidden_states).softmax(-1)
         context = torch.einsum("...k,...ke->...e", weights, super().latents(hidden_states).dense())
-        return FullLatents(context.unsqueeze(-2))
+        return Latents(context.unsqueeze(-2))
 
 
 class TrainedBasisHead(MoSLMHead):

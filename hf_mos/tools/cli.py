@@ -56,8 +56,8 @@ def run() -> NoReturn:
     """The console script: the library's errors are messages, unless `--debug` asks for the traceback."""
     # What a library prints of its own accord is not the result.
     aside = contextlib.redirect_stdout(sys.stderr) if "--json" in sys.argv else contextlib.nullcontext()
-    for argument in sys.argv[2:]:
-        if (old := argument.partition("=")[0]) in RENAMED and sys.argv[1] in ("convert", "evaluate", "inspect"):
+    for argument in sys.argv[1:]:
+        if (old := argument.partition("=")[0]) in RENAMED:
             errors.print(f"[bold red]error:[/] {old}: expected {RENAMED[old]}, given an old name", soft_wrap=True)
             sys.exit(2)
     try:

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_mos import mos_cross_entropy, mos_log_probs
-from hf_mos.mos_latents import FullLatents, Latents, SubspaceLatents
+from hf_mos.mos_latents import Latents, SubspaceLatents
 from hf_mos.mos_log_probs import infer_log_probs
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -32,7 +32,7 @@ def mixtures(draw: st.DrawFn, dtypes: list[torch.dtype] = DTYPES, num_mixtures: 
             *((scale * part).to(dtype) for part in (normal(N, E), normal(N, K, R), normal(E, R)))
         )
     else:
-        latents = FullLatents((scale * normal(N, K, E)).to(dtype))
+        latents = Latents((scale * normal(N, K, E)).to(dtype))
     targets = torch.randint(0, V, (N,), generator=generator)
     if draw(st.booleans()):
         targets[torch.randint(0, N, (1,), generator=generator)] = -100
@@ -135,7 +135,7 @@ def test_permuting_components_changes_nothing(mixture: dict, random) -> None:
     if isinstance(latents, SubspaceLatents):
         permuted = SubspaceLatents(latents.hidden_states, latents.shifts[:, order], latents.basis)
     else:
-        permuted = FullLatents(latents.values[:, order])
+        permuted = Latents(latents.dense()[:, order])
     changed = {"latents": permuted, "prior_logits": mixture["prior_logits"][:, order]}
     gap = (loss(mixture) - loss(mixture, **changed)).abs().max()
     assert gap <= tolerance(mixture) * len(mixture["targets"])
