@@ -176,7 +176,7 @@ class MoSForCausalLM(FusedHeadMixin, PreTrainedModel, GenerationMixin):
     ) -> None:
         """Like `PreTrainedModel.save_pretrained`, but atomic.
 
-        If the process is killed, the folder loads as the old or the new checkpoint (`mos_checkpoint.py`). The disk must
+        If the process is killed, the folder loads as the old or new checkpoint (`mos_checkpoint.py`). The disk must
         hold both. Files that are no part of a checkpoint stay; weights of another layout are deleted. Adapters and a
         `distributed_checkpoint` are saved as transformers saves them. With sharded weights (FSDP2, tensor parallelism)
         every process must call this; the first writes, and all return when the checkpoint is complete.
