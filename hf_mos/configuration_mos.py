@@ -51,7 +51,8 @@ class MoSConfig(PreTrainedConfig):
         None, "R: let the components differ in one shared subspace of this rank, for 1 + K R / E softmaxes in cost."
     )
     latent_activation: str = option(
-        "identity", "On the latents: identity, or tanh as in the paper, which changes a trained model's predictions."
+        "identity",
+        "identity, or tanh as in the paper; tanh without a latent rank changes a trained model's predictions.",
     )
     latent_bias: bool = option(False, "Give the latent projection a bias.")
     prior_bias: bool = option(False, "Give the prior a bias.")

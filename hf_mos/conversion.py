@@ -33,8 +33,7 @@ def convert_causal_lm(
     if isinstance(model, PreTrainedModel):
         if kwargs:
             raise ValueError(f"expected {known_options}, given {sorted(kwargs)}")
-        if isinstance(model, cls) or getattr(model.config, "model_type", None) == MoSConfig.model_type:
-            raise ValueError(f"model: expected a causal LM with a softmax head, given {type(model).__name__}")
+        refuse_mixture(model, type(model).__name__)
         backbone = share_weights(model)
     elif isinstance(model, (str, os.PathLike)):
         MoSConfig(text_config={"model_type": "llama"}, num_mixtures=num_mixtures, **options)  # fail before loading
@@ -42,6 +41,7 @@ def convert_causal_lm(
             backbone = AutoModelForCausalLM.from_pretrained(model, **kwargs)
         except TypeError as error:  # from_pretrained hands unknown arguments to the model's constructor
             raise ValueError(f"expected {known_options} or of from_pretrained: {error}") from error
+        refuse_mixture(backbone, str(model))
     else:
         raise ValueError(f"model: expected a path, a Hub id or a causal LM, given {type(model).__name__}")
     projection = output_projection(backbone)
@@ -54,6 +54,12 @@ def convert_causal_lm(
     config.name_or_path = backbone.name_or_path  # for cards and tokenizers
     result.name_or_path = ""  # PEFT would name it as the base of an adapter; the softmax model is not that base
     return result.train(backbone.training)
+
+
+def refuse_mixture(model: PreTrainedModel, given: str) -> None:
+    """Raises a ValueError for a mixture, also of the class in the code beside a checkpoint."""
+    if model.config.model_type == MoSConfig.model_type:
+        raise ValueError(f"model: expected a causal LM with a softmax head, given {given}, a mixture already")
 
 
 def _config_for(
@@ -74,6 +80,10 @@ def _config_for(
     if config.latent_size not in (None, projection.in_features):
         raise ValueError(
             f"latent_size: expected {projection.in_features}, the head's width, given {config.latent_size}"
+        )
+    if (config.latent_rank or 0) > projection.in_features:
+        raise ValueError(
+            f"latent_rank: expected at most {projection.in_features}, the head's width, given {config.latent_rank}"
         )
     if not kind_of(config).is_exact(config):
         logger.warning(

@@ -194,6 +194,7 @@ def test_mode_is_kept(training: bool) -> None:
         ({"latent_dropout": "a"}, "latent_dropout"),
         ({"latent_activation": "relu"}, "latent_activation"),
         ({"latent_size": 7}, "latent_size"),
+        ({"latent_rank": 33}, "latent_rank: expected at most 32, the head's width, given 33"),
         ({"softcap": 30.0}, "softcap"),
         ({"softcap": -1.0}, "softcap"),
         ({"decoder_bias": True}, "decoder_bias"),
@@ -206,6 +207,16 @@ def test_mode_is_kept(training: bool) -> None:
 def test_options_that_cannot_be_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MoSForCausalLM.from_causal_lm(tiny_causal_lm("llama"), **options)
+
+
+def test_the_path_of_a_mixture_is_refused(tmp_path: Path) -> None:
+    MoSForCausalLM.from_causal_lm(tiny_causal_lm("llama")).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="model: expected a causal LM with a softmax head, given .*, a mixture already"
+    ):
+        MoSForCausalLM.from_causal_lm(tmp_path)
+    with pytest.raises(ValueError, match="a mixture already"):
+        MoSForCausalLM.from_causal_lm(MoSForCausalLM.from_pretrained(tmp_path))
 
 
 def test_unknown_options_are_refused_with_a_path(tmp_path: Path) -> None:
