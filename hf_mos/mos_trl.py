@@ -1,8 +1,7 @@
 """The answer to TRL's trainers, which replace a model's `forward` by the backbone and one softmax.
 
-TRL's `add_fused_lm_head` assigns such a forward, and the trainers then call it with `fused_lm_head=True`. One softmax
-with the decoder's weight is not what a mixture predicts. So the model keeps its own forward, remembers the options of
-the one that TRL assigns, and answers the call with the mixture's token scores.
+TRL's `add_fused_lm_head` assigns such a forward, and the trainers then call it with `fused_lm_head=True`. A mixture
+keeps its own forward, remembers the options of TRL's, and answers the call with its token scores.
 """
 
 import inspect

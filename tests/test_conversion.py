@@ -212,7 +212,7 @@ def test_options_that_cannot_be_are_refused(options: dict, message: str) -> None
 def test_the_path_of_a_mixture_is_refused(tmp_path: Path) -> None:
     MoSForCausalLM.from_causal_lm(tiny_causal_lm("llama")).save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match="model: expected a causal LM with a softmax head, given .*, a mixture already"
+        ValueError, match=r"model: expected a causal LM with a softmax head, given .*, a mixture already"
     ):
         MoSForCausalLM.from_causal_lm(tmp_path)
     with pytest.raises(ValueError, match="a mixture already"):
