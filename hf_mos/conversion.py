@@ -81,10 +81,6 @@ def _config_for(
         raise ValueError(
             f"latent_size: expected {projection.in_features}, the head's width, given {config.latent_size}"
         )
-    if (config.latent_rank or 0) > projection.in_features:
-        raise ValueError(
-            f"latent_rank: expected at most {projection.in_features}, the head's width, given {config.latent_rank}"
-        )
     if not kind_of(config).is_exact(config):
         logger.warning(
             f"latent_activation={config.latent_activation!r} changes the model's predictions until it is trained; "
