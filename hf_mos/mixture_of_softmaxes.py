@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mos_log_probs import mix_log_probs, widen
+from .mos_log_probs import REDUCTIONS, mix_log_probs, reduce, widen
 
 
 class MixtureOfSoftmaxes(nn.Module):
@@ -70,14 +70,12 @@ class MixtureOfSoftmaxes(nn.Module):
         log_probs = self.log_prob(x).flatten(0, -2)
         if targets.shape != x.shape[:-1]:
             raise ValueError(f"targets: expected {tuple(x.shape[:-1])}, given {tuple(targets.shape)}")
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', given {reduction!r}")
-        nll = F.nll_loss(log_probs, targets.flatten(), ignore_index=ignore_index, reduction="none")
-        if reduction == "none":
-            return nll.view(targets.shape)
-        if reduction == "sum":
-            return nll.sum()
-        return nll.sum() / (targets != ignore_index).sum().clamp(min=1)
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction: expected one of {REDUCTIONS}, given {reduction!r}")
+        targets = targets.flatten()
+        nll = F.nll_loss(log_probs, targets, ignore_index=ignore_index, reduction="none")
+        loss = reduce(nll, targets != ignore_index, reduction)
+        return loss.view(x.shape[:-1]) if reduction == "none" else loss
 
     def extra_repr(self) -> str:
         return f"num_mixtures={self.num_mixtures}, input_size={self.input_size}, num_classes={self.num_classes}"
