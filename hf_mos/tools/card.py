@@ -1,4 +1,4 @@
-"""The model card of a mixture model, from `model_card_template.md` beside this file."""
+"""Writes the model card of a mixture, from `model_card_template.md` beside this file."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ from ..configuration_mos import MoSConfig
 from ..modeling_mos import MoSForCausalLM
 
 CARD_FILE = "README.md"
-EMISSIONS_FILE = "emissions.csv"  # of CodeCarbon, by the Trainer's callback
+EMISSIONS_FILE = "emissions.csv"  # written by the Trainer's CodeCarbon callback
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 PIN_IT = ": put its hash\nwhere `main` stands"
 TAGS = ["mixture-of-softmaxes", "custom_code"]
@@ -39,7 +39,7 @@ def model_card(
     emissions: dict[str, Any] | None = None,
     made_by: str | None = None,
 ) -> ModelCard:
-    """A card that says what the head is, what was measured, how to load the model and what it cannot do.
+    """Makes a card: the head, the measurements, how to load the model, and its limits.
 
     Args:
         model: the model that the card describes.
@@ -110,7 +110,7 @@ def model_card(
 def card_of_folder(
     folder: Path, *, model_id: str | None = None, results: Sequence[Path] = (), **fields: Any
 ) -> ModelCard:
-    """The card of a checkpoint in a folder; its weights are not read.
+    """Makes the card of a checkpoint in a folder, without reading its weights.
 
     Args:
         folder: as `save_pretrained` leaves it. CodeCarbon's `emissions.csv` in it goes into the card.
@@ -164,7 +164,7 @@ def eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
 
 
 def read_emissions(file: Path) -> dict[str, Any]:
-    """The last run's line of CodeCarbon's table, as the Hub's metadata has it."""
+    """Reads the last row of CodeCarbon's table, in the form of the Hub's metadata."""
     with file.open(encoding="utf-8", newline="") as lines:
         row = list(csv.DictReader(lines))[-1]
     hardware = row.get("gpu_model") or row.get("cpu_model")
@@ -178,7 +178,7 @@ def read_emissions(file: Path) -> dict[str, Any]:
 
 
 def address(text: str, model_id: str, revision: str) -> str:
-    """A card's text in which the code loads `revision` of `model_id`; a card of another make stays as it is."""
+    """Puts `model_id` and `revision` into the code of a card; leaves cards of other tools unchanged."""
     text = re.sub(r'"(revision|code_revision)": "[^"]*"', rf'"\1": "{revision}"', text)
     text = re.sub(r'from_pretrained\("[^"]*", \*\*trusted\)', f'from_pretrained("{model_id}", **trusted)', text)
     return text if revision == "main" else text.replace(PIN_IT, "")

@@ -1,4 +1,4 @@
-"""A checkpoint with a mixture of softmaxes, made from one with a softmax, and proof that no prediction has changed.
+"""Converts a checkpoint with a softmax into one with a mixture, and measures the change of its predictions.
 
 ```python
 conversion = convert("gpt2", Path("gpt2-mos"), num_mixtures=4)
@@ -27,15 +27,15 @@ PROBE_SHAPE = (2, 64)  # sequences and tokens on which the two models are compar
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was made, and how near its predictions are to those before."""
+    """The result of a conversion, and the change of the predictions."""
 
     folder: str
     num_mixtures: int
     num_parameters: int
     num_new_parameters: int
     gap: float  # the largest change of a log-probability, in nats
-    tolerance: float  # what rounding in the weights' dtype explains
-    is_exact_by_design: bool  # a tanh on full latents is not
+    tolerance: float  # the gap that rounding in the weights' dtype explains
+    is_exact_by_design: bool  # False for a tanh on full latents
     dtype: str
     has_tokenizer: bool
 
@@ -57,7 +57,7 @@ def convert(
     overwrite: bool = False,
     **head_options: Any,
 ) -> Conversion:
-    """Converts, saves with tokenizer and generation config, reloads from the folder and compares.
+    """Converts a model, saves it with tokenizer and generation config, reloads it and compares the predictions.
 
     Args:
         model: folder or Hub id of a causal LM.
@@ -108,7 +108,7 @@ def convert(
 
 
 def check_folder(folder: Path, model: str | Path, overwrite: bool) -> None:
-    """ValueError where saving would destroy something, OSError where it would fail."""
+    """Raises a ValueError if saving would overwrite something, an OSError if it would fail."""
     if Path(model).is_dir() and folder.resolve() == Path(model).resolve():
         raise ValueError(f"folder: expected another than the model's own, given {str(folder)!r}")
     if folder.exists() and not folder.is_dir():
@@ -124,13 +124,13 @@ def check_folder(folder: Path, model: str | Path, overwrite: bool) -> None:
 def find_tokenizer(model: str | Path, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
     try:
         return load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # each of them is what a missing file ends in
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # a missing file raises any of these
         logger.warning(f"{model}: no tokenizer is saved, as none can be loaded: {str(error).splitlines()[0]}")
         return None
 
 
 def probe_tokens(model: PreTrainedModel) -> Tensor:
-    """Random tokens, as many as the model has positions for."""
+    """Random tokens, at most as many as the model has positions."""
     batch, length = PROBE_SHAPE
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     embeddings: Any = model.get_input_embeddings()
@@ -145,5 +145,5 @@ def probe(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 
 def rounding(logits: Tensor, dtype: torch.dtype) -> float:
-    """A few roundings of the largest logit, in nats."""
+    """The error of a few roundings of the largest logit, in nats."""
     return max(1e-5, 8 * torch.finfo(dtype).eps * float(logits.abs().max()))

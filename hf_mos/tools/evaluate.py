@@ -1,4 +1,4 @@
-"""How well a causal LM, mixture or softmax, predicts text: nats per token, perplexity, bits per byte.
+"""Measures nats per token, perplexity and bits per byte of a causal LM, mixture or softmax, on text.
 
 ```python
 result = evaluate(model, tokenizer, [Path("book.txt").read_text()], stride=256)
@@ -19,16 +19,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .loading import is_mixture
 
 LONGEST_DEFAULT_WINDOW = 2048
-ROWS_AT_A_TIME = 256  # of a softmax's logits in fp32
+ROWS_AT_A_TIME = 256  # rows of a softmax's logits that are widened to fp32 at a time
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured, over all texts."""
+    """The measurement over all texts."""
 
     nats: float  # the sum over tokens
     num_tokens: int
-    num_bytes: int  # of the texts in UTF-8, as they were given
+    num_bytes: int  # of the given texts in UTF-8
     num_texts: int
     window: int
     stride: int
@@ -52,7 +52,7 @@ class Evaluation:
 
 
 class Window(NamedTuple):
-    """What one row of a batch reads, and how many of its last tokens' successors are counted."""
+    """A row of a batch: the tokens that the model reads, and the targets of the last of them."""
 
     inputs: list[int]
     targets: list[int]  # the successors of the last len(targets) inputs
@@ -69,7 +69,7 @@ def evaluate(
     prefix_token_id: int | None = None,
     track: Callable[[Sequence[list[Window]]], Iterable[list[Window]]] = iter,
 ) -> Evaluation:
-    """The mean negative log-likelihood of texts, each token counted exactly once.
+    """Measures the mean negative log-likelihood of texts, and counts each token exactly once.
 
     Each text begins after the prefix token, which is read and not counted, so that its first token is counted too.
     A window slides over the text by `stride` tokens, and of each window only the tokens that no window before it
@@ -155,7 +155,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def windows_of(tokens: list[int], window: int, stride: int) -> Iterator[Window]:
-    """Windows over a prefix token and a text, that count each token of the text once."""
+    """Yields windows over a prefix token and a text. Each token of the text is a target once."""
     counted, end = 0, min(window, len(tokens) - 1)
     while counted < end:
         yield Window(tokens[max(end - window, 0) : end], tokens[counted + 1 : end + 1])
@@ -174,7 +174,7 @@ def check_tokens(model: PreTrainedModel, windows: list[Window]) -> None:
 
 @torch.inference_mode()
 def batch_nll(model: PreTrainedModel, batch: list[Window]) -> Tensor:
-    """The nats of each counted token of a batch of windows, (N,) in fp32."""
+    """The nll of each target in a batch of windows (N,), in nats, fp32."""
     longest = max(len(w.inputs) for w in batch)
     shape = (len(batch), longest)
     input_ids, attention_mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
@@ -188,7 +188,7 @@ def batch_nll(model: PreTrainedModel, batch: list[Window]) -> Tensor:
     counts = targets != -100
     if is_mixture(model):
         mixture: Any = model
-        hidden_states = mixture.backbone(**inputs).logits  # its head is off
+        hidden_states = mixture.backbone(**inputs).logits  # hidden states, as the backbone has no head
         hidden_states = hidden_states[counts.to(hidden_states.device)]
         return mixture.lm_head(hidden_states, targets=targets[counts].to(hidden_states.device), reduction="none")
     logits = model(**inputs).logits

@@ -1,4 +1,4 @@
-"""What the commands load: a causal LM, mixture or not, and its tokenizer, from a folder or the Hub."""
+"""Loads a causal LM, mixture or not, and its tokenizer, from a folder or the Hub."""
 
 from pathlib import Path
 from typing import Any
@@ -55,13 +55,13 @@ def load_tokenizer(
 
 
 def hub_options(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
-    """The arguments of `from_pretrained` for a commit of a repository, its code included."""
+    """The arguments of `from_pretrained` that choose a commit, for the weights and for remote code."""
     revisions = {} if revision is None else {"revision": revision, "code_revision": revision}
     return {"trust_remote_code": trust_remote_code, **revisions}
 
 
 def check_exists(model: str | Path) -> None:
-    """ValueError where a model is named that can only be a folder, and there is none."""
+    """Raises a ValueError if the name can only be that of a folder, and there is no such folder."""
     name = str(model)
     if (name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name) and not Path(name).is_dir():
         raise ValueError(f"model: expected a folder or a Hub id, given {name!r}, which is neither")
@@ -85,5 +85,5 @@ def check_device(device: str) -> None:
 
 
 def is_mixture(model: PreTrainedModel) -> bool:
-    """Whether the head is a mixture, of the installed hf_mos or of the code beside a checkpoint."""
+    """Whether the head is a mixture, from the installed hf_mos or from the code beside a checkpoint."""
     return model.config.model_type == MoSConfig.model_type

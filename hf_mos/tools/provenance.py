@@ -1,4 +1,4 @@
-"""Where a figure comes from: the command that prints it again, and the machine."""
+"""The provenance of a figure: the command that reprints it, and the machine."""
 
 import shlex
 import sys
@@ -8,7 +8,7 @@ import torch
 
 
 def own_command() -> str:
-    """The command that this process was started with, without the folders of this machine."""
+    """The command that started this process, without the folders of this machine."""
     script = Path(sys.argv[0])
     module = getattr(sys.modules["__main__"], "__spec__", None)
     if module is not None:  # python -m

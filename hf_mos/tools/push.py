@@ -1,4 +1,4 @@
-"""A checkpoint in a folder, sent to the Hub whole: weights, code, tokenizer and card in one commit.
+"""Sends a checkpoint to the Hub in one commit: weights, code, tokenizer and card.
 
 ```python
 push(Path("gpt2-mos"), "user/gpt2-mos")
@@ -22,15 +22,15 @@ from .card import CARD_FILE, address
 logger = logging.get_logger(__name__)
 
 TOKENIZER_FILE = "tokenizer_config.json"
-# Beside the weights: what a tokenizer, a generation config, a processor or a card may consist of ...
+# Files beside the weights: of a tokenizer, a generation config, a processor or a card ...
 SENT = ("*.json", "*.jinja", "*.py", "*.model", "*.txt", "*.md", "*.tiktoken", "LICENSE*", "*.png", "*.html")
-# ... without what a Trainer leaves there.
+# ... except the files that a Trainer leaves there.
 KEPT_BACK = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json", "*.safetensors*")
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """Where the checkpoint is now."""
+    """The commit that holds the checkpoint."""
 
     repo: str
     revision: str  # the commit that holds model, code, tokenizer and card
@@ -81,7 +81,7 @@ def push(
 
 
 def pin_card(api: HfApi, repo: str, card: str, revision: str, branch: str | None = None) -> str | None:
-    """Sends the card with the revision in its code; the hash of that commit, or `None` where it does not go through.
+    """Sends the card with the revision in its code. Returns the hash of that commit, or `None` if it fails.
 
     What it is about is on the Hub by then, so a failure here is a warning.
     """
@@ -106,7 +106,7 @@ def code_of(folder: Path, config: dict[str, Any]) -> Iterator[str]:
 
 
 def files_of(folder: Path) -> list[str]:
-    """The files of a whole checkpoint in a folder, without what else lies there.
+    """The files of a complete checkpoint in a folder, without other files.
 
     Raises:
         ValueError: it is none, or the last save was cut off, or code or card are missing.

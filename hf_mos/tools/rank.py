@@ -1,4 +1,4 @@
-"""The rank of a model's log-probability matrix over contexts: what the softmax bottleneck bounds.
+"""Measures the rank of a model's log-probability matrix over contexts, which one softmax bounds.
 
     N contexts, V vocabulary, D the width of the hidden state that the head reads
     log_probs (N, V)    one softmax: rank at most D + 1, however many contexts; a mixture of softmaxes: no such bound
@@ -19,7 +19,7 @@ from ..mos_head import MoSLMHead
 
 
 class LogProbRank(NamedTuple):
-    """The numerical rank of a log-probability matrix, and what it was judged by."""
+    """The numerical rank of a log-probability matrix, with its tolerance and singular values."""
 
     rank: int  # the number of singular values above `tolerance` times the largest
     tolerance: float  # relative to the largest singular value
@@ -93,7 +93,7 @@ def log_prob_matrix(model: PreTrainedModel, input_ids: Tensor, max_contexts: int
 
 
 def unrounded(logits: Tensor, head_output: Tensor) -> Tensor:
-    """The logits in float64: where the architecture rounds them and does nothing else, what its head put out."""
+    """The logits in float64. If the architecture only rounds the output of its head, this output."""
     if logits.dtype == torch.float64:
         return logits
     if not torch.equal(head_output.to(logits.dtype), logits):
@@ -102,7 +102,7 @@ def unrounded(logits: Tensor, head_output: Tensor) -> Tensor:
 
 
 def head_of(model: PreTrainedModel) -> nn.Module:
-    """The module from hidden states to logits: a mixture's head, or the vocabulary projection."""
+    """The module that maps hidden states to logits: a mixture's head, or the vocabulary projection."""
     head = getattr(model, "lm_head", None)
     if head is not None and any(base.__name__ == MoSLMHead.__name__ for base in type(head).__mro__):
         return head  # by name, as the code beside a checkpoint is a class of its own
@@ -111,7 +111,7 @@ def head_of(model: PreTrainedModel) -> nn.Module:
 
 @contextmanager
 def head_in_float64(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """The model's head computes in float64 meanwhile, its weights stay as they are; yields the list of its outputs."""
+    """Lets the head compute in float64 without a change of its weights; yields the list of its outputs."""
     head, outputs = head_of(model), []
     wide = copy.deepcopy(head).double()
 

@@ -1,4 +1,4 @@
-"""transformers' own OpenAI-compatible server, for a mixture.
+"""Runs transformers' OpenAI-compatible server for a mixture.
 
 It looks a model's class up by name among transformers' own, so the class is put there first. Everything else is
 `transformers serve`.

@@ -1,4 +1,4 @@
-"""Text from files and datasets."""
+"""Reads text from files and datasets."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ FILE_READERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json"
 
 
 def read_texts(file: Path, text_column: str = "text") -> list[str]:
-    """The texts of a file: the rows of .json, .jsonl, .csv and .parquet, of any other file the whole as one text.
+    """Reads the texts of a file: each row of .json, .jsonl, .csv and .parquet, else the file as one text.
 
     Raises:
         ValueError: there is no such file, it is no UTF-8, it has no such column, or it is empty.
@@ -23,7 +23,7 @@ def read_texts(file: Path, text_column: str = "text") -> list[str]:
 
         return column(load_dataset(reader, data_files=str(file), split="train"), text_column)
     try:
-        return [file.read_bytes().decode()]  # its line ends too are as they are
+        return [file.read_bytes().decode()]  # as bytes, to keep its line ends
     except UnicodeDecodeError as error:
         raise ValueError(f"file: expected UTF-8, given {str(file)!r}: {error}") from error
 
@@ -31,7 +31,7 @@ def read_texts(file: Path, text_column: str = "text") -> list[str]:
 def read_dataset(
     name: str, config_name: str | None = None, split: str = "test", text_column: str = "text"
 ) -> list[str]:
-    """The rows of a dataset of the Hub, or of a folder that `load_dataset` reads.
+    """Reads the rows of a dataset of the Hub, or of a folder that `load_dataset` reads.
 
     Raises:
         ValueError: it has no such split or column.

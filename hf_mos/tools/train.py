@@ -47,9 +47,9 @@ from .push import pin_card
 from .texts import FILE_READERS
 
 LONGEST_DEFAULT_BLOCK = 1024
-# What the mixture adds starts anew beside trained weights; the best in examples/softmax_bottleneck/defaults.py.
+# New parameters stand beside trained weights. The best factor in examples/softmax_bottleneck/defaults.py.
 HEAD_RATE_FACTOR = 10
-STREAMED_ROWS = 10_000  # that are packed at a time; what fills no block at their end is dropped
+STREAMED_ROWS = 10_000  # rows packed together; the tokens after their last full block are dropped
 
 
 @dataclass
@@ -57,8 +57,12 @@ class ModelOptions:
     """The model, and whether it gets a mixture. The flags of the mixture are those of `head_options.py`."""
 
     model: str | None = field(default=None, metadata={"help": "Path or Hub id of a causal LM, mixture or not."})
-    from_scratch: str | None = field(default=None, metadata={"help": "Path or Hub id of a config: new weights."})
-    tokenizer: str | None = field(default=None, metadata={"help": "Path or Hub id, where it is not the model's own."})
+    from_scratch: str | None = field(
+        default=None, metadata={"help": "Path or Hub id of a config. The weights are new."}
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Path or Hub id of another tokenizer than the model's."}
+    )
     head: Literal["mixture", "softmax"] = field(
         default="mixture", metadata={"help": "softmax: keep the model's own head."}
     )
@@ -70,11 +74,14 @@ class ModelOptions:
         },
     )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
-        default="float32", metadata={"help": "Of the weights. Leave it, and train in mixed precision with --bf16."}
+        default="float32",
+        metadata={"help": "Dtype of the weights. Keep float32, and train in mixed precision with --bf16."},
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "As in from_pretrained."})
-    tp_size: int = field(default=1, metadata={"help": "Under torchrun: processes that share layers and vocabulary."})
-    fsdp_size: int = field(default=1, metadata={"help": "Under torchrun: processes that share weights, by FSDP2."})
+    tp_size: int = field(default=1, metadata={"help": "Under torchrun: processes for tensor parallelism."})
+    fsdp_size: int = field(
+        default=1, metadata={"help": "Under torchrun: processes over which FSDP2 shards the weights."}
+    )
     revision: str | None = field(default=None, metadata={"help": "Commit, branch or tag of the model."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the model repository's own code."})
 
@@ -92,7 +99,7 @@ class ModelOptions:
 
     @property
     def source(self) -> str:
-        """What is loaded: the model, or the config alone."""
+        """The path or id to load: of the model, or of the config."""
         source = self.from_scratch if self.model is None else self.model
         assert source is not None
         return source
@@ -102,14 +109,18 @@ class ModelOptions:
 class DataOptions:
     """The text, from files or from a dataset."""
 
-    train_file: str | None = field(default=None, metadata={"help": f"One of {', '.join(FILE_READERS)}."})
-    validation_file: str | None = field(default=None, metadata={"help": "As --train-file."})
+    train_file: str | None = field(default=None, metadata={"help": f"Text for training: {', '.join(FILE_READERS)}."})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Text for validation, in the formats of --train-file."}
+    )
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id, or a folder that load_dataset reads."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "As in load_dataset."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     text_column: str = field(default="text", metadata={"help": "Column of the text."})
     validation_share: float = field(
         default=0.05,
-        metadata={"help": "Where there is no validation set: the last part of the training set, in [0, 1)."},
+        metadata={
+            "help": "Without a validation set: the share of the training set, at its end, to validate on, in [0, 1)."
+        },
     )
     block_size: int | None = field(
         default=None,
@@ -118,7 +129,7 @@ class DataOptions:
     preprocessing_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
     streaming: bool = field(
         default=False,
-        metadata={"help": "Read while training. Needs --max-steps; only a validation set of its own is evaluated."},
+        metadata={"help": "Read the dataset during training. Needs --max-steps. Splits no validation set off."},
     )
 
     def __post_init__(self) -> None:
@@ -152,7 +163,7 @@ def given(options: Any, name: str) -> str:
 
 
 class CardTrainer(Trainer):
-    """A Trainer that writes, and pushes, the model card of a mixture."""
+    """A Trainer that writes and pushes the model card of a mixture."""
 
     dataset_name: str
     base_model: str | None = None  # a Hub id
@@ -201,7 +212,7 @@ Options = tuple[ModelOptions, DataOptions, TrainingArguments]
 
 
 def parse_options(arguments: list[str] | None = None, prog: str | None = None) -> Options:
-    """The options of a command line; `None`: of this process."""
+    """Parses a command line; `None`: that of this process."""
     description, _, examples = (__doc__ or "").partition("\n\n")
     parser = HfArgumentParser(
         [ModelOptions, DataOptions, TrainingArguments],  # type: ignore[list-item]
@@ -223,7 +234,7 @@ def parse_options(arguments: list[str] | None = None, prog: str | None = None) -
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Leaves the lines of the examples as they are."""
+    """Keeps the line breaks of the examples."""
 
 
 def main() -> None:
@@ -231,7 +242,7 @@ def main() -> None:
 
 
 def train(model_options: ModelOptions, data_options: DataOptions, training_arguments: TrainingArguments) -> None:
-    """Trains, evaluates, saves the model with its card and, where asked, pushes it."""
+    """Trains and evaluates the model, saves it with its card, and pushes it if asked."""
     if data_options.streaming and training_arguments.max_steps <= 0:
         raise ValueError(
             "--max-steps: expected a number of steps with --streaming, whose length is unknown, given none"
@@ -283,7 +294,7 @@ def train(model_options: ModelOptions, data_options: DataOptions, training_argum
 
 
 def checkpoint_to_resume(training_arguments: TrainingArguments) -> str | None:
-    """The checkpoint's folder; `last` (or `true`) names the last whole one in the output folder."""
+    """The folder of the checkpoint; `last` (or `true`) names the last complete one in the output folder."""
     asked = training_arguments.resume_from_checkpoint
     if asked is None:
         return None
@@ -298,7 +309,7 @@ def checkpoint_to_resume(training_arguments: TrainingArguments) -> str | None:
 
 
 def pin(trainer: CardTrainer, commit: CommitInfo | None) -> None:
-    """Writes the commit that was pushed, which only the main process has, into the card on the Hub."""
+    """Writes the pushed commit, which only the main process knows, into the card on the Hub."""
     if commit is None or not isinstance(trainer.accelerator.unwrap_model(trainer.model), MoSForCausalLM):
         return
     card = Path(str(trainer.args.output_dir), CARD_FILE).read_text(encoding="utf-8")
@@ -363,7 +374,7 @@ def model_to_train(
 
 
 def load_text(options: DataOptions) -> DatasetDict | IterableDatasetDict:
-    """The training set, and a validation set where there is one or a share is split off, as no stream has one."""
+    """The training set, and the validation set: given, or split off where the text is not a stream."""
     kind = IterableDatasetDict if options.streaming else DatasetDict
     if options.dataset_name is not None:
         text = load_dataset(options.dataset_name, options.dataset_config_name, streaming=options.streaming)
@@ -386,7 +397,7 @@ def load_text(options: DataOptions) -> DatasetDict | IterableDatasetDict:
 
 
 def columns_of(rows: Dataset | IterableDataset) -> list[str]:
-    """A stream may not know them before its first row."""
+    """The names of the columns; a stream may know them only from its first row."""
     return rows.column_names or list(next(iter(rows), {}))
 
 
@@ -399,7 +410,7 @@ def read_file(file: str, streaming: bool) -> Dataset | IterableDataset:
 def pack(
     text: DatasetDict | IterableDatasetDict, tokenizer: PreTrainedTokenizerBase, block_size: int, options: DataOptions
 ) -> dict[str, Dataset | IterableDataset]:
-    """Blocks of tokens, one text after the other; what is left at the end of a set and fills no block is dropped.
+    """Packs the texts into blocks of tokens, one after the other; drops an incomplete block at the end of a set.
 
     The rows of a dataset are texts of their own and each ends with the tokenizer's end-of-sequence token; the lines of
     a text file are one text.
@@ -433,7 +444,7 @@ def pack(
             num_proc=options.preprocessing_workers,
             desc=f"tokenizing the {split} set",
         )
-        # In one batch, so that nothing is dropped but at the end; in larger sets some blocks' worth of many.
+        # One batch drops tokens only at its end; a large set is cut in several batches.
         size = min(max(len(tokens), 1), 100_000)
         blocks = tokens.map(cut, batched=True, batch_size=size, desc=f"packing the {split} set")
         if len(blocks) == 0:

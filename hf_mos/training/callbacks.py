@@ -1,4 +1,4 @@
-"""Callbacks for the Trainer: a run that has gone wrong stops, and what the mixture does is seen.
+"""Callbacks for the Trainer: stop a run with a non-finite loss, and log how the mixture is used.
 
 ```python
 trainer = Trainer(model, arguments, callbacks=[StopOnNonFiniteLoss()], ...)
@@ -49,7 +49,7 @@ class StopOnNonFiniteLoss(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        args.logging_nan_inf_filter = False  # so that a log shows what the loss is
+        args.logging_nan_inf_filter = False  # so that a log shows the loss itself
         self.is_bad = None
         self.hook = model.register_forward_hook(self.look)
 
@@ -91,7 +91,7 @@ class StopOnNonFiniteLoss(TrainerCallback):
 
 
 class MixtureUsage(TrainerCallback):
-    """Logs with the loss what the mixture does, and warns when one of its components starves.
+    """Logs the use of the mixture beside the loss, and warns when a component starves.
 
     The logs are `mixture_entropy` (nats), `smallest_mixture_weight` (the mean over tokens), `responsibility_0` ...
     (the share of the targets that each component accounts for) and `divergence_0_1` ... (Jensen-Shannon, nats), on a
@@ -118,13 +118,13 @@ class MixtureUsage(TrainerCallback):
         self.starved: set[int] = set()
 
     def add_to(self, trainer: Trainer) -> None:
-        """Puts it before the callbacks that report to a tracker, which would report without it otherwise."""
+        """Inserts this callback before the tracker callbacks, so that they report its numbers."""
         trainer.callback_handler.callbacks.insert(0, self)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        # FSDP2 has put its name before the class's.
+        # FSDP2 puts its name before that of the class.
         heads = [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") == MoSLMHead.__name__]
         if not heads:
             raise ValueError(f"model: expected a mixture of softmaxes, given {type(model).__name__}")
@@ -185,9 +185,9 @@ class MixtureUsage(TrainerCallback):
 
 
 def whole_head(head: MoSLMHead, config: Any) -> MoSLMHead:
-    """The head, or where processes share its weights a copy that holds them whole. All of them must call this."""
+    """The head, or a copy with gathered weights if these are sharded. Every process must call this."""
     weights: dict[str, Any] = {name: parameter.detach() for name, parameter in head.named_parameters()}
-    if any(hasattr(parameter, "ds_id") for parameter in head.parameters()):  # of DeepSpeed's ZeRO-3
+    if any(hasattr(parameter, "ds_id") for parameter in head.parameters()):  # sharded by ZeRO-3
         import deepspeed
 
         with deepspeed.zero.GatheredParameters(list(head.parameters())):
@@ -218,7 +218,7 @@ def usage_logs(statistics: MixtureStatistics) -> dict[str, float]:
 
 
 def last_whole_checkpoint(output_dir: str | Path) -> str | None:
-    """Equivalent to: `transformers.trainer_utils.get_last_checkpoint`, without the checkpoints that were cut short.
+    """Equivalent to: `transformers.trainer_utils.get_last_checkpoint`, without incomplete checkpoints.
 
     Those are skipped with a warning that says what is wrong with them. `None`: there is no whole one.
     """
@@ -233,7 +233,7 @@ def last_whole_checkpoint(output_dir: str | Path) -> str | None:
 
 
 def faults_of(folder: Path) -> Iterator[str]:
-    """What shows that the Trainer's saving of a checkpoint was cut off; it writes the state last."""
+    """Yields each sign that a save of the Trainer was interrupted; the Trainer writes the state last."""
     try:
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         if state["global_step"] != int(folder.name.rpartition("-")[2]):

@@ -1,4 +1,4 @@
-"""A learning rate of its own for the parameters that a conversion adds, which stand beside trained ones."""
+"""Sets a separate learning rate for the parameters that a conversion adds beside trained ones."""
 
 from torch.optim import Optimizer
 
@@ -6,7 +6,7 @@ from ..modeling_mos import MoSForCausalLM
 
 
 def set_head_learning_rate(optimizer: Optimizer, model: MoSForCausalLM, learning_rate: float) -> None:
-    """Moves the prior's and the latents' parameters to groups of their own, with this learning rate.
+    """Moves the parameters of the prior and the latents to parameter groups with this learning rate.
 
     Call it before a scheduler is made of the optimizer, which reads the rates of the groups. The decoder, which the
     model had before, stays where it is.

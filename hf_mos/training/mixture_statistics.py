@@ -1,4 +1,4 @@
-"""What a mixture does on tokens, in numbers: its weights, who is responsible, how far the components are apart.
+"""Statistics of a mixture on tokens: mixture weights, responsibilities, divergences between components.
 
 N tokens, n of them in a chunk, K mixtures, V classes
 log_prior            (n, K)
@@ -15,18 +15,18 @@ from torch import Tensor
 from ..mos_chunks import tokens_per_chunk
 from ..mos_log_probs import cap_logits, widen
 
-BYTES_PER_LOGIT = 16  # the log-probabilities, their exponentials, and what is made of these on the way
+BYTES_PER_LOGIT = 16  # log-probabilities, probabilities and temporaries
 
 
 class MixturePredictions(NamedTuple):
-    """What the head predicts after each token of a chunk, component by component."""
+    """The predictions of each component for a chunk of tokens."""
 
     log_prior: Tensor  # (n, K)
     component_log_probs: Tensor  # (n, K, V)
     component_probs: Tensor  # (n, K, V)
 
     def component_entropies(self) -> Tensor:
-        """(n, K), in nats."""
+        """The entropy of each component (n, K), in nats."""
         return entropy(self.component_log_probs, self.component_probs)
 
     def log_probs(self) -> Tensor:
@@ -34,14 +34,14 @@ class MixturePredictions(NamedTuple):
         return torch.logsumexp(self.log_prior.unsqueeze(-1) + self.component_log_probs, dim=-2)
 
     def component_nll(self, targets: Tensor) -> Tensor:
-        """(n, K), in nats, for targets (n,)."""
+        """The nll of each component (n, K), in nats, for targets (n,)."""
         indices = targets.view(-1, 1, 1).expand(-1, self.component_log_probs.shape[1], 1)
         return -self.component_log_probs.gather(-1, indices).squeeze(-1)
 
 
 @torch.no_grad()
 def predict_in_chunks(head: Any, hidden_states: Tensor) -> Iterator[tuple[slice, MixturePredictions]]:
-    """Each component's log-probabilities for hidden states (N, D), as many tokens at a time as memory allows.
+    """Yields each component's log-probabilities for hidden states (N, D), chunk by chunk.
 
     The head may be of the code beside a checkpoint, and its decoder anything that can be called.
     """
@@ -56,23 +56,23 @@ def predict_in_chunks(head: Any, hidden_states: Tensor) -> Iterator[tuple[slice,
 
 
 def entropy(log_probs: Tensor, probs: Tensor | None = None) -> Tensor:
-    """Of distributions (..., V), (...) in nats; `probs`, if they are there, spare their computation."""
+    """The entropy (...) in nats of distributions (..., V). Known `probs` save their computation."""
     if probs is None:
         probs = F.softmax(log_probs, dim=-1)  # faster than exp
     return -(log_probs.clamp(min=torch.finfo(log_probs.dtype).min) * probs).sum(-1)  # 0 log 0 is 0
 
 
 class MixtureStatistics(NamedTuple):
-    """What the mixture does on some tokens; entropies and divergences in nats."""
+    """Statistics over some tokens; entropies and divergences in nats."""
 
-    mean_weights: Tensor  # (K,), of the prior
-    entropy: float  # of the mixture weights, the mean over tokens; at most log K
-    responsibilities: Tensor  # (K,), the share of the targets that each component accounts for
-    divergence: Tensor  # (K, K), Jensen-Shannon, the mean over tokens; at most log 2; zero for clones
+    mean_weights: Tensor  # (K,), mean mixture weights
+    entropy: float  # mean entropy of the mixture weights; at most log K
+    responsibilities: Tensor  # (K,), mean responsibilities for the targets
+    divergence: Tensor  # (K, K), mean Jensen-Shannon divergence; at most log 2
 
 
 class StatisticsSum:
-    """The statistics of tokens that are added chunk by chunk, in float64 on the CPU."""
+    """Sums statistics chunk by chunk, in float64 on the CPU."""
 
     def __init__(self, num_mixtures: int) -> None:
         self.count = 0
@@ -82,7 +82,7 @@ class StatisticsSum:
         self.divergence = torch.zeros(num_mixtures, num_mixtures, dtype=torch.float64)
 
     def add(self, predictions: MixturePredictions, targets: Tensor) -> None:
-        """Adds a chunk with its targets (n,), class indices, none that is ignored."""
+        """Adds a chunk with its targets (n,), class indices of which none is ignored."""
         log_prior = predictions.log_prior
         responsibilities = F.softmax(log_prior - predictions.component_nll(targets), dim=-1)
         self.count += len(targets)
@@ -92,7 +92,7 @@ class StatisticsSum:
         self.divergence += _sum(divergence(predictions))
 
     def add_up_over_processes(self, device: torch.device) -> None:
-        """All processes must call this; each then holds the statistics of the tokens of all."""
+        """Sums over all processes. Every process must call this."""
         parts = [self.weights, self.entropy, self.responsibilities, self.divergence]
         sums = torch.cat([torch.tensor([self.count], dtype=torch.float64), *(part.flatten() for part in parts)]).to(
             device
@@ -115,7 +115,7 @@ def _sum(values: Tensor) -> Tensor:
 
 
 def divergence(predictions: MixturePredictions) -> Tensor:
-    """The Jensen-Shannon divergence in nats of each two components, (n, K, K)."""
+    """The Jensen-Shannon divergence of each pair of components (n, K, K), in nats."""
     probs, entropies = predictions.component_probs, predictions.component_entropies()
     n, K = entropies.shape
     result = probs.new_zeros(n, K, K)
@@ -124,12 +124,12 @@ def divergence(predictions: MixturePredictions) -> Tensor:
             middle = (probs[:, j] + probs[:, k]).div_(2)
             of_middle = entropy(middle.log(), middle)
             result[:, j, k] = result[:, k, j] = of_middle - (entropies[:, j] + entropies[:, k]) / 2
-    return result.clamp_(min=0)  # of clones it is zero but for rounding
+    return result.clamp_(min=0)  # rounding can make that of equal components negative
 
 
 @torch.no_grad()
 def mixture_statistics(head: Any, hidden_states: Tensor, targets: Tensor) -> MixtureStatistics:
-    """What the head's mixture does on tokens, a chunk of them in memory at a time.
+    """Computes the statistics of a head's mixture on tokens, chunk by chunk.
 
     Args:
         head ([`MoSLMHead`]): in any mode; dropout acts in training mode.

@@ -1,12 +1,12 @@
-"""What a mixture does: token by token on a text, and on average over a corpus.
+"""Inspects a mixture: token by token on a text, and on average over a corpus.
 
 ```python
 inspection = inspect_mixture(model, tokenizer, text="The cat sat.", corpus=[Path("book.txt").read_text()])
 print(inspection.to_json())
 ```
 
-The old softmax is what the decoder makes of the hidden state itself, with its bias and softcap: what the model
-predicted before it was converted, and after training what one softmax predicts from the same decoder and hidden state.
+The old softmax is the decoder applied to the hidden state itself, with its bias and softcap. Before
+training this is the model that was converted; afterwards it is one softmax with the same decoder and hidden state.
 Logarithms are natural: every nll, entropy and divergence is in nats.
 """
 
@@ -30,7 +30,7 @@ from ..loading import is_mixture
 from ..rank import log_prob_rank
 from .token_texts import TokenTexts
 
-UNKNOWN_TARGET = -1  # of the position after a text's end
+UNKNOWN_TARGET = -1  # at the position after the end of a text
 RANK_CLASSES = 4096
 
 
@@ -48,7 +48,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What is predicted at one position. Lists over the components have K entries; `None`: nothing followed."""
+    """The prediction at one position. Lists over the components have K entries; `None`: no token follows."""
 
     mixture_weights: list[float]
     responsibilities: list[float] | None
@@ -66,12 +66,12 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Token:
-    """A token of the text, and how it was predicted from what stands before it."""
+    """A token of the text, and its prediction from the tokens before it."""
 
     token_id: int
     token: str  # as the vocabulary spells it
-    text: str  # as a reader would; of bytes that are no whole character their hexadecimal escapes
-    prediction: Prediction | None  # None: nothing stands before it
+    text: str  # readable; bytes of an incomplete character as hexadecimal escapes
+    prediction: Prediction | None  # None for the first token without a prefix
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class TextInspection:
     text: str
     prefix_token_id: int | None  # read before the text
     tokens: list[Token]
-    next: Prediction  # of what follows the text
+    next: Prediction  # the prediction after the end of the text
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,9 @@ class ComponentInspection:
 
     mean_weight: float  # its usage
     responsibility: float  # the share of the tokens that it accounts for
-    leads: float  # the share of the tokens of which it accounts for the most
+    leads: float  # the share of the tokens for which its responsibility is the largest
     entropy: float  # of its next token, the mean
-    tokens: list[TokenShare]  # those of which it accounts for more than of others, the most in sum first
+    tokens: list[TokenShare]  # tokens for which it is more responsible than on average, the largest sum first
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ class RankInspection:
     """The numerical rank of a log-probability matrix of contexts and classes, in float64."""
 
     contexts: int
-    classes: int  # columns, spread over the vocabulary; of fewer than all the rank is a lower bound
-    bound: int  # input_size + 1, which one softmax without a softcap cannot pass
+    classes: int  # columns, spread over the vocabulary; fewer than all give a lower bound
+    bound: int  # input_size + 1, the bound of one softmax without a softcap
     mixture: int
     softmax: int | None
     singular_values: list[float]  # of the mixture's, largest first
@@ -132,12 +132,12 @@ class CorpusInspection:
     entropy: float
     components: list[ComponentInspection]
     divergence: list[list[float]]  # K x K, Jensen-Shannon
-    rank: RankInspection | None  # None: not asked for, a quantized or offloaded head, or a class of no probability
+    rank: RankInspection | None  # None: not requested, a quantized or offloaded head, or a class with zero probability
 
 
 @dataclass(frozen=True)
 class ModelInspection:
-    """The mixture that was looked at."""
+    """The inspected mixture."""
 
     name: str
     backbone: str
@@ -151,7 +151,7 @@ class ModelInspection:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What [`inspect_mixture`] found."""
+    """The result of [`inspect_mixture`]."""
 
     model: ModelInspection
     text: TextInspection | None
@@ -183,7 +183,7 @@ def inspect_mixture(
     rank_contexts: int = 2048,
     track: Track = iter,
 ) -> Inspection:
-    """Looks at a mixture on a text token by token, on a corpus on average, or both.
+    """Inspects a mixture on a text token by token, on a corpus on average, or both.
 
     A text begins after the tokenizer's token for a text's beginning, else its end; where it has neither, its first
     token is not predicted. A text that is longer than the window is read in windows, as by [`evaluate`]. Memory holds
@@ -247,7 +247,7 @@ def describe(model: Any) -> ModelInspection:
 
 
 class Chunk(NamedTuple):
-    """Some tokens that follow each other, and what is predicted of them."""
+    """Consecutive tokens, and their predictions."""
 
     targets: Tensor  # (n,), UNKNOWN_TARGET where a text has ended
     hidden_states: Tensor  # (n, D)
@@ -257,7 +257,7 @@ class Chunk(NamedTuple):
 
 
 class Inspector:
-    """A model, its tokenizer, and how they are looked at."""
+    """A model, its tokenizer, and the settings of the inspection."""
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, top: int, window: int, stride: int) -> None:
         self.model, self.tokenizer, self.texts = model, tokenizer, TokenTexts(tokenizer)
@@ -268,23 +268,23 @@ class Inspector:
         self.prefix = [id for id in specials if id is not None][:1]
 
     def windows_of(self, token_ids: list[int]) -> list[Window]:
-        """The windows of a text, in which each of its tokens is predicted once that can be."""
+        """The windows of a text; each token that can be predicted is predicted once."""
         return list(windows_of([*self.prefix, *token_ids], self.window, self.stride))
 
     def window_after(self, token_ids: list[int]) -> Window:
-        """The window in which is predicted what follows a text."""
+        """The window that predicts the token after a text."""
         return Window([*self.prefix, *token_ids][-self.window :], [UNKNOWN_TARGET])
 
     @torch.inference_mode()
     def chunks(self, window: Window) -> Iterator[Chunk]:
         input_ids = torch.tensor([window.inputs], device=self.model.device)
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-        outputs = self.model.backbone(**inputs, return_dict=True)  # its head is off
+        outputs = self.model.backbone(**inputs, return_dict=True)  # hidden states, as the backbone has no head
         hidden_states = outputs.logits[0, -len(window.targets) :]
         targets = torch.tensor(window.targets, device=hidden_states.device)
         for tokens, mixture in predict_in_chunks(self.head, hidden_states):
             log_probs = mixture.log_probs()
-            if not log_probs.amax(-1).isfinite().all():  # NaN comes through; a class may have no probability
+            if not log_probs.amax(-1).isfinite().all():  # amax passes NaN on; a class may have zero probability
                 raise FloatingPointError(
                     f"expected finite predictions, given NaN; weights of dtype {self.model.dtype}"
                 )
@@ -299,7 +299,7 @@ class Inspector:
         check_tokens(self.model, windows)
         predictions = [p for window in windows for chunk in self.chunks(window) for p in self.predictions(chunk)]
         following = predictions.pop()
-        unpredicted = [None] * (len(token_ids) - len(predictions))  # the first, where nothing stands before it
+        unpredicted = [None] * (len(token_ids) - len(predictions))  # the first token, without tokens before it
         names = self.tokenizer.convert_ids_to_tokens(token_ids)
         texts = self.texts.of_text(token_ids)
         tokens = [Token(*fields) for fields in zip(token_ids, names, texts, [*unpredicted, *predictions], strict=True)]
@@ -400,7 +400,7 @@ class Inspector:
         return windows, num_texts
 
     def tokens_of(self, total: "CorpusSum", k: int) -> list[TokenShare]:
-        """The tokens of which component k accounts for more than its share, the most occurrences beyond it first."""
+        """The tokens for which component k is more responsible than on average, the largest excess first."""
         occurrences = total.token_responsibilities.sum(-1)
         share = total.token_responsibilities[:, k].sum() / occurrences.sum()
         excess = total.token_responsibilities[:, k] - share * occurrences
@@ -413,12 +413,12 @@ class Inspector:
                 float(total.token_responsibilities[id, k]) / total.token_counts[id],
             )
             for id, value in zip(ids.tolist(), values.tolist(), strict=True)
-            if value > 1e-6 * total.token_counts[id]  # one component alone exceeds nothing but by rounding
+            if value > 1e-6 * total.token_counts[id]  # with one component, only rounding exceeds
         ]
 
 
 class CorpusSum:
-    """What a corpus adds up to, in float64 on the CPU."""
+    """The sums over a corpus, in float64 on the CPU."""
 
     def __init__(self, head: Any, sample_every: int | None) -> None:
         K, V = head.num_mixtures, head.decoder.out_features
@@ -452,7 +452,7 @@ class CorpusSum:
 
 
 def softmax_log_probs(head: Any, hidden_states: Tensor) -> Tensor | None:
-    """What one softmax with the head's decoder predicts from hidden states (n, D), (n, V). `None`: widths differ."""
+    """The log-probabilities (n, V) of one softmax with the head's decoder; `None` if the widths differ."""
     if head.input_size != head.latent_size:
         return None
     logits = head.decoder(hidden_states.to(head.decoder.weight.dtype))
@@ -465,7 +465,7 @@ def _gather(log_probs: Tensor, targets: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def measure_rank(head: Any, hidden_states: Tensor) -> RankInspection | None:
-    """The rank of the log-probabilities that the head makes of hidden states (N, D), and of its softmax's."""
+    """The rank of the log-probabilities of the head, and of its softmax, for hidden states (N, D)."""
     parameters = [*head.parameters()]
     if not all(type(p) is nn.Parameter and p.is_floating_point() and not p.is_meta for p in parameters):
         return None

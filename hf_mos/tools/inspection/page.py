@@ -1,4 +1,4 @@
-"""An inspection as one HTML page that needs nothing else: the text coloured by component, tables and plots.
+"""Writes an inspection as one self-contained HTML page: the text coloured by component, tables and plots.
 
 ```python
 save_page(inspect_mixture(model, tokenizer, text="The cat sat."), Path("mixture.html"))
@@ -25,7 +25,7 @@ FOLDER = Path(__file__).parent
 STYLE = (FOLDER / "page.css").read_text(encoding="utf-8")
 SCRIPT = (FOLDER / "page.js").read_text(encoding="utf-8")
 
-# Okabe and Ito's colours, which people who are colour-blind tell apart. From the eighth component on they come again
+# Okabe and Ito's colours, which colour-blind readers can distinguish. From the eighth component on they come again
 # with another stroke, and each component has its number too.
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a800")
 STROKES = ("solid", "dashed", "dotted", "double")
@@ -34,14 +34,14 @@ ANNOTATED_COMPONENTS = 10
 
 
 class Swatch(NamedTuple):
-    """How a component is marked."""
+    """The colour and the stroke of a component."""
 
     color: str
     stroke: str
 
 
 class Plot(NamedTuple):
-    """A plot as an SVG element, and what it shows."""
+    """A plot as an SVG element, and its description."""
 
     svg: str
     caption: str
@@ -52,7 +52,7 @@ def swatch(k: int) -> Swatch:
 
 
 def check_target(path: Path) -> None:
-    """ValueError if no page can be written there, or what draws its plots is not installed."""
+    """Raises an error if no page can be written there, or matplotlib is not installed."""
     import matplotlib  # noqa: F401
 
     if path.is_dir() or not path.parent.is_dir():
@@ -60,7 +60,7 @@ def check_target(path: Path) -> None:
 
 
 def save_page(inspection: Inspection, path: Path) -> None:
-    """Writes the page of an inspection; what was there stays whole until the new page is."""
+    """Writes the page of an inspection, atomically."""
     page = render_page(inspection)
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_text(page, encoding="utf-8")
@@ -68,7 +68,7 @@ def save_page(inspection: Inspection, path: Path) -> None:
 
 
 def render_page(inspection: Inspection) -> str:
-    """The whole page. It loads nothing from anywhere."""
+    """The page. It loads no other file."""
     title = f"{Path(inspection.model.name).name or inspection.model.backbone}: what its mixture does"
     return _template("page.html").render(title=title, style=STYLE, script=SCRIPT, view=render_view(inspection))
 
@@ -112,7 +112,7 @@ def _template(name: str) -> Any:
 
 
 def _span(token: Token) -> dict[str, str]:
-    """A token as the page shows it before any script has run: coloured by the component that is responsible."""
+    """A token as the page shows it without scripts: in the colour of the responsible component."""
     label, style = "", ""
     if token.prediction is not None and token.prediction.responsibilities is not None:
         shares = token.prediction.responsibilities
@@ -124,7 +124,7 @@ def _span(token: Token) -> dict[str, str]:
 
 
 def _data_for_script(text: TextInspection, palette: list[Swatch]) -> str:
-    """What the script shows, as JSON."""
+    """The data for the script, as JSON."""
     tokens = [*({"token_id": t.token_id, "text": t.text, "prediction": t.prediction} for t in text.tokens)]
     tokens.append({"token_id": None, "text": "", "prediction": text.next})
     data = {"components": [entry._asdict() for entry in palette], "tokens": tokens, "first": _first_shown(text)}
@@ -136,13 +136,13 @@ def _data_for_script(text: TextInspection, palette: list[Swatch]) -> str:
             return {key: visible(entry) if key == "text" else plain(entry) for key, entry in value.items()}
         if isinstance(value, list):
             return [plain(entry) for entry in value]
-        return float(f"{value:.5g}") if isinstance(value, float) else value  # more is not shown
+        return float(f"{value:.5g}") if isinstance(value, float) else value  # the page shows five digits
 
     return json.dumps(plain(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def _first_shown(text: TextInspection) -> int:
-    """The token that is shown at first: the one that the mixture predicts the most better than the old softmax."""
+    """The token that the page shows first: the one with the largest gain over the old softmax."""
 
     def gain(index: int) -> float:
         prediction = text.tokens[index].prediction
@@ -309,7 +309,7 @@ def svg(draw: Callable[[Any], None], width: float, height: float, label: str) ->
 
 
 def own_ids(drawing: str, prefix: str) -> str:
-    """An SVG element with no more ids than it refers to, which no other of the page has."""
+    """An SVG element whose ids are unique on the page; ids without a reference are removed."""
     used = set(re.findall(r"""(?:url\(|href=")#([^)"]+)""", drawing))
     drawing = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", drawing)
     return re.sub(r"""( id="|url\(#|href="#)""", rf"\g<1>{prefix}-", drawing)

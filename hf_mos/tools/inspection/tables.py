@@ -1,4 +1,4 @@
-"""An inspection as tables for a terminal."""
+"""Shows an inspection as tables in a terminal."""
 
 import math
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from rich.text import Text
 from .inspect_mixture import Candidate, CorpusInspection, Inspection, Prediction, TextInspection
 from .token_texts import visible
 
-# Of the eight that every terminal has, those that are seen on light and on dark; each component has its number too.
+# Those of the eight terminal colours that are visible on light and on dark; each component also has its number.
 COLORS = ("blue", "yellow", "green", "magenta", "cyan", "red")
 
 
 def tables(inspection: Inspection) -> Group:
-    """Something that rich prints: the tokens of the text, then the components over the corpus."""
+    """A rich renderable: the tokens of the text, then the components over the corpus."""
     parts: list[Any] = []
     if inspection.text is not None:
         parts += [tokens_table(inspection.text)]

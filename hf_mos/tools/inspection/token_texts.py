@@ -1,4 +1,4 @@
-"""The text of single tokens, as a reader would have it, whatever the tokenizer."""
+"""The readable text of single tokens, for any tokenizer."""
 
 import re
 from typing import Any
@@ -8,13 +8,13 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..evaluate import tokenize
 
-REPLACEMENT = "\ufffd"  # what bytes decode to that are no whole character
+REPLACEMENT = "\ufffd"  # stands for bytes of an incomplete character
 LONGEST_CHARACTER = 4  # bytes of UTF-8
 BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenTexts:
-    """The readable text of tokens: with the space before a word, and with its bytes where a token is no character.
+    """The readable text of tokens, with the space before a word; bytes of an incomplete character are escaped.
 
     A token is decoded behind a letter, as some tokenizers drop the space before what they decode first.
     """
@@ -33,7 +33,7 @@ class TokenTexts:
         return self.known[token_id]
 
     def of_text(self, token_ids: list[int]) -> list[str]:
-        """The texts of tokens that follow each other: a character of several tokens stands at the last of them."""
+        """The texts of consecutive tokens; a character that several tokens form belongs to the last of them."""
         texts: list[str] = []
         partial: list[int] = []
         for token_id in token_ids:
@@ -59,7 +59,7 @@ class TokenTexts:
         return self.tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
 
     def spell(self, token_id: int) -> str:
-        """A token that is no whole character: its bytes, escaped, else as the vocabulary spells it."""
+        """The text of an incomplete character: its bytes, escaped, else its spelling in the vocabulary."""
         token = self.tokenizer.convert_ids_to_tokens(token_id)
         if not token:
             return f"[{token_id}]"  # the vocabulary is padded
@@ -76,7 +76,7 @@ VISIBLE = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 
 
 def visible(text: str) -> str:
-    """A token's text for a table: what cannot be seen gets a sign or its escape."""
+    """A token's text for a table, with signs or escapes for invisible characters."""
     inner = "".join(VISIBLE.get(c, c if c.isprintable() else ascii(c)[1:-1]) for c in text)
     stripped = inner.strip(" ")
     before = len(inner) - len(inner.lstrip(" "))
@@ -84,5 +84,5 @@ def visible(text: str) -> str:
 
 
 def running(text: str) -> str:
-    """A token's text for a page that shows the tokens one after the other: line ends end lines."""
+    """A token's text for a page of consecutive tokens, with its line ends."""
     return "".join("↵\n" if c == "\n" else c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in text)
