@@ -1,4 +1,4 @@
-"""Every causal LM architecture that transformers knows, converted and checked, from tiny random weights.
+"""Converts and checks every causal LM architecture of transformers, with tiny random weights.
 
     python examples/architectures.py                      # all, on two processes
     python examples/architectures.py --only llama --only mamba
@@ -232,7 +232,7 @@ UNSHIFTED = {
 
 @dataclasses.dataclass
 class Row:
-    """What was found of one architecture; `None`: not asked, as the original does not have it."""
+    """The findings for one architecture; `None`: not checked, as the original lacks the property."""
 
     model_type: str
     model_class: str
@@ -495,7 +495,7 @@ def check_quietly(model_type: str, folder: Path, results: Any) -> None:
 
 
 def check_apart(model_type: str, folder: Path) -> Row:
-    """`check` in a process of its own, so that a crash or a hang is one row's and not the sweep's."""
+    """Runs `check` in its own process, so that a crash or a hang affects only one row."""
     context = multiprocessing.get_context("forkserver")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=check_quietly, args=(model_type, folder, sender))
@@ -588,7 +588,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Writes the file as a whole or not at all."""
+    """Writes the file atomically."""
     part = file.with_name(file.name + ".part")
     part.write_text(text)
     part.replace(file)

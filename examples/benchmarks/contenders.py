@@ -1,4 +1,4 @@
-"""What the loss is measured against. Each takes the same leaves and targets and returns a scalar, mean over tokens."""
+"""Other implementations of the loss. Each maps the same leaves and targets to a scalar, the mean over tokens."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

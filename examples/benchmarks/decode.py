@@ -1,4 +1,4 @@
-"""Decoding: what one token costs in the mixture's head, against one softmax, and in `generate` from end to end.
+"""Decoding: the cost of one token in the head of the mixture and of one softmax, and in `generate`.
 
     python examples/benchmarks/decode.py
     python examples/benchmarks/decode.py --hidden-size 768 --vocab-size 50257 --json
@@ -35,7 +35,7 @@ def backbone_config(hidden_size: int, vocab_size: int) -> LlamaConfig:
 
 
 def away_from_its_start(head: MoSLMHead) -> MoSLMHead:
-    """At its start every component is the same, which is no fair work for generate."""
+    """Makes the components differ, as equal ones are no fair work for `generate`."""
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             if not name.startswith("decoder"):
@@ -99,7 +99,7 @@ def main(
 
 
 def check(head: MoSLMHead, hidden_states: torch.Tensor) -> None:
-    """No time is printed of a wrong head."""
+    """Stops if a head is wrong, so that no time of it is printed."""
     with torch.inference_mode():
         fast = head(hidden_states)
     error = (fast - head(hidden_states).detach()).abs().max().item()

@@ -22,7 +22,7 @@ TOLERANCE = 1e-3  # of the gate, in fp32; the paper's epsilon alone is an error 
 
 
 def bare_products(leaves, keep):
-    """The products (N K) x E x V of a training step, into tensors that are there already."""
+    """The matmuls (N K) x E x V of a training step, into existing tensors."""
     rows, weight = leaves["latents"].detach().flatten(0, 1), leaves["decoder_weight"].detach()
     logits, d_rows, d_weight = keep
     torch.mm(rows, weight.t(), out=logits)
@@ -40,7 +40,7 @@ def main(
     threads: int = 2,
     device: str = "cpu",
     dtype: str = "float32",
-    only: Annotated[list[str] | None, typer.Option(help="Time these contenders alone.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Time only these contenders.")] = None,
     memory_of: Annotated[str | None, typer.Option(hidden=True)] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -96,7 +96,7 @@ def main(
 
 
 def memory(name: str) -> int:
-    """Measured in a fresh process, by this script's own hidden flag."""
+    """Measures memory in a fresh process, by a hidden flag of this script."""
     command = [sys.executable, *sys.argv, "--memory-of", name]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 

@@ -1,4 +1,4 @@
-"""Time in turn and memory at its peak: what the benchmarks share."""
+"""Measures time in turn and peak memory, for the benchmarks."""
 
 import gc
 import json
@@ -17,7 +17,7 @@ from rich.table import Table
 
 
 def time_in_turn(calls: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, float]:
-    """The median seconds of each call. Each round runs them all, so that a slow moment of the machine hits all."""
+    """The median seconds of each call. Each round runs all calls, so that a slow moment of the machine hits all."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in track(range(rounds + 1), description="timing", console=Console(stderr=True), transient=True):
         for name, call in calls.items():
@@ -72,7 +72,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def report(title: str, rows: list[dict[str, Any]], settings: dict[str, Any], as_json: bool) -> None:
-    """A table on the terminal, or everything as JSON."""
+    """Prints a table on the terminal, or JSON."""
     if as_json:
         print(json.dumps({"title": title, "settings": settings, "machine": machine(), "rows": rows}, indent=2))
         return

@@ -32,7 +32,7 @@ THRESHOLDS = {
 
 def main(
     model: str,
-    text_file: Annotated[Path, typer.Option(help="Text like what the model was trained on.")],
+    text_file: Annotated[Path, typer.Option(help="A text like the training text of the model.")],
     num_tokens: int = 2048,
     block_size: int = 64,
     threads: int = 2,

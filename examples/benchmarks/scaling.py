@@ -1,4 +1,4 @@
-"""How the loss grows with tokens, mixtures and classes: time and memory, along one axis at a time, with a plot.
+"""Time and memory of the loss along each axis: tokens, mixtures and classes. Draws a plot.
 
     python examples/benchmarks/scaling.py --out scaling.png
     python examples/benchmarks/scaling.py --quick
@@ -47,7 +47,7 @@ def main(
     latent_size: int = 256,
     rounds: int = 3,
     threads: int = 2,
-    quick: Annotated[bool, typer.Option(help="Small sizes, for a look.")] = False,
+    quick: Annotated[bool, typer.Option(help="Use small sizes, for a quick look.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     base = {"num_tokens": 256, "num_mixtures": 4, "latent_size": latent_size, "vocab_size": 32000}

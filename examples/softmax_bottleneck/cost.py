@@ -1,4 +1,4 @@
-"""What a training step costs for each token: operations that were counted, seconds that were measured.
+"""The cost of a training step per token: counted operations and measured seconds.
 
 The operations are the multiplications and additions of the matrix products of forward and backward, as torch's own
 counter sees them run. The seconds are the processor's, of one thread, the median over rounds in which each model takes
@@ -38,7 +38,7 @@ UNKNOWN_PRODUCTS = {
 
 
 def operations(model: PreTrainedModel, batch: Tensor, recipe: Recipe) -> float:
-    """Of a training step, per token."""
+    """The operations of a training step, per token."""
     optimizer = make_optimizer(model, recipe)
     with FlopCounterMode(display=False, custom_mapping=UNKNOWN_PRODUCTS) as counter:
         take_step(model, batch, optimizer, 1.0)
@@ -48,7 +48,7 @@ def operations(model: PreTrainedModel, batch: Tensor, recipe: Recipe) -> float:
 def seconds_in_turn(
     makers: dict[str, Callable[[], PreTrainedModel]], batch: Tensor, recipe: Recipe, rounds: int
 ) -> dict[str, float]:
-    """For each model the seconds of a training step, per token; one model is in memory at a time."""
+    """Measures the seconds of a training step per token of each model; one model is in memory at a time."""
     seconds: dict[str, list[float]] = {name: [] for name in makers}
     for _ in track(range(rounds), description="timing", console=Console(stderr=True), transient=True):
         for name, make in makers.items():

@@ -60,9 +60,11 @@ def main(
     words: Words = False,
     hidden_size: int = 32,
     num_layers: int = 2,
-    checkpoint_steps: Annotated[int, typer.Option(help="Of the softmax model that all start from, at most.")] = 40000,
-    steps: Annotated[int, typer.Option(help="Of each fine-tuning.")] = 1000,
-    learning_rate: Annotated[float, typer.Option(help="Of the trained weights.")] = 1e-3,
+    checkpoint_steps: Annotated[
+        int, typer.Option(help="Steps of the softmax model that all runs start from, at most.")
+    ] = 40000,
+    steps: Annotated[int, typer.Option(help="Steps of each fine-tuning.")] = 1000,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of the trained weights.")] = 1e-3,
     seeds: Seeds = 1,
     out: Out = DEFAULT_OUT,
     quick: Quick = False,

@@ -1,4 +1,4 @@
-"""One text, one backbone and one recipe, under one head after the other; every training is run once and kept."""
+"""Trains one backbone on one text by one recipe, with different heads. Each training runs once; its result is kept."""
 
 import hashlib
 import json
@@ -71,7 +71,7 @@ class Experiment:
         return self.results.run(settings, fit_and_save)
 
     def from_checkpoint(self, seed: int = 0) -> "Experiment":
-        """Starting from a softmax model that is trained with this recipe, once, and kept beside the results."""
+        """The experiment from a softmax model, which this recipe trains once and keeps beside the results."""
         settings = self.settings(SOFTMAX, seed)
         folder = self.results.path.parent / "models" / folder_name("checkpoint", settings)
         if not folder.exists():
@@ -86,13 +86,13 @@ class Experiment:
         return replace(self, checkpoint=folder)
 
     def checkpoint_result(self) -> dict[str, Any]:
-        """What `fit` returned for the checkpoint."""
+        """The result of `fit` for the checkpoint."""
         assert self.checkpoint is not None
         saved = self.checkpoint / FIT_FILE
         return self.results.run({"checkpoint": saved.parent.name}, lambda: json.loads(saved.read_text("utf-8")))
 
     def tuned(self, head: Head, rates: Sequence[dict[str, float]]) -> "Experiment":
-        """With the learning rates of the lowest validation loss, by the runs of seed 0; one alone needs no run."""
+        """The experiment with the best learning rates by the runs of seed 0; a single rate needs no run."""
         if len(rates) == 1:
             return self.with_recipe(**rates[0])
         candidates = [self.with_recipe(**each) for each in rates]
@@ -107,14 +107,14 @@ class Experiment:
         return operations(self.model(head), self.batch, self.recipe)
 
     def widened(self, head: Head, budget: float) -> "Experiment":
-        """With the smallest backbone of this head that spends at least `budget` operations per token."""
+        """The experiment with the smallest backbone that spends at least `budget` operations per token."""
         wider = self
         while wider.operations(head) < budget:
             wider = wider.with_size(wider.size.hidden_size + 2 * self.size.num_heads)
         return wider
 
     def seconds(self, configurations: "Configurations", rounds: int) -> dict[str, float]:
-        """Of a training step, per token: measured once, in turn."""
+        """The seconds of a training step per token, measured once, in turn."""
         settings = {
             **self.text.settings,
             "seconds": {name: [other.size.settings, head.settings] for name, (other, head) in configurations.items()},
@@ -130,7 +130,7 @@ Configurations = dict[str, tuple[Experiment, Head]]  # by the name in a table
 
 
 def train_all(found: Configurations, seeds: int) -> dict[str, list[dict[str, Any]]]:
-    """The results of each; seed after seed, so that an interrupted run has compared as many seeds as it can."""
+    """The results of each configuration. Runs seed after seed, so that an interrupted run has compared whole seeds."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in found}
     for seed in range(seeds):
         for name, (experiment, head) in found.items():
@@ -139,6 +139,6 @@ def train_all(found: Configurations, seeds: int) -> dict[str, list[dict[str, Any
 
 
 def folder_name(name: str, settings: dict[str, Any]) -> str:
-    """A name that no other settings have."""
+    """A name that is unique to the settings."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return f"{name.replace(' ', '-').replace('=', '')}-{digest}"

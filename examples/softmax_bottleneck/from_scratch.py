@@ -39,7 +39,7 @@ WIDENED = "widened softmax"
 
 @dataclass(frozen=True)
 class Family:
-    """Heads that share their learning rate: the best one for that which it is searched with."""
+    """Heads that share a learning rate: the best one for the head that it is searched with."""
 
     searched: Head
     heads: list[Head]
@@ -74,7 +74,7 @@ def check_heads(given: list[str], families: list[Family]) -> None:
 def configurations(
     base: Experiment, families: list[Family], rates: list[float], only: list[str], quick: bool
 ) -> Configurations:
-    """The heads, of those that are asked for, with their recipes; and the widened softmax."""
+    """The requested heads with their recipes, and the widened softmax."""
     tried = rates[:1] if quick else rates
     found: Configurations = {}
     for family in families:
@@ -95,7 +95,7 @@ def rates_to_try(head: Head, rates: list[float]) -> list[dict[str, float]]:
 
 
 def for_the_seconds_of_the_mixture(found: Configurations, seconds: dict[str, float]) -> Configurations:
-    """The softmaxes, trained for as many steps."""
+    """The softmaxes, trained for the seconds of the mixture."""
     longer: Configurations = {}
     controls = [name for name in (SOFTMAX.name, WIDENED) if name in found and MIXTURE.name in found]
     for name in controls:
@@ -106,7 +106,7 @@ def for_the_seconds_of_the_mixture(found: Configurations, seconds: dict[str, flo
 
 
 def of_more_patience(found: Configurations) -> Configurations:
-    """Their learning rates cut later."""
+    """The heads whose learning rates are cut later."""
     longer: Configurations = {}
     for head, patience in PATIENT:
         if head.name in found:
@@ -146,14 +146,15 @@ def main(
     words: Words = False,
     hidden_size: int = 32,
     num_layers: int = 2,
-    steps: Annotated[int, typer.Option(help="Of the comparison at a fixed number of steps.")] = 1000,
+    steps: Annotated[int, typer.Option(help="Steps of the comparison at a fixed number of steps.")] = 1000,
     learning_rates: Annotated[
-        list[float] | None, typer.Option(help="Tried at a fixed number of steps; give it several times.")
+        list[float] | None,
+        typer.Option(help="Learning rates to try for a fixed number of steps; give it several times."),
     ] = None,
-    max_steps: Annotated[int, typer.Option(help="Of the training to convergence, at most.")] = 40000,
+    max_steps: Annotated[int, typer.Option(help="Steps of a training to convergence, at most.")] = 40000,
     seeds: Annotated[int, typer.Option(help="Runs of each head at a fixed number of steps.")] = 3,
     convergence_seeds: Annotated[int, typer.Option(help="Runs of each head to convergence.")] = 3,
-    heads: Annotated[list[str] | None, typer.Option(help="Only these, by their names in the tables.")] = None,
+    heads: Annotated[list[str] | None, typer.Option(help="Run only these heads; the tables have their names.")] = None,
     out: Out = DEFAULT_OUT,
     quick: Quick = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""The models that are compared: one backbone under different heads, all with the library's own loss.
+"""The compared models: one backbone with different heads, all with the loss of this library.
 
 The controls are heads of the same class, so that nothing but the maths differs, in quality and in cost:
 
@@ -108,7 +108,7 @@ def contexts(num_mixtures: int = 4, **options: Any) -> Head:
 
 @dataclass(frozen=True)
 class Size:
-    """Of the backbone, a GPT-2 with its decoder tied to its embedding."""
+    """The size of the backbone, a GPT-2 whose decoder is tied to its embedding."""
 
     hidden_size: int
     num_layers: int
@@ -121,7 +121,7 @@ class Size:
 
 
 def new_softmax_model(size: Size, vocab_size: int, block_size: int, seed: int) -> GPT2LMHeadModel:
-    """Random weights, the same for the same seed whatever head comes next."""
+    """A model with random weights, which depend on the seed alone and not on the head."""
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=vocab_size,

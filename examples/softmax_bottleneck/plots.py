@@ -11,7 +11,7 @@ DPI = 110
 
 
 def color_of(name: str) -> str:
-    """Of a head's family: softmaxes are grey, however they are trained."""
+    """The colour of a head's family; softmaxes are grey."""
     families = {"softmax": "0.35", "contexts": "tab:green", "tanh": "tab:orange", "R=": "tab:purple"}
     return next((color for word, color in families.items() if word in name), "tab:blue")
 

@@ -1,4 +1,4 @@
-"""What rank does the log-probability matrix of a trained model have? One softmax, contexts mixed, softmaxes mixed.
+"""Which rank does the log-probability matrix of a trained model have? One softmax, mixed contexts, mixed softmaxes.
 
     python examples/softmax_bottleneck/rank.py --quick
     python examples/softmax_bottleneck/rank.py --data-dir ptb
@@ -65,7 +65,7 @@ def main(
     words: Words = False,
     hidden_size: int = 32,
     num_layers: int = 2,
-    steps: Annotated[int, typer.Option(help="Of training before the rank is measured.")] = 500,
+    steps: Annotated[int, typer.Option(help="Training steps before the rank is measured.")] = 500,
     num_contexts: Annotated[int, typer.Option(help="N, the rows of the matrix.")] = 4096,
     seed: int = 0,
     out: Out = DEFAULT_OUT,

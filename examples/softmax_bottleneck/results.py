@@ -1,4 +1,4 @@
-"""The runs of a question in one JSON file: each is written when it is done, and what is there is not run again."""
+"""Keeps the runs of a question in one JSON file. Each run is written when it ends, and runs once."""
 
 import json
 import math
@@ -25,7 +25,7 @@ DEFAULT_OUT = Path("softmax-bottleneck-out")
 
 
 class Results:
-    """The JSON file of a question, which an interrupted script takes up again."""
+    """The JSON file of a question; an interrupted script continues from it."""
 
     def __init__(self, out: Path, question: str, quick: bool = False) -> None:
         self.path = out / f"{question}{'-quick' if quick else ''}.json"
@@ -34,7 +34,7 @@ class Results:
             self.runs = json.loads(self.path.read_text(encoding="utf-8"))["runs"]
 
     def run(self, settings: dict[str, Any], function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of the run with these settings: that in the file, or what the function returns now."""
+        """The result of the run with these settings: from the file, or by a call of the function."""
         settings = json.loads(json.dumps(settings))  # as they read in the file
         for run in self.runs:
             if run["settings"] == settings:
@@ -44,7 +44,7 @@ class Results:
         return self.runs[-1]["result"]
 
     def write(self) -> None:
-        """Whole or not at all."""
+        """Writes the file atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         staged = self.path.with_suffix(".unfinished")
         lines = ",\n".join(json.dumps(run) for run in self.runs)
@@ -53,13 +53,13 @@ class Results:
 
 
 def command() -> str:
-    """What was called, a path by its last name."""
+    """The command line; a path is reduced to its last name."""
     arguments = [Path(argument).name if Path(argument).exists() else argument for argument in sys.argv[1:]]
     return shlex.join(["python", f"examples/softmax_bottleneck/{Path(sys.argv[0]).name}", *arguments])
 
 
 def versions() -> dict[str, str]:
-    """Of what a run was made with; the commit where the scripts lie in a repository."""
+    """The versions of Python, libraries and, in a repository, the commit."""
     found = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -72,7 +72,7 @@ def versions() -> dict[str, str]:
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """The mean, and the standard deviation where there are several."""
+    """The mean, and the standard deviation if there are several values."""
     if not values:
         return ""
     mean = f"{statistics.mean(values):.{digits}f}"

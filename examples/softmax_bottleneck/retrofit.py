@@ -48,7 +48,7 @@ WIDE_RATE, SCRATCH_HEAD_RATE = 1e-2, 5e-3  # from scratch: of the widened softma
 
 
 def configurations(base: Experiment, tries: slice) -> Configurations:
-    """The old head, also for longer, and the mixtures; each with the best of its learning rates."""
+    """The softmax, the softmax trained for longer, and the mixtures, each with its best learning rates."""
     softmax = base.tuned(SOFTMAX, SOFTMAX_RATES[tries])
     found: Configurations = {"softmax": (softmax, SOFTMAX)}
     found |= {head.name: (base.tuned(head, MIXTURE_RATES[tries]), head) for head in (*CONTROLS, FULL, CHEAP)}
@@ -101,8 +101,8 @@ def main(
     words: Words = False,
     hidden_size: int = 32,
     num_layers: int = 2,
-    steps: Annotated[int, typer.Option(help="Of each fine-tuning.")] = 1000,
-    checkpoint_steps: Annotated[int, typer.Option(help="Of the checkpoint, at most.")] = 40000,
+    steps: Annotated[int, typer.Option(help="Steps of each fine-tuning.")] = 1000,
+    checkpoint_steps: Annotated[int, typer.Option(help="Steps of the checkpoint, at most.")] = 40000,
     seeds: Seeds = 3,
     grid_seeds: Annotated[int, typer.Option(min=1, help="Runs of the other mixtures of latent_rank.")] = 1,
     out: Out = DEFAULT_OUT,

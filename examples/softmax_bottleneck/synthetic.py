@@ -1,4 +1,4 @@
-"""A language whose log-probability matrix has a known rank: how far is each head from what can be known of it?
+"""A language whose log-probability matrix has a known rank: how far is each head from its entropy?
 
     python examples/softmax_bottleneck/synthetic.py --quick
     python examples/softmax_bottleneck/synthetic.py
@@ -71,7 +71,7 @@ def excess(truth: Tensor, log_probs: Tensor) -> Tensor:
 
 
 def main(
-    vocab_size: Annotated[int, typer.Option(help="V, of contexts and of tokens.")] = 256,
+    vocab_size: Annotated[int, typer.Option(help="V, the number of contexts and of tokens.")] = 256,
     hidden_size: Annotated[int, typer.Option(help="D.")] = 8,
     logit_spread: Annotated[float, typer.Option(help="Standard deviation of the language's logits.")] = 2.0,
     steps: int = 1000,

@@ -1,4 +1,4 @@
-"""The text that every question is asked of: blocks of tokens to train on, to validate and to test."""
+"""The text of the questions: blocks of tokens for training, validation and test."""
 
 import sys
 from collections import Counter
@@ -22,14 +22,16 @@ DataDir = Annotated[Path | None, typer.Option(help="A folder of train.txt, valid
 TrainFile = Annotated[Path | None, typer.Option(help="A text file to train on.")]
 ValidationFile = Annotated[Path | None, typer.Option(help="A text file, half to validate and half to test.")]
 DatasetName = Annotated[str | None, typer.Option(help="A dataset of the Hub, or a folder that load_dataset reads.")]
-DatasetConfigName = Annotated[str | None, typer.Option(help="As in load_dataset.")]
-VocabSize = Annotated[int, typer.Option(help="Of the byte-level BPE tokenizer that is trained on the text.")]
-Words = Annotated[bool, typer.Option("--words", help="A token is a word of the training text, as in the literature.")]
+DatasetConfigName = Annotated[str | None, typer.Option(help="Configuration of the dataset.")]
+VocabSize = Annotated[
+    int, typer.Option(help="Vocabulary of the byte-level BPE tokenizer that is trained on the text.")
+]
+Words = Annotated[bool, typer.Option("--words", help="Use words as tokens, as in the literature.")]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the text comes from; one of the three, or none for Python's own documentation."""
+    """The source of the text: one of the three, or none for Python's own documentation."""
 
     data_dir: Path | None = None
     train_file: Path | None = None
@@ -60,7 +62,7 @@ class Source:
         return {}
 
     def texts(self) -> dict[str, list[str]]:
-        """The texts of each split. Where there is none to test, the last half of those to validate is."""
+        """The texts of each split. Without a test split, the last half of the validation texts is the test split."""
         if self.files():
             found = {split: path.read_text(encoding="utf-8").split("\n") for split, path in self.files().items()}
         elif self.dataset_name is not None:
@@ -94,7 +96,7 @@ class Text:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What identifies the text among the settings of a run."""
+        """The settings of a run that identify the text."""
         return {"text": self.name, "vocab_size": self.vocab_size, "blocks": [len(self.train), *self.train.shape[1:]]}
 
 

@@ -23,7 +23,7 @@ MODEL_BATCH = 64  # blocks in an evaluation
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained: AdamW, gradients of norm 1 at most."""
+    """The settings of a training with AdamW and gradients of norm 1 at most."""
 
     steps: int  # all of them, or at most where it stops early
     learning_rate: float
@@ -44,17 +44,17 @@ class Recipe:
 
 
 def new_latents_rate(learning_rate: float) -> float:
-    """Of the prior and the latents from scratch: they start at the identity and are read by every class."""
+    """The rate of prior and latents from scratch. They start at the identity, and every class reads them."""
     return learning_rate / 10
 
 
 def from_scratch_recipe(steps: int, learning_rate: float, head_learning_rate: float | None = None) -> Recipe:
-    """Of new weights, for a fixed number of steps. A shorter warm-up and larger batches learn much more slowly."""
+    """The recipe from random weights for a fixed number of steps. Shorter warm-up and larger batches learn slower."""
     return Recipe(steps, learning_rate, head_learning_rate, batch_size=8, warmup=0.25)
 
 
 def convergence_recipe(steps: int, learning_rate: float, head_learning_rate: float | None = None) -> Recipe:
-    """Of new weights, until a learning rate gains less than half a percent in `evaluate_every` steps, thrice cut.
+    """The recipe from random weights until a learning rate, cut three times, gains less than half a percent.
 
     Batches are larger than for a fixed number of steps: in the end their noise is what keeps the loss up.
     """
@@ -65,7 +65,7 @@ def convergence_recipe(steps: int, learning_rate: float, head_learning_rate: flo
 
 
 def checkpoint_recipe(steps: int) -> Recipe:
-    """Of the softmax model that a fine-tuning starts from: until its validation loss no longer falls."""
+    """The recipe of the softmax model that a fine-tuning starts from: until its validation loss no longer falls."""
     return Recipe(steps, learning_rate=2e-2, to_convergence=True, evaluate_every=max(50, steps // 80))
 
 
@@ -117,14 +117,14 @@ def fit(model: PreTrainedModel, text: Text, recipe: Recipe, seed: int, name: str
 
 
 class Plateau:
-    """Cuts the learning rate when the validation loss stays, and in the end stops."""
+    """Cuts the learning rate when the validation loss no longer falls, and finally stops."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.scale, self.lowest, self.waited, self.cuts = 1.0, math.inf, 0, 0
 
     def judge(self, nats: float) -> tuple[bool, bool]:
-        """Whether this validation loss is the lowest, and whether the learning rate has given what it could."""
+        """Whether this validation loss is the lowest, and whether the learning rate must be cut."""
         gain, self.lowest = self.lowest - nats, min(self.lowest, nats)
         self.waited = 0 if gain > self.recipe.least_gain else self.waited + 1
         is_over = self.waited >= self.recipe.patience
@@ -165,7 +165,7 @@ def take_step(model: PreTrainedModel, batch: Tensor, optimizer: torch.optim.Opti
 
 
 def random_batches(blocks: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Epoch after epoch, each in an order of its own; the same for the same seed."""
+    """Yields batches epoch after epoch, each shuffled; the seed determines the order."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         for chosen in torch.randperm(len(blocks), generator=generator).split(batch_size):

@@ -90,7 +90,7 @@ def measure(experiment: Experiment, seeds: int, rounds: int) -> dict[str, Any]:
 
 
 def costs_in_use() -> list[dict[str, Any]]:
-    """What a mixture multiplies the operations of training by; those of the attention's own products are left out."""
+    """The factor by which a mixture multiplies the operations of training, without the matmuls of attention."""
     rows = []
     for name, config in MODELS_IN_USE.items():
         with torch.device("meta"):
