@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_mos import SOFTCAP_FIELDS, MoSConfig, take_softcap
@@ -25,7 +25,8 @@ def convert_causal_lm(
     cls: type[MoSForCausalLM], model: str | PreTrainedModel, num_mixtures: int, kwargs: dict[str, Any]
 ) -> MoSForCausalLM:
     """`cls.from_causal_lm(model, num_mixtures=num_mixtures, **kwargs)`, documented there."""
-    fields = {field.name for field in dataclasses.fields(MoSConfig)} & MoSConfig.__annotations__.keys()
+    config_class: type[MoSConfig] = cls.config_class  # the code beside a checkpoint has a class of its own
+    fields = {field.name for field in dataclasses.fields(config_class)} & config_class.__annotations__.keys()
     options = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
     known_options = f"options of MoSConfig ({', '.join(sorted(fields))})"
     if "text_config" in options:
@@ -33,19 +34,19 @@ def convert_causal_lm(
     if isinstance(model, PreTrainedModel):
         if kwargs:
             raise ValueError(f"expected {known_options}, given {sorted(kwargs)}")
-        refuse_mixture(model, type(model).__name__)
+        refuse_mixture(model.config, type(model).__name__)
         backbone = share_weights(model)
     elif isinstance(model, (str, os.PathLike)):
-        MoSConfig(text_config={"model_type": "llama"}, num_mixtures=num_mixtures, **options)  # fail before loading
+        config_class(text_config={"model_type": "llama"}, num_mixtures=num_mixtures, **options)  # fail before loading
         try:
             backbone = AutoModelForCausalLM.from_pretrained(model, **kwargs)
         except TypeError as error:  # from_pretrained hands unknown arguments to the model's constructor
             raise ValueError(f"expected {known_options} or of from_pretrained: {error}") from error
-        refuse_mixture(backbone, str(model))
+        refuse_mixture(backbone.config, repr(str(model)))
     else:
         raise ValueError(f"model: expected a path, a Hub id or a causal LM, given {type(model).__name__}")
     projection = output_projection(backbone)
-    config = _config_for(backbone, projection, num_mixtures, options)
+    config = _config_for(config_class, backbone, projection, num_mixtures, options)
     module: Any
     for module in backbone.modules():
         module._is_hf_initialized = True  # post_init must not draw its weights again
@@ -56,14 +57,18 @@ def convert_causal_lm(
     return result.train(backbone.training)
 
 
-def refuse_mixture(model: PreTrainedModel, given: str) -> None:
-    """Raises a ValueError for a mixture, also of the class in the code beside a checkpoint."""
-    if model.config.model_type == MoSConfig.model_type:
+def refuse_mixture(config: PreTrainedConfig, given: str) -> None:
+    """Raises a ValueError for the config of a mixture, also of the class in the code beside a checkpoint."""
+    if config.model_type == MoSConfig.model_type:
         raise ValueError(f"model: expected a causal LM with a softmax head, given {given}, a mixture already")
 
 
 def _config_for(
-    backbone: PreTrainedModel, projection: nn.Linear, num_mixtures: int, options: dict[str, Any]
+    config_class: type[MoSConfig],
+    backbone: PreTrainedModel,
+    projection: nn.Linear,
+    num_mixtures: int,
+    options: dict[str, Any],
 ) -> MoSConfig:
     """Makes the config of the conversion; raises a ValueError where an option would change the model's predictions."""
     tied = projection.weight is backbone.get_input_embeddings().weight
@@ -76,7 +81,7 @@ def _config_for(
     if options.get("tie_word_embeddings") and not tied:
         raise ValueError("tie_word_embeddings: expected False, the model's own head is not tied, given True")
     given = {name: value for name, value in options.items() if value is not None}
-    config = MoSConfig(text_config=backbone.config, num_mixtures=num_mixtures, **{**own, **given})
+    config = config_class(text_config=backbone.config, num_mixtures=num_mixtures, **{**own, **given})
     if config.latent_size not in (None, projection.in_features):
         raise ValueError(
             f"latent_size: expected {projection.in_features}, the head's width, given {config.latent_size}"

@@ -16,6 +16,7 @@ CPU_BUDGET_BYTES = 12 * 2**20
 MIN_ROWS = 32
 MIN_BUDGET_BYTES = 256 * 2**20
 DEVICE_MEMORY_SHARE = 1 / 64
+AUTOGRAD_BYTES_PER_LOGIT = 24  # of the readable maths
 
 
 class ChunkBuffers(NamedTuple):

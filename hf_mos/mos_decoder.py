@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .mos_chunks import tokens_per_chunk
+from .mos_chunks import AUTOGRAD_BYTES_PER_LOGIT, tokens_per_chunk
 from .mos_latents import Latents, as_latents
 from .mos_log_probs import cap_logits, infer_log_probs, mix_log_probs, mos_log_probs, reduce
 from .mos_loss import mos_cross_entropy
@@ -21,7 +21,6 @@ from .mos_vocabulary import VocabularyShard
 
 ENGINES = ("torch.distributed.fsdp.", "deepspeed.")  # modules whose hooks gather a weight
 TENSOR_PARALLEL = "tp"  # a mesh's name for the dimension that shards the vocabulary
-AUTOGRAD_BYTES_PER_LOGIT = 24
 
 
 class Reduction(TypedDict, total=False):

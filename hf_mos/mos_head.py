@@ -10,7 +10,7 @@ from transformers import initialization as init
 from .configuration_mos import MoSConfig
 from .mos_decoder import Reduction, use_of
 from .mos_latents import Latents, kind_of
-from .mos_log_probs import reduce
+from .mos_log_probs import divisor, reduce
 from .mos_token_scores import ScoreOptions, Scores
 
 ACTIVATIONS = {"identity": nn.Identity, "tanh": nn.Tanh}
@@ -140,7 +140,7 @@ class MoSLMHead(nn.Module):
     def _balance_loss(self, prior_logits: Tensor, counts: Tensor, reduction: str) -> Tensor:
         """The balance loss, added to each token that counts and reduced as the loss is."""
         weights = F.softmax(prior_logits, dim=-1) * counts.unsqueeze(-1)
-        mean_weights = weights.sum(0) / counts.sum().clamp(min=1)
+        mean_weights = weights.sum(0) / divisor(counts, "mean")
         variation = self.num_mixtures * mean_weights.square().sum() - 1  # variance / mean^2, as the mean is 1 / K
         return reduce(self.balance_coefficient * variation * counts, counts, reduction)
 

@@ -123,9 +123,8 @@ def divisor(counts: Tensor, reduction: str) -> Tensor | int:
 
 def count_items(targets: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
     """The divisor of a batch's summed loss: the number given, else the number of targets that are not -100."""
-    if num_items_in_batch is None:
-        num_items_in_batch = (targets != -100).sum()
-    return torch.as_tensor(num_items_in_batch, device=targets.device).clamp(min=1)
+    num_items = divisor(targets != -100, "mean") if num_items_in_batch is None else num_items_in_batch
+    return torch.as_tensor(num_items, device=targets.device).clamp(min=1)
 
 
 def check_shapes(latents: Latents, prior_logits: Tensor, decoder_weight: Tensor, decoder_bias: Tensor | None) -> None:

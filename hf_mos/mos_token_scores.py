@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.utils import ModelOutput
 
-from .mos_chunks import tokens_per_chunk
+from .mos_chunks import AUTOGRAD_BYTES_PER_LOGIT, tokens_per_chunk
 from .mos_latents import Latents
 from .mos_log_probs import infer_log_probs, mos_log_probs, widen
 from .mos_loss import (
@@ -152,7 +152,7 @@ def gradients_by_autograd(
     leaves: list[Any] = [None if x is None else x.detach().requires_grad_() for x in inputs.flat()]
     wanted_leaves = [x for x, want in zip(leaves, wanted.flat(), strict=True) if x is not None and want]
     totals = [torch.zeros_like(x, dtype=widen(x[:0]).dtype) for x in wanted_leaves]
-    for tokens in token_chunks(inputs, 24):
+    for tokens in token_chunks(inputs, AUTOGRAD_BYTES_PER_LOGIT):
         with torch.enable_grad():
             log_probs = log_probs_of(LossInputs.read(type(inputs.latents), leaves), tokens, work, mos_log_probs)
             scores = score(log_probs, targets[tokens], options)

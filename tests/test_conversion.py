@@ -9,8 +9,9 @@ import torch
 from helpers import BACKBONES, VOCAB_SIZE, greedy, log_prob_gap, random_tokens, tiny_causal_lm
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from hf_mos import MoSForCausalLM
+from hf_mos import MoSConfig, MoSForCausalLM
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -239,3 +240,13 @@ def test_a_model_without_a_head_is_refused() -> None:
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(ValueError, match="model: expected"):
         MoSForCausalLM.from_causal_lm(3)
+
+
+def test_the_class_beside_a_checkpoint_converts_with_its_own_config(tmp_path: Path) -> None:
+    MoSForCausalLM.from_causal_lm(tiny_causal_lm("llama")).save_pretrained(tmp_path)
+    remote = get_class_from_dynamic_module("modeling_mos.MoSForCausalLM", tmp_path)
+    model = remote.from_causal_lm(tiny_causal_lm("llama"), num_mixtures=2)
+    assert type(model) is remote is not MoSForCausalLM
+    assert type(model.config) is remote.config_class is not MoSConfig
+    tokens = random_tokens()
+    assert log_prob_gap(tiny_causal_lm("llama"), model, input_ids=tokens) < 1e-5

@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..configuration_mos import MoSConfig
+from ..conversion import refuse_mixture
 from ..modeling_mos import MoSForCausalLM
 from .loading import check_device, check_exists, hub_options, load_model, load_tokenizer
 
@@ -76,8 +77,7 @@ def convert(
     if device not in (None, "auto"):
         check_device(device)
     config = AutoConfig.from_pretrained(model, **hub_options(revision, trust_remote_code))
-    if config.model_type == MoSConfig.model_type:
-        raise ValueError(f"model: expected a causal LM with a softmax head, given {str(model)!r}, a mixture already")
+    refuse_mixture(config, repr(str(model)))
     MoSConfig(text_config=config, num_mixtures=num_mixtures, **head_options)  # fail before loading weights
     tokenizer = find_tokenizer(model, revision, trust_remote_code)
 
