@@ -9,6 +9,11 @@ from transformers import AutoConfig, PreTrainedConfig
 
 LATENT_ACTIVATIONS = ("identity", "tanh")
 
+# Adam moves every weight by the learning rate. So the change of a layer's output in a step grows with its width D, and
+# the scale of the head's layers must fall as 1 / D to give every width the same change: 10 at D = 32, 0.56 at D = 576.
+# `examples/softmax_bottleneck/learning_rates.py` compares other products. Source: Yang et al., arXiv 2203.03466.
+SCALE_TIMES_WIDTH = 320.0
+
 # The names that transformers' architectures give the softcap of their logits. It belongs inside each component of the
 # mixture, so it is moved from the backbone's config to this one.
 SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -50,11 +55,16 @@ class MoSConfig(PreTrainedConfig):
     latent_rank: int | None = option(
         None, "R: let the components differ in one shared subspace of this rank, for 1 + K R / E softmaxes in cost."
     )
+    latent_scale: float | None = option(
+        None,
+        "Multiplies the shifts and the prior's logits, so that they learn this many times as fast as the rest at the "
+        "same learning rate; None: 320 / D, which suits trained models of any width D.",
+    )
     latent_activation: str = option(
         "identity",
         "identity, or tanh as in the paper; tanh without a latent rank changes a trained model's predictions.",
     )
-    latent_bias: bool = option(False, "Give the latent projection a bias.")
+    latent_bias: bool = option(False, "Give the layer of the shifts, or of the latents, a bias.")
     prior_bias: bool = option(False, "Give the prior a bias.")
     latent_dropout: float = option(0.0, "Dropout probability on the latents, or the shifts, in training, in [0, 1).")
     balance_coefficient: float = option(
@@ -79,6 +89,8 @@ class MoSConfig(PreTrainedConfig):
             raise ValueError(f"softcap: expected the backbone's own, {softcap}, or None, given {self.softcap!r}")
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        if self.latent_scale is None:
+            self.latent_scale = default_scale(self.text_config) if self.adds_shifts else 1.0
         self._check_fields()
         # The base class overwrites the attention and experts implementations of the sub-configs, with None unless
         # given. A loaded backbone uses its own, so they must stay.
@@ -90,6 +102,12 @@ class MoSConfig(PreTrainedConfig):
         for name, value in own.items():
             if value is not None:
                 setattr(self, f"_{name}", value)
+
+    @property
+    def adds_shifts(self) -> bool:
+        """Whether the latents are the hidden state plus shifts; else they are projections of it, as in the paper."""
+        keeps_width = self.latent_size in (None, embedding_size(self.text_config))
+        return self.latent_rank is not None or (keeps_width and self.latent_activation == "identity")
 
     def _check_fields(self) -> None:
         def require(field: str, ok: bool, expected: str) -> None:
@@ -103,6 +121,10 @@ class MoSConfig(PreTrainedConfig):
         size = self.latent_size
         if self.latent_rank:
             require("latent_size", size is None, "None with latent_rank, whose latents have the width of the input,")
+        scale = self.latent_scale
+        require("latent_scale", is_number(scale, lambda x: x > 0), "a finite number above 0, or None")
+        if not self.adds_shifts:
+            require("latent_scale", scale == 1, "1 or None where the latents are the paper's,")
         activations = " or ".join(repr(name) for name in LATENT_ACTIVATIONS)
         require("latent_activation", self.latent_activation in LATENT_ACTIVATIONS, activations)
         for field in ("latent_bias", "prior_bias", "tie_word_embeddings", "skip_logits_in_training"):
@@ -135,7 +157,14 @@ class MoSConfig(PreTrainedConfig):
                 f"model_type: expected {cls.model_type!r}, given {model_type!r}. To put a mixture head on that model, "
                 "call MoSForCausalLM.from_causal_lm(...) with its path."
             )
-        return super().from_dict(config_dict, **kwargs)
+        result = super().from_dict(config_dict, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        if config.adds_shifts and config_dict.get("latent_scale") is None:
+            raise ValueError(
+                "latent_scale: expected a number, given none: the checkpoint is of an earlier version, whose latents "
+                "are computed in another way. Convert its softmax model again and train the mixture anew."
+            )
+        return result
 
 
 def delegated(name: str) -> property:
@@ -187,6 +216,11 @@ def take_softcap(text_config: PreTrainedConfig) -> float | None:
             types: dict[str, Any] = {declared.name: declared.type for declared in dataclasses.fields(holder)}
             setattr(holder, field, None if isinstance(None, types.get(field, object)) else NO_SOFTCAP)
     return softcap
+
+
+def default_scale(text_config: PreTrainedConfig) -> float:
+    """The scale of the shifts and of the prior's logits, by the width of the hidden state that the head reads."""
+    return SCALE_TIMES_WIDTH / (embedding_size(text_config) or SCALE_TIMES_WIDTH)
 
 
 def embedding_size(text_config: PreTrainedConfig) -> int | None:

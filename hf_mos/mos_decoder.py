@@ -124,12 +124,12 @@ class GatheredDecoder(CalledDecoder):
     """
 
     def loss(self, latents: Latents, prior_logits: Tensor, targets: Tensor, **options: Unpack[Reduction]) -> Tensor:
-        kind = type(latents)
+        form = type(latents)
 
         def loss_of(*tensors: Tensor) -> Tensor:
             use = ShardedDecoder if hasattr(self.decoder.weight, "device_mesh") else ReadDecoder
             gathered = use(self.decoder, self.softcap)
-            return gathered.loss(kind(*tensors), prior_logits, targets, **options)
+            return gathered.loss(form(*tensors), prior_logits, targets, **options)
 
         return _call_as(self.decoder, loss_of, *latents.tensors)
 

@@ -9,7 +9,7 @@ from transformers import initialization as init
 
 from .configuration_mos import MoSConfig
 from .mos_decoder import Reduction, use_of
-from .mos_latents import Latents, kind_of
+from .mos_latents import Latents, kind_of, with_gradient
 from .mos_log_probs import divisor, reduce
 from .mos_token_scores import ScoreOptions, Scores
 
@@ -19,9 +19,10 @@ ACTIVATIONS = {"identity": nn.Identity, "tanh": nn.Tanh}
 class MoSLMHead(nn.Module):
     """Equivalent to: `mos_log_probs(latents(h), prior(h), decoder.weight)`.
 
-    K latents, each a function of the hidden state, share one decoder; the prior weighs their softmaxes. `prior`,
-    `latent` and `decoder` are the names of the paper's code. `mos_latents.py` has the kinds of latents, each with the
-    modules that compute it: `latent`, or `shift` and a `basis` of fixed orthonormal directions with `latent_rank`.
+    K latents, each a function of the hidden state, share one decoder; the prior weighs their softmaxes. The latents
+    are `h + latent_scale * shift(h)_k`, and the prior's logits are `prior(latent_scale * h)`. `mos_latents.py` has the
+    kinds of latents, each with its modules: `shift`, with `latent_rank` also a `basis` of fixed orthonormal
+    directions, or the paper's `latent`.
 
     Args:
         config: K, the latents, dropout, softcap; and, where no `decoder` is given, the decoder's shape.
@@ -30,13 +31,13 @@ class MoSLMHead(nn.Module):
     Raises:
         ValueError: the decoder's width cannot be the latents' width.
 
-    Initialisation: every latent is the hidden state itself (the identity projection, or a shift of zero), so the
-    mixture predicts what one softmax with its decoder predicts, whatever the prior. The prior has random weights of
-    standard deviation 1 / sqrt(D), so that the mixture weights differ from token to token, each component gets the
-    gradients of other tokens, and the components part. Under equal weights their gradients would be equal and they
-    would stay clones for ever (perplexity 117 in place of 113 after 400 steps, one softmax 118, by
-    `python examples/benchmarks/initialisation.py --threads 1`). The basis is fixed: Adam moves a trained one at random
-    while the shift is still zero, and then none of the gain was left (`examples/softmax_bottleneck/defaults.py`).
+    Initialisation: every shift is zero, so every latent is the hidden state itself and the mixture predicts what one
+    softmax with its decoder predicts, whatever the prior. The prior's logits have random weights of standard deviation
+    1 / sqrt(D), so that the mixture weights differ from token to token, each component gets the gradients of other
+    tokens, and the components part. Under equal weights their gradients would be equal and they would stay clones for
+    ever (`python examples/benchmarks/initialisation.py --threads 1` compares). The basis is
+    fixed: Adam moves a trained one at random while the shift is still zero, and then none of the gain was left
+    (`examples/softmax_bottleneck/defaults.py`).
 
     Source: Yang et al. 2018, arXiv 1711.03953, section 2.3.
     """
@@ -58,6 +59,8 @@ class MoSLMHead(nn.Module):
         self.input_size: int = input_size
         self.latent_size = decoder.in_features
         self.latent_rank = config.latent_rank
+        assert config.latent_scale is not None  # MoSConfig replaces it
+        self.latent_scale = config.latent_scale
         self.softcap = config.softcap
         self.balance_coefficient = config.balance_coefficient
         prior_dtype = torch.promote_types(decoder.weight.dtype, torch.float32)
@@ -74,7 +77,7 @@ class MoSLMHead(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialises all but the decoder, as the class's docstring says."""
-        init.normal_(self.prior.weight, std=self.input_size**-0.5)
+        init.normal_(self.prior.weight, std=self.input_size**-0.5 / self.latent_scale)
         self.kind.reset_parameters(self)
         for layer in self.children():
             if isinstance(layer, nn.Linear) and layer is not self.decoder and layer.bias is not None:
@@ -129,13 +132,16 @@ class MoSLMHead(nn.Module):
         return loss.view(leading) if reduction == "none" else loss
 
     def prior_logits(self, hidden_states: Tensor) -> Tensor:
-        """The prior's raw output (..., K) for hidden states (..., D); in the prior's own dtype under autocast too."""
+        """The logits of the prior (..., K) for hidden states (..., D); in its own dtype under autocast too."""
+        hidden_states, scale = hidden_states.to(self.prior.weight.dtype), self.latent_scale
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return self.prior(hidden_states.to(self.prior.weight.dtype))
+            # As `scaled`, but not for a bias, which does not depend on the width.
+            logits = self.prior(with_gradient(scale * hidden_states, scale**2 * hidden_states))
+            return with_gradient(logits, logits / scale)
 
     def latents(self, hidden_states: Tensor) -> Latents:
         """The latents of (..., K, E) for hidden states (..., D)."""
-        return self.kind.of(self, hidden_states)
+        return self.kind.latents(self, hidden_states)
 
     def _balance_loss(self, prior_logits: Tensor, counts: Tensor, reduction: str) -> Tensor:
         """The balance loss, added to each token that counts and reduced as the loss is."""
@@ -145,7 +151,8 @@ class MoSLMHead(nn.Module):
         return reduce(self.balance_coefficient * variation * counts, counts, reduction)
 
     def extra_repr(self) -> str:
-        return f"num_mixtures={self.num_mixtures}, latent_rank={self.latent_rank}, softcap={self.softcap}"
+        names = ("num_mixtures", "latent_rank", "latent_scale", "softcap")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 
 def _fit_decoder(decoder: nn.Linear, config: MoSConfig) -> nn.Linear:

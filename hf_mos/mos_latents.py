@@ -1,10 +1,12 @@
-"""The kinds of latents: the K hidden states (..., K, E) that the decoder sees, each kind in its cheapest form.
+"""The latents: the K hidden states (..., K, E) that the decoder sees.
 
-A kind is one class. Its instances hold the latents of some tokens; its class methods make the head's modules, compute
-the latents with them, and describe the kind. To add a kind: write its class here and name it in `kind_of` and `KINDS`,
-its projection in `mos_projections.py`, and its field in `configuration_mos.py`.
+A kind is the way in which a head computes them: [`Shifted`] or [`Projected`]. A form is the way in which the latents
+of some tokens are held until the decoder multiplies them: [`Latents`] or [`SubspaceLatents`]. To add a kind, write its
+class here and name it in `kind_of`. To add a form, write its class here and name it in `FORMS`, and write its
+projection in `mos_projections.py`. The options are fields of `configuration_mos.py`.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -15,16 +17,15 @@ from .configuration_mos import MoSConfig
 from .mos_matmul import project
 from .mos_projections import Projection, SubspaceProjection, Tokens
 
-Kind = TypeVar("Kind", bound="Latents")
+Form = TypeVar("Form", bound="Latents")
 
 
 class Latents:
-    """The latents of N tokens, in full: `activation(latent(h)).view(..., K, E)`. The base of the other kinds.
+    """The latents of N tokens, in full: one tensor (..., K, E). The base of the other forms.
 
-    A leading (...) in a shape stands for N or any shape. `head` is a [`MoSLMHead`].
+    A leading (...) in a shape stands for N or any shape.
     """
 
-    layer = "latent"  # the name of the head's projection
     per_token: ClassVar[tuple[bool, ...]] = (True,)  # whether each of `tensors` has rows of its own for each token
 
     def __init__(self, *tensors: Tensor) -> None:
@@ -46,67 +47,21 @@ class Latents:
         """The latents themselves, (..., K, E)."""
         return self.tensors[0]
 
-    def to(self: Kind, dtype: torch.dtype) -> Kind:
+    def to(self: Form, dtype: torch.dtype) -> Form:
         return type(self)(*(tensor.to(dtype) for tensor in self.tensors))
 
-    def __getitem__(self: Kind, tokens: Tokens) -> Kind:
+    def __getitem__(self: Form, tokens: Tokens) -> Form:
         """The latents of some of the N tokens."""
         pairs = zip(self.tensors, self.per_token, strict=True)
         return type(self)(*(tensor[tokens] if has_rows else tensor for tensor, has_rows in pairs))
 
     def projection(self, *arguments: Any) -> Projection:
-        """The kind's projection, of `tensors` and the arguments `weight, wanted, wants_weight, sum_dtype`."""
+        """The form's projection, of `tensors` and the arguments `weight, wanted, wants_weight, sum_dtype`."""
         return Projection(self.tensors[0], *arguments)
 
     def for_inference(self) -> "Latents":
-        """The kind that costs the least for these tokens without gradients."""
+        """The form that costs the least for these tokens without gradients."""
         return self
-
-    @classmethod
-    def add_modules(cls, head: Any, config: MoSConfig, like: Tensor) -> None:
-        """Adds the modules that compute the latents to the head, with the dtype and device of `like`."""
-        head.latent = linear_like(like, head.input_size, head.num_mixtures * head.latent_size, config.latent_bias)
-
-    @classmethod
-    def reset_parameters(cls, head: Any) -> None:
-        """Initialises the weights of these modules; the biases are zero in every kind."""
-        if head.latent.weight.numel() == 0:
-            return  # ZeRO-3 has emptied it, as it does while it loads a checkpoint
-        if isinstance(head.activation, nn.Identity):
-            eye = torch.eye(head.latent_size, head.input_size)
-            init.copy_(head.latent.weight, eye.repeat(head.num_mixtures, 1).to(head.latent.weight))
-        else:
-            init.xavier_uniform_(head.latent.weight)
-
-    @classmethod
-    def of(cls: type[Kind], head: Any, hidden_states: Tensor) -> Kind:
-        """Computes the latents of hidden states (..., D)."""
-        hidden_states, outputs = cls.activate(head, hidden_states)
-        return cls(outputs)
-
-    @classmethod
-    def activate(cls, head: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """The hidden states in the layer's dtype, and `dropout(activation(layer(hidden_states)))` (..., K, _)."""
-        layer = getattr(head, cls.layer)
-        if layer.weight.is_floating_point():  # a quantizer's weight has the dtype of its codes
-            hidden_states = hidden_states.to(layer.weight.dtype)
-        outputs = head.dropout(head.activation(project(layer, hidden_states)))
-        return hidden_states, outputs.unflatten(-1, (head.num_mixtures, -1))
-
-    @staticmethod
-    def is_exact(config: MoSConfig) -> bool:
-        """Whether a fresh head predicts what one softmax with its decoder predicts."""
-        return config.latent_activation == "identity"
-
-    @staticmethod
-    def cost(head: Any) -> float:
-        """Multiplications with the decoder, in those of one softmax."""
-        return float(head.num_mixtures)
-
-    @staticmethod
-    def describe(config: MoSConfig) -> str:
-        """One line for a model card."""
-        return f"full projections, {config.latent_activation} activation"
 
 
 class SubspaceLatents(Latents):
@@ -118,7 +73,6 @@ class SubspaceLatents(Latents):
     Args: hidden_states (..., E), shifts (..., K, R), basis (E, R).
     """
 
-    layer = "shift"
     per_token = (True, True, False)
 
     def __init__(self, hidden_states: Tensor, shifts: Tensor, basis: Tensor) -> None:
@@ -146,42 +100,126 @@ class SubspaceLatents(Latents):
         N, K, R = self.shifts.shape
         return Latents(self.dense()) if R >= N * (K - 1) else self
 
-    @classmethod
-    def add_modules(cls, head: Any, config: MoSConfig, like: Tensor) -> None:
-        R = head.latent_rank
-        head.shift = linear_like(like, head.input_size, head.num_mixtures * R, config.latent_bias)
-        basis = torch.empty(head.latent_size, R, dtype=like.dtype, device=like.device)
-        head.register_buffer("basis", basis, persistent=False)
 
-    @classmethod
-    def reset_parameters(cls, head: Any) -> None:
-        init.copy_(head.basis, cosine_directions(*head.basis.shape).to(head.basis))
+class Shifted:
+    """The kind that adds to the hidden state; `head` is a [`MoSLMHead`].
+
+    Equivalent to: `hidden_states.unsqueeze(-2) + latent_scale * shift(hidden_states).view(..., K, E)`.
+
+    With `latent_rank` the shifts have R numbers each and `basis` (E, R) widens them. The shifts start at zero, so
+    every latent starts as the hidden state, to the bit in every dtype, and weight decay pulls towards one softmax.
+
+    The scale decides how fast the components part at the learning rate of all other weights; see [`scaled`].
+    """
+
+    @staticmethod
+    def add_modules(head: Any, config: MoSConfig, like: Tensor) -> None:
+        """Adds the modules that compute the latents to the head, with the dtype and device of `like`."""
+        D, E, R = head.input_size, head.latent_size, config.latent_rank
+        if D != E:
+            raise ValueError(f"latent_size: expected {D}, the width of the hidden state that shifts add to, given {E}")
+        head.shift = linear_like(like, D, head.num_mixtures * (R or E), config.latent_bias)
+        if R is not None:
+            basis = torch.empty(E, R, dtype=like.dtype, device=like.device)
+            head.register_buffer("basis", basis, persistent=False)
+
+    @staticmethod
+    def reset_parameters(head: Any) -> None:
+        """Initialises the weights of these modules; the biases are zero in every kind."""
         init.zeros_(head.shift.weight)
+        if head.latent_rank is not None:
+            init.copy_(head.basis, cosine_directions(*head.basis.shape).to(head.basis))
 
-    @classmethod
-    def of(cls, head: Any, hidden_states: Tensor) -> "SubspaceLatents":
-        hidden_states, shifts = cls.activate(head, hidden_states)
-        return cls(hidden_states.to(shifts), shifts, head.basis.to(shifts))
+    @staticmethod
+    def latents(head: Any, hidden_states: Tensor) -> Latents:
+        """Computes the latents of hidden states (..., D)."""
+        hidden_states = in_dtype_of(head.shift, hidden_states)
+        shifts = scaled(lambda h: activate(head, head.shift, h), hidden_states, head.latent_scale)
+        if head.latent_rank is None:
+            return Latents(hidden_states.unsqueeze(-2) + shifts)
+        return SubspaceLatents(hidden_states.to(shifts), shifts, head.basis.to(shifts))
 
     @staticmethod
     def is_exact(config: MoSConfig) -> bool:
+        """Whether a fresh head predicts what one softmax with its decoder predicts."""
         return True
 
     @staticmethod
     def cost(head: Any) -> float:
-        return 1 + head.num_mixtures * head.latent_rank / head.latent_size
+        """Multiplications with the decoder, in those of one softmax."""
+        K, R = head.num_mixtures, head.latent_rank
+        return float(K) if R is None else 1 + K * R / head.latent_size
 
     @staticmethod
     def describe(config: MoSConfig) -> str:
-        return f"shifts in one shared subspace of rank {config.latent_rank}, {config.latent_activation} activation"
+        """One line for a model card."""
+        rank = "" if config.latent_rank is None else f", in one shared subspace of rank {config.latent_rank}"
+        activation = "" if config.latent_activation == "identity" else f"{config.latent_activation} of "
+        return f"the hidden state plus {config.latent_scale:.3g} times {activation}a shift{rank}"
 
 
-KINDS: dict[str, type[Latents]] = {kind.__name__: kind for kind in (Latents, SubspaceLatents)}
+class Projected(Shifted):
+    """The paper's kind, for its checkpoints and for training from scratch.
+
+    Equivalent to: `activation(latent(hidden_states)).view(..., K, E)`. A trained model's predictions change.
+    """
+
+    @staticmethod
+    def add_modules(head: Any, config: MoSConfig, like: Tensor) -> None:
+        head.latent = linear_like(like, head.input_size, head.num_mixtures * head.latent_size, config.latent_bias)
+
+    @staticmethod
+    def reset_parameters(head: Any) -> None:
+        if head.latent.weight.numel():  # ZeRO-3 empties it while it loads a checkpoint
+            init.xavier_uniform_(head.latent.weight)
+
+    @staticmethod
+    def latents(head: Any, hidden_states: Tensor) -> Latents:
+        return Latents(activate(head, head.latent, in_dtype_of(head.latent, hidden_states)))
+
+    @staticmethod
+    def is_exact(config: MoSConfig) -> bool:
+        return False
+
+    @staticmethod
+    def describe(config: MoSConfig) -> str:
+        return f"full projections, {config.latent_activation} activation"
 
 
-def kind_of(config: MoSConfig) -> type[Latents]:
+def kind_of(config: MoSConfig) -> type[Shifted]:
     """The kind of latents that a config asks for."""
-    return Latents if config.latent_rank is None else SubspaceLatents
+    return Shifted if config.adds_shifts else Projected
+
+
+def activate(head: Any, layer: nn.Linear, hidden_states: Tensor) -> Tensor:
+    """Equivalent to: `dropout(activation(layer(hidden_states)))`, (..., K, _)."""
+    outputs = head.dropout(head.activation(project(layer, hidden_states)))
+    return outputs.unflatten(-1, (head.num_mixtures, -1))
+
+
+def in_dtype_of(layer: nn.Linear, hidden_states: Tensor) -> Tensor:
+    # A quantizer's weight has the dtype of its codes.
+    return hidden_states.to(layer.weight.dtype) if layer.weight.is_floating_point() else hidden_states
+
+
+def scaled(function: Callable[[Tensor], Tensor], hidden_states: Tensor, scale: float) -> Tensor:
+    """Equivalent to: `scale * function(hidden_states)`, but its weights get the gradient that they have at scale 1.
+
+    The gradient of the hidden states is the true one, so the weights before the head learn as they must. For the
+    weights in `function` the scale acts as a parameter group of `scale` times the learning rate does, under every
+    optimizer, SGD too: they learn that many times as fast, and clipping by the norm of all gradients leaves the rest
+    as it is. The true gradient, `scale` times as large, would count `scale` times as much in that norm.
+    """
+    outputs = function(with_gradient(hidden_states, scale * hidden_states))
+    return with_gradient(scale * outputs, outputs)
+
+
+def with_gradient(value: Tensor, of: Tensor) -> Tensor:
+    """Equivalent to: `value`, to the bit, with the gradient of `of`."""
+    return value.detach() + (of - of.detach()) if torch.is_grad_enabled() else value
+
+
+FORMS: dict[str, type[Latents]] = {form.__name__: form for form in (Latents, SubspaceLatents)}
 
 
 def as_latents(latents: Tensor | Latents) -> Latents:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .mos_chunks import ChunkBuffers, split, split_again
-from .mos_latents import KINDS, Latents, as_latents
+from .mos_latents import FORMS, Latents, as_latents
 from .mos_log_probs import REDUCTIONS, cap_, check_shapes, divisor, reduce
 from .mos_vocabulary import VocabularyShard, WholeVocabulary
 
@@ -99,9 +99,9 @@ class LossInputs(NamedTuple):
         return (self.prior_logits, self.decoder_weight, self.decoder_bias, *self.latents.tensors)
 
     @classmethod
-    def read(cls, kind: type[Latents], flat: Sequence[Any]) -> "LossInputs":
+    def read(cls, form: type[Latents], flat: Sequence[Any]) -> "LossInputs":
         prior_logits, decoder_weight, decoder_bias, *latents = flat
-        return cls(prior_logits, decoder_weight, decoder_bias, kind(*latents))
+        return cls(prior_logits, decoder_weight, decoder_bias, form(*latents))
 
 
 class ForEachInput(NamedTuple, Generic[T]):
@@ -205,11 +205,11 @@ class MoSCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, options: LossOptions, reduction: str, kind: type[Latents], targets: Tensor, *tensors: Tensor | None
+        ctx: Any, options: LossOptions, reduction: str, form: type[Latents], targets: Tensor, *tensors: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(targets, *tensors)
-        ctx.options, ctx.reduction, ctx.kind = options, reduction, kind
-        inputs, ctx.gradients = LossInputs.read(kind, tensors), None
+        ctx.options, ctx.reduction, ctx.form = options, reduction, form
+        inputs, ctx.gradients = LossInputs.read(form, tensors), None
         if reduction == "none":  # the gradients wait for each token's weight
             return loss_and_gradients(inputs, targets, options)[0]
         nll, ctx.gradients = loss_and_gradients(inputs, targets, options, wanted_of(ctx))
@@ -219,7 +219,7 @@ class MoSCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         targets, *tensors = ctx.saved_tensors
-        inputs, options = LossInputs.read(ctx.kind, tensors), ctx.options
+        inputs, options = LossInputs.read(ctx.form, tensors), ctx.options
         gradients: Gradients
         if ctx.reduction == "none":
             _, gradients = loss_and_gradients(inputs, targets, options, wanted_of(ctx), token_weights=grad_output)
@@ -254,8 +254,8 @@ def _call_operator(inputs: LossInputs, targets: Tensor, options: LossOptions, re
     latents = list(inputs.latents.tensors)
     tensors = (inputs.prior_logits, inputs.decoder_weight, inputs.decoder_bias)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (*tensors, *latents)]
-    kind = type(inputs.latents).__name__
-    loss, _ = cross_entropy_operator(*tensors, latents, kind, targets, None, *options[:4], reduction, wanted)
+    form = type(inputs.latents).__name__
+    loss, _ = cross_entropy_operator(*tensors, latents, form, targets, None, *options[:4], reduction, wanted)
     return loss
 
 
@@ -265,7 +265,7 @@ def cross_entropy_operator(
     decoder_weight: Tensor,
     decoder_bias: Tensor | None,
     latents: list[Tensor],
-    kind: str,
+    form: str,
     targets: Tensor,
     token_weights: Tensor | None,
     softcap: float | None,
@@ -277,7 +277,7 @@ def cross_entropy_operator(
 ) -> tuple[Tensor, list[Tensor]]:
     """Opaque to torch.compile; returns the loss and one gradient per input, empty where not wanted."""
     options = LossOptions(softcap, ignore_index, chunk_size, work_dtype)
-    inputs = LossInputs(prior_logits, decoder_weight, decoder_bias, KINDS[kind](*latents))
+    inputs = LossInputs(prior_logits, decoder_weight, decoder_bias, FORMS[form](*latents))
     waits = reduction == "none" and token_weights is None
     wants = None if waits else ForEachInput.read(wanted)
     nll, gradients = loss_and_gradients(inputs, targets, options, wants, token_weights)
@@ -287,12 +287,12 @@ def cross_entropy_operator(
 
 @cross_entropy_operator.register_fake
 def _(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
-    *tensors, latents, kind, targets, token_weights, _, _, _, work_dtype, reduction, wanted = arguments
+    *tensors, latents, form, targets, token_weights, _, _, _, work_dtype, reduction, wanted = arguments
     sum_dtype = torch.promote_types(latents[0].dtype, torch.float32)
     loss = targets.new_empty(targets.shape if reduction == "none" else (), dtype=sum_dtype)
     waits = reduction == "none" and token_weights is None
     # Gradients that all tokens add to are summed in fp32.
-    dtypes = [*[sum_dtype] * 3, *(work_dtype if has_rows else sum_dtype for has_rows in KINDS[kind].per_token)]
+    dtypes = [*[sum_dtype] * 3, *(work_dtype if has_rows else sum_dtype for has_rows in FORMS[form].per_token)]
     return loss, [
         torch.empty_like(x, dtype=dtype) if want and not waits else loss.new_empty(0)
         for x, want, dtype in zip((*tensors, *latents), wanted, dtypes, strict=True)
@@ -300,8 +300,8 @@ def _(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
 
 
 def _save_for_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    *tensors, latents, kind, targets, _, softcap, ignore_index, chunk_size, work_dtype, reduction, wanted = inputs
-    ctx.kind, ctx.options = kind, LossOptions(softcap, ignore_index, chunk_size, work_dtype)
+    *tensors, latents, form, targets, _, softcap, ignore_index, chunk_size, work_dtype, reduction, wanted = inputs
+    ctx.form, ctx.options = form, LossOptions(softcap, ignore_index, chunk_size, work_dtype)
     ctx.reduction, ctx.wanted = reduction, wanted
     ctx.save_for_backward(targets, *tensors, *latents, *output[1])
 
@@ -311,7 +311,7 @@ def _backward_of_operator(ctx: Any, grad_output: Tensor, _: list[Tensor]) -> tup
     tensors, gradients = saved[: len(ctx.wanted)], saved[len(ctx.wanted) :]
     if ctx.reduction == "none":
         weighing = (grad_output, *ctx.options[:4], ctx.reduction, ctx.wanted)
-        _, gradients = cross_entropy_operator(*tensors[:3], tensors[3:], ctx.kind, targets, *weighing)
+        _, gradients = cross_entropy_operator(*tensors[:3], tensors[3:], ctx.form, targets, *weighing)
     else:
         scale = grad_output / divisor(targets != ctx.options.ignore_index, ctx.reduction)
         gradients = [gradient * scale for gradient in gradients]

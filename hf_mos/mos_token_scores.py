@@ -105,14 +105,14 @@ class TokenScoring(torch.autograd.Function):
         ctx: Any,
         options: ScoreOptions,
         work: LossOptions,
-        kind: type[Latents],
+        form: type[Latents],
         targets: Tensor,
         *tensors: Tensor | None,
     ) -> Scores:
         ctx.set_materialize_grads(False)  # an entropy that is only logged costs nothing in the backward pass
         ctx.save_for_backward(targets, *tensors)
-        ctx.options, ctx.work, ctx.kind = options, work, kind
-        inputs = LossInputs.read(kind, tensors)
+        ctx.options, ctx.work, ctx.form = options, work, form
+        inputs = LossInputs.read(form, tensors)
         chunks = [
             score(log_probs_of(inputs, tokens, work, infer_log_probs), targets[tokens], options)
             for tokens in token_chunks(inputs, 4)
@@ -129,7 +129,7 @@ class TokenScoring(torch.autograd.Function):
         targets, *tensors = ctx.saved_tensors
         if d_entropy is None and d_log_probs is None:
             return (None,) * (4 + len(tensors))
-        inputs, options, work = LossInputs.read(ctx.kind, tensors), ctx.options, ctx.work
+        inputs, options, work = LossInputs.read(ctx.form, tensors), ctx.options, ctx.work
         gradients: Gradients
         if d_entropy is None and options.temperature == 1:
             assert d_log_probs is not None

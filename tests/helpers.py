@@ -73,10 +73,10 @@ def tiny_mos(name: str = "llama", num_mixtures: int = 3, seed: int = 0, **option
 
 
 @torch.no_grad()
-def part_components(model: MoSForCausalLM) -> None:
+def part_components(model: MoSForCausalLM, distance: float = 0.1) -> None:
     generator = torch.Generator().manual_seed(1)
-    weight = model.lm_head.latent.weight
-    weight += 0.1 * torch.randn(weight.shape, generator=generator).to(weight)
+    weight = model.lm_head.shift.weight
+    weight += distance / model.lm_head.latent_scale * torch.randn(weight.shape, generator=generator).to(weight)
 
 
 def random_tokens(batch: int = 2, length: int = 12, seed: int = 0) -> Tensor:

@@ -90,7 +90,7 @@ def test_the_checks_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def spoilt(*args: Any, **kwargs: Any) -> MoSForCausalLM:
         model = from_causal_lm(*args, **kwargs)
         with torch.no_grad():
-            model.lm_head.latent.weight.mul_(1.5)
+            model.lm_head.shift.weight.normal_()
         model.lm_head.prior.requires_grad_(False)
         return model
 

@@ -125,7 +125,7 @@ def test_weights_are_shared_not_copied(name: str) -> None:
     theirs = {tensor.data_ptr() for tensor in original.parameters()}
     ours = {tensor.data_ptr() for tensor in model.parameters()}
     assert theirs <= ours
-    added = {model.lm_head.prior.weight.data_ptr(), model.lm_head.latent.weight.data_ptr()}
+    added = {model.lm_head.prior.weight.data_ptr(), model.lm_head.shift.weight.data_ptr()}
     assert ours - theirs == added
 
 
@@ -151,7 +151,7 @@ def test_a_path_takes_the_arguments_of_from_pretrained(tmp_path: Path) -> None:
     assert model.config.num_mixtures == 2
     assert model.config.latent_dropout == 0.1
     assert model.dtype == model.config.dtype == torch.bfloat16
-    assert model.lm_head.latent.weight.dtype == torch.bfloat16
+    assert model.lm_head.shift.weight.dtype == torch.bfloat16
     assert model.lm_head.prior.weight.dtype == torch.float32
     assert model.config.name_or_path == str(tmp_path)
     assert not model.name_or_path

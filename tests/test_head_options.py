@@ -17,6 +17,7 @@ from hf_mos.tools.train import parse_options
 VALUES: dict[str, Any] = {
     "num_mixtures": 3,
     "latent_rank": 4,
+    "latent_scale": 2.0,
     "latent_activation": "tanh",
     "latent_bias": True,
     "prior_bias": True,

@@ -29,7 +29,7 @@ def trained(head):
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             if not name.startswith("decoder"):
-                parameter.add_(0.3 * torch.randn_like(parameter))
+                parameter.add_(0.3 / head.latent_scale * torch.randn_like(parameter))
     return head
 
 
@@ -44,13 +44,14 @@ def inputs():
 def by_hand(head, hidden_states):
     """The paper's equation, in probability space and float64."""
     h = hidden_states.double()
-    prior = F.softmax(F.linear(h, *weights(head.prior)), dim=-1)
+    prior = F.softmax(F.linear(head.latent_scale * h, *weights(head.prior)), dim=-1)
     activation = torch.tanh if isinstance(head.activation, nn.Tanh) else (lambda x: x)
-    if head.latent_rank is None:
+    if hasattr(head, "latent"):
         latents = activation(F.linear(h, *weights(head.latent))).unflatten(-1, (head.num_mixtures, -1))
     else:
         shifts = activation(F.linear(h, *weights(head.shift))).unflatten(-1, (head.num_mixtures, -1))
-        latents = h.unsqueeze(-2) + shifts @ head.basis.double().T
+        shifts = shifts if head.latent_rank is None else shifts @ head.basis.double().T
+        latents = h.unsqueeze(-2) + head.latent_scale * shifts
     logits = F.linear(latents, *weights(head.decoder))
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
@@ -87,8 +88,9 @@ def test_log_probabilities_are_the_papers(options, gradients):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_loss_is_the_log_probabilities(options, reduction):
-    head = trained(make_head(**options))
+    head = trained(make_head(**options)).double()
     hidden_states, targets = inputs()
+    hidden_states = hidden_states.double()
     expected = F.nll_loss(head(hidden_states).flatten(0, 1), targets.flatten(), reduction=reduction)
     loss = head(hidden_states, targets=targets, reduction=reduction)
     torch.testing.assert_close(loss, expected.view(loss.shape))
@@ -126,18 +128,19 @@ class Doubling(nn.Linear):
 @pytest.mark.parametrize("rank", [None, 4])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_a_decoder_that_is_more_than_its_weight_is_called(rank, reduction):
-    head = trained(make_head(decoder=Doubling(D, V), latent_rank=rank))
+    head = trained(make_head(decoder=Doubling(D, V), latent_rank=rank)).double()
     doubled = copy.deepcopy(head)
-    doubled.decoder = nn.Linear(D, V)
+    doubled.decoder = nn.Linear(D, V, dtype=torch.float64)
     with torch.no_grad():
         doubled.decoder.weight.copy_(2 * head.decoder.weight)
         doubled.decoder.bias.copy_(2 * head.decoder.bias)
     hidden_states, targets = inputs()
+    hidden_states = hidden_states.double()
     torch.testing.assert_close(head(hidden_states), doubled(hidden_states))
     loss = head(hidden_states, targets=targets, reduction=reduction, chunk_size=3)
     expected = doubled(hidden_states, targets=targets, reduction=reduction)
     torch.testing.assert_close(loss, expected)
-    for name in ("prior", "shift" if rank else "latent"):
+    for name in ("prior", "shift"):
         given = torch.autograd.grad(loss.sum(), getattr(head, name).weight, retain_graph=True)
         exact = torch.autograd.grad(expected.sum(), getattr(doubled, name).weight, retain_graph=True)
         torch.testing.assert_close(given, exact)
@@ -146,7 +149,7 @@ def test_a_decoder_that_is_more_than_its_weight_is_called(rank, reduction):
 def test_the_prior_stays_wide_in_half_precision():
     head = make_head(decoder=nn.Linear(D, V, bias=False, dtype=torch.bfloat16))
     assert head.prior.weight.dtype == torch.float32
-    assert head.latent.weight.dtype == torch.bfloat16
+    assert head.shift.weight.dtype == torch.bfloat16
     hidden_states, targets = inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert head.prior_logits(hidden_states).dtype == torch.float32

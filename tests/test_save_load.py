@@ -180,7 +180,7 @@ def test_half_precision_keeps_the_prior_in_fp32(name: str, dtype: torch.dtype, t
             assert candidate.dtype == dtype
             assert str(candidate.config.dtype) in str(dtype)
             assert candidate.lm_head.prior.weight.dtype == torch.float32
-            assert candidate.lm_head.latent.weight.dtype == candidate.lm_head.decoder.weight.dtype == dtype
+            assert candidate.lm_head.shift.weight.dtype == candidate.lm_head.decoder.weight.dtype == dtype
             outputs = candidate(input_ids=random_tokens(), labels=random_tokens())
             assert outputs.logits.dtype == outputs.loss.dtype == torch.float32
     assert torch.equal(loaded.lm_head.prior.weight, model.lm_head.prior.weight)

@@ -73,10 +73,12 @@ def test_the_contexts_control_mixes_before_its_one_softmax():
     from models import Size, contexts, new_softmax_model, with_head
 
     head = with_head(new_softmax_model(Size(D, 1), V, LENGTH, seed=0), contexts(3), seed=0).lm_head.eval()
-    head.latent.weight.data.normal_()
+    head.shift.weight.data.normal_(std=0.1)
     hidden_states = torch.randn(5, D)
-    weights = head.prior(hidden_states).softmax(-1)
-    mixed = (weights.unsqueeze(-1) * head.latent(hidden_states).view(5, 3, D)).sum(1)
+    scale = head.latent_scale
+    weights = head.prior(scale * hidden_states).softmax(-1)
+    latents = hidden_states.unsqueeze(1) + scale * head.shift(hidden_states).view(5, 3, D)
+    mixed = (weights.unsqueeze(-1) * latents).sum(1)
     with torch.no_grad():
         torch.testing.assert_close(head(hidden_states), head.decoder(mixed).log_softmax(-1))
 

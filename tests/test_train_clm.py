@@ -127,26 +127,6 @@ def test_resumes_bit_for_bit(tmp_path: Path, base: Path, text_file: Path, run: C
     assert not all(torch.equal(expected[name], start[name]) for name in expected)
 
 
-def test_the_head_has_a_learning_rate_of_its_own(
-    tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None]
-) -> None:
-    options = ["--model", base, "--train-file", text_file, "--max-steps", 2, "--weight-decay", 0.1]
-    weights = {}
-    for rate in (0, 1e-3, 1e-2, 1e-1):  # the second is that of the rest, the third the default
-        out = tmp_path / str(rate)
-        run(*options, "--output-dir", out, "--head-learning-rate", rate)
-        weights[rate] = load_file(out / "model.safetensors")
-    eye = torch.eye(32).repeat(4, 1)
-    moved = {rate: float((w["lm_head.latent.weight"] - eye).abs().max()) for rate, w in weights.items()}
-    assert moved[0] == 0
-    assert moved[1e-1] > 10 * moved[1e-3] > 0
-    run(*options, "--output-dir", tmp_path / "one")
-    one = load_file(tmp_path / "one" / "model.safetensors")
-    assert all(torch.equal(one[name], weights[1e-2][name]) for name in one)
-    with pytest.raises(ValueError, match="--head-learning-rate: expected none with --head softmax"):
-        run(*options, "--output-dir", tmp_path / "none", "--head", "softmax", "--head-learning-rate", 0.1)
-
-
 def test_trains_a_mixture_on(tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None]) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     data = ["--train-file", text_file, "--max-steps", 3]

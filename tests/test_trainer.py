@@ -65,7 +65,7 @@ def test_trains(name: str, tmp_path: Path) -> None:
     run.train()
     assert losses(run)[-1] < 0.8 * losses(run)[0]
     changed = {key for key, weight in parameters(model).items() if not torch.equal(before[key], weight)}
-    assert {"lm_head.prior.weight", "lm_head.latent.weight"} <= changed
+    assert {"lm_head.prior.weight", "lm_head.shift.weight"} <= changed
     decoder = model.lm_head.decoder.weight
     assert changed & {key for key, weight in model.named_parameters() if weight is decoder}
 
@@ -300,7 +300,7 @@ def test_evaluation_computes_the_component_logits_once() -> None:
     """The loss is read from the logits where they are there."""
     model = tiny_mos()
     calls = []
-    model.lm_head.latent.register_forward_hook(lambda *_: calls.append(1))
+    model.lm_head.shift.register_forward_hook(lambda *_: calls.append(1))
     tokens = random_tokens()
     with torch.no_grad():
         outputs = model(input_ids=tokens, labels=tokens)

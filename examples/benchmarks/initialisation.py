@@ -37,7 +37,7 @@ def equal_weights(head: MoSLMHead) -> None:
 
 def noise_in_latents(head: MoSLMHead) -> None:
     nn.init.zeros_(head.prior.weight)
-    head.latent.weight.data += 0.02 * torch.randn_like(head.latent.weight)
+    head.shift.weight.data += 0.02 / head.latent_scale * torch.randn_like(head.shift.weight)
 
 
 def wide_prior(head: MoSLMHead) -> None:
@@ -46,11 +46,11 @@ def wide_prior(head: MoSLMHead) -> None:
 
 STARTS = {
     "one softmax": None,
-    "identity, random prior (the default)": ({}, no_change),
-    "shift of zero, random prior (latent_rank 8)": ({"latent_rank": 8}, no_change),
-    "identity, three times the prior's spread": ({}, wide_prior),
-    "identity, equal weights": ({}, equal_weights),
-    "identity and noise 0.02, equal weights": ({}, noise_in_latents),
+    "shift of zero, random prior (the default)": ({}, no_change),
+    "the same with latent_rank 8": ({"latent_rank": 8}, no_change),
+    "shift of zero, three times the prior's spread": ({}, wide_prior),
+    "shift of zero, equal weights": ({}, equal_weights),
+    "shift of noise 0.02, equal weights": ({}, noise_in_latents),
 }
 
 

@@ -9,13 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from cost import operations, seconds_in_turn
 from models import SOFTMAX, Head, Size, new_softmax_model, with_head
 from results import Results
 from text import Text
 from torch import Tensor
 from training import Recipe, fit
-from transformers import GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
 from hf_mos import MoSForCausalLM
 
@@ -29,6 +30,7 @@ class Experiment:
     recipe: Recipe
     results: Results
     checkpoint: Path | None = None  # what each training starts from; `None`: random weights
+    gguf_file: str | None = None  # the file of the checkpoint's folder that holds its weights, if that is GGUF
 
     def with_size(self, hidden_size: int) -> "Experiment":
         return replace(self, size=replace(self.size, hidden_size=hidden_size))
@@ -40,7 +42,9 @@ class Experiment:
         if self.checkpoint is None:
             backbone = new_softmax_model(self.size, self.text.vocab_size, self.text.train.shape[1], seed)
         else:
-            backbone = GPT2LMHeadModel.from_pretrained(self.checkpoint)
+            backbone = AutoModelForCausalLM.from_pretrained(
+                self.checkpoint, gguf_file=self.gguf_file, dtype=torch.float32
+            )
         return with_head(backbone, head, seed)
 
     def settings(self, head: Head, seed: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class SoftmaxHead(MoSLMHead):
 
     def __init__(self, config: MoSConfig, decoder: nn.Linear) -> None:
         super().__init__(config, decoder)
-        del self.prior, self.latent
+        del self.prior, self.shift
 
     def prior_logits(self, hidden_states: Tensor) -> Tensor:
         return hidden_states.new_zeros(*hidden_states.shape[:-1], 1)

@@ -109,3 +109,20 @@ def plot_gain(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=DPI)
+
+
+def plot_learning_rates(path: Path, found: dict[tuple[int, str], Sequence[tuple[float, float]]]) -> None:
+    """Perplexity against the learning rate, one panel for each width, one line for each head."""
+    widths = list(dict.fromkeys(width for width, _ in found))
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    for axes, width in zip(figure.subplots(1, len(widths), squeeze=False)[0], widths, strict=True):
+        lines = {name: points for (each, name), points in found.items() if each == width}
+        for name, points in lines.items():
+            axes.plot(*zip(*points, strict=True), "o-", label=name, color="0.35" if name == "softmax" else None)
+        best = [min(value for _, value in points) for points in lines.values()]
+        axes.set(xscale="log", xlabel="learning rate of all parameters", title=f"D = {width}")
+        axes.set_ylim(min(best) * 0.99, max(best) * 1.06)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("validation perplexity")
+    figure.axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=DPI)

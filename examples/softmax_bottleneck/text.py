@@ -115,14 +115,29 @@ def train_tokenizer(texts: list[str], vocab_size: int, words: bool) -> Tokenizer
 
 
 def load_text(
-    source: Source, vocab_size: int, words: bool = False, block_size: int = 64, max_valid_blocks: int = 1024
+    source: Source,
+    vocab_size: int,
+    words: bool = False,
+    block_size: int = 64,
+    max_valid_blocks: int = 1024,
+    fast: PreTrainedTokenizerFast | None = None,
 ) -> Text:
-    """Trains a tokenizer on the training texts and cuts every split into blocks; each text ends with its own token."""
+    """Cuts every split into blocks; each text ends with a token of its own.
+
+    `fast` is a pretrained model's tokenizer; `None` trains one on the training texts.
+    """
     texts = source.texts()
-    tokenizer = train_tokenizer(texts["train"], vocab_size, words)
+    if fast is None:
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=train_tokenizer(texts["train"], vocab_size, words),
+            bos_token=END_OF_TEXT,
+            eos_token=END_OF_TEXT,
+            pad_token=END_OF_TEXT,
+        )
+    tokenizer = fast.backend_tokenizer
 
     def blocks(split: str) -> Tensor:
-        end = tokenizer.token_to_id(END_OF_TEXT)
+        end = fast.eos_token_id
         encodings = tokenizer.encode_batch([text for text in texts[split] if text])
         ids = torch.tensor([token for encoding in encodings for token in [*encoding.ids, end]])
         count = len(ids) // block_size
@@ -130,9 +145,6 @@ def load_text(
             raise typer.BadParameter(f"expected at least {block_size} tokens to {split}, given {len(ids)}")
         return ids[: count * block_size].view(count, block_size)
 
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
-    )
     return Text(
         f"{source.name}, words" if words else source.name,
         tokenizer.get_vocab_size(),

@@ -64,9 +64,9 @@ def convergence_recipe(steps: int, learning_rate: float, head_learning_rate: flo
     )
 
 
-def checkpoint_recipe(steps: int) -> Recipe:
+def checkpoint_recipe(steps: int, learning_rate: float = 2e-2) -> Recipe:
     """The recipe of the softmax model that a fine-tuning starts from: until its validation loss no longer falls."""
-    return Recipe(steps, learning_rate=2e-2, to_convergence=True, evaluate_every=max(50, steps // 80))
+    return Recipe(steps, learning_rate, to_convergence=True, evaluate_every=max(50, steps // 80))
 
 
 def fit(model: PreTrainedModel, text: Text, recipe: Recipe, seed: int, name: str) -> dict[str, Any]:

@@ -38,7 +38,6 @@ from transformers.distributed import DistributedConfig
 from ..configuration_mos import MoSConfig
 from ..modeling_mos import MoSForCausalLM
 from ..training.callbacks import MixtureUsage, StopOnNonFiniteLoss, last_whole_checkpoint
-from ..training.head_learning_rate import set_head_learning_rate
 from .card import CARD_FILE, model_card
 from .head_options import add_head_options, check_head_options
 from .loading import hub_options, load_tokenizer
@@ -47,8 +46,6 @@ from .push import pin_card
 from .texts import FILE_READERS
 
 LONGEST_DEFAULT_BLOCK = 1024
-# New parameters stand beside trained weights. The best factor in examples/softmax_bottleneck/defaults.py.
-HEAD_RATE_FACTOR = 10
 STREAMED_ROWS = 10_000  # rows packed together; the tokens after their last full block are dropped
 
 
@@ -65,13 +62,6 @@ class ModelOptions:
     )
     head: Literal["mixture", "softmax"] = field(
         default="mixture", metadata={"help": "softmax: keep the model's own head."}
-    )
-    head_learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": f"Of prior and latents. Default: {HEAD_RATE_FACTOR} times --learning-rate, as they are new beside "
-            "trained weights; with --from-scratch the same."
-        },
     )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
         default="float32",
@@ -92,10 +82,6 @@ class ModelOptions:
             raise ValueError("expected --model or --from-scratch, one of the two, given " + given(self, "model"))
         if self.from_scratch is not None and self.tokenizer is None:
             raise ValueError("--tokenizer: expected a path or Hub id with --from-scratch, given none")
-        rate = self.head_learning_rate
-        if rate is not None and (rate < 0 or self.head == "softmax"):
-            expected = "none with --head softmax" if self.head == "softmax" else "0 or more"
-            raise ValueError(f"--head-learning-rate: expected {expected}, given {rate}")
 
     @property
     def source(self) -> str:
@@ -167,14 +153,6 @@ class CardTrainer(Trainer):
 
     dataset_name: str
     base_model: str | None = None  # a Hub id
-    head_learning_rate: float | None = None
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if is_new and self.head_learning_rate is not None:
-            set_head_learning_rate(optimizer, self.accelerator.unwrap_model(self.model), self.head_learning_rate)
-        return optimizer
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         model = self.accelerator.unwrap_model(self.model)
@@ -273,7 +251,6 @@ def train(model_options: ModelOptions, data_options: DataOptions, training_argum
     )
     if isinstance(model, MoSForCausalLM):
         MixtureUsage().add_to(trainer)
-        trainer.head_learning_rate = choose_head_learning_rate(model_options, training_arguments.learning_rate)
     trainer.dataset_name = data_options.name
     if model_options.model is not None and not Path(model_options.model).exists():
         trainer.base_model = model_options.model
@@ -319,12 +296,6 @@ def pin(trainer: CardTrainer, commit: CommitInfo | None) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- model
-
-
-def choose_head_learning_rate(options: ModelOptions, learning_rate: float) -> float:
-    if options.head_learning_rate is not None:
-        return options.head_learning_rate
-    return learning_rate if options.model is None else HEAD_RATE_FACTOR * learning_rate
 
 
 def load_config(options: ModelOptions) -> PreTrainedConfig:

@@ -25,7 +25,7 @@ def make_model(name: str, **options: Any) -> MoSForCausalLM:
     if rank:
         options = {"latent_rank": int(rank)} | options
     model = MoSForCausalLM.from_causal_lm(tiny_causal_lm(name, initializer_range=0.1), num_mixtures=3, **options)
-    projection = model.lm_head.latent if model.config.latent_rank is None else model.lm_head.shift
+    projection = model.lm_head.shift
     with torch.no_grad():
         projection.weight += 0.1 * torch.randn(projection.weight.shape, generator=torch.Generator().manual_seed(1))
     return model.train()

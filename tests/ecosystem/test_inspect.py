@@ -76,10 +76,7 @@ def mixture_for(tokenizer: PreTrainedTokenizerFast, backbone: str = "llama", **o
     model = MoSForCausalLM.from_causal_lm(
         tiny_causal_lm(backbone, vocab_size=len(tokenizer)), **({"num_mixtures": 3} | options)
     )
-    if options.get("latent_rank") is None:
-        part_components(model)
-    else:
-        torch.nn.init.normal_(model.lm_head.shift.weight, std=0.3)
+    part_components(model, 0.1 if options.get("latent_rank") is None else 0.3)
     return model
 
 
@@ -100,13 +97,9 @@ def predicted_by_hand(model: MoSForCausalLM, token_ids: list[int]) -> dict[str, 
             cap = model.config.softcap
             return (logits if cap is None else cap * torch.tanh(logits / cap)).softmax(-1)
 
-        weights = (h @ head.prior.weight.T).softmax(-1)
-        if head.latent_rank is None:
-            latents = (h @ head.latent.weight.T).unflatten(-1, (head.num_mixtures, -1))
-        else:
-            shifts = (h @ head.shift.weight.T).unflatten(-1, (head.num_mixtures, -1))
-            latents = h.unsqueeze(1) + shifts @ head.basis.T
-        components = softmax(latents)
+        weights = (head.latent_scale * h @ head.prior.weight.T).softmax(-1)
+        shifts = (head.latent_scale * h @ head.shift.weight.T).unflatten(-1, (head.num_mixtures, -1))
+        components = softmax(h.unsqueeze(1) + (shifts if head.latent_rank is None else shifts @ head.basis.T))
         mixture = (weights.unsqueeze(-1) * components).sum(1)
     return {"weights": weights, "components": components, "mixture": mixture, "softmax": softmax(h).detach()}
 

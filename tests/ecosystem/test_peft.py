@@ -59,15 +59,15 @@ def gemma2_mos() -> MoSForCausalLM:
 ADAPTERS: dict[str, tuple[Callable[[], MoSForCausalLM], PeftConfig, set[str]]] = {
     "backbone, head saved": (
         tiny_mos,
-        lora(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head.prior", "lm_head.latent"]),
-        {"prior", "latent"},
+        lora(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head.prior", "lm_head.shift"]),
+        {"prior", "shift"},
     ),
     "backbone, whole head saved": (
         tiny_mos,
         lora(target_modules=["q_proj"], modules_to_save=["lm_head"]),
-        {"prior", "latent", "decoder"},
+        {"prior", "shift", "decoder"},
     ),
-    "prior and latent": (tiny_mos, lora(target_modules=["lm_head.prior", "lm_head.latent"]), {"prior", "latent"}),
+    "prior and shift": (tiny_mos, lora(target_modules=["lm_head.prior", "lm_head.shift"]), {"prior", "shift"}),
     "decoder": (tiny_mos, lora(target_modules=["lm_head.decoder"]), {"decoder"}),
     "decoder with a softcap": (gemma2_mos, lora(target_modules=["lm_head.decoder"]), {"decoder"}),
     "untied decoder": (untied_mos, lora(target_modules=["lm_head.decoder"]), {"decoder"}),
@@ -77,9 +77,9 @@ ADAPTERS: dict[str, tuple[Callable[[], MoSForCausalLM], PeftConfig, set[str]]] =
         lora(target_modules=["q_proj"], modules_to_save=["lm_head.decoder"]),
         {"decoder"},
     ),
-    "all-linear": (tiny_mos, lora(target_modules="all-linear"), {"prior", "latent"}),
-    "all-linear, tied": (tied_mos, lora(target_modules="all-linear"), {"prior", "latent"}),
-    "all-linear, gpt2": (gpt2_mos, lora(target_modules="all-linear"), {"prior", "latent"}),
+    "all-linear": (tiny_mos, lora(target_modules="all-linear"), {"prior", "shift"}),
+    "all-linear, tied": (tied_mos, lora(target_modules="all-linear"), {"prior", "shift"}),
+    "all-linear, gpt2": (gpt2_mos, lora(target_modules="all-linear"), {"prior", "shift"}),
     "shift": (rank_mos, lora(target_modules=["lm_head.shift", "lm_head.prior"]), {"shift", "prior"}),
     "shift and decoder": (rank_mos, lora(target_modules=["lm_head.shift", "lm_head.decoder"]), {"shift", "decoder"}),
     "shift saved": (
@@ -87,15 +87,15 @@ ADAPTERS: dict[str, tuple[Callable[[], MoSForCausalLM], PeftConfig, set[str]]] =
         lora(target_modules=["q_proj"], modules_to_save=["lm_head.shift", "lm_head.prior"]),
         {"shift", "prior"},
     ),
-    "DoRA": (tiny_mos, lora(target_modules=["q_proj", "latent", "decoder"], use_dora=True), {"latent", "decoder"}),
-    "rank-stabilised": (tiny_mos, lora(target_modules=["q_proj", "latent"], use_rslora=True), {"latent"}),
+    "DoRA": (tiny_mos, lora(target_modules=["q_proj", "shift", "decoder"], use_dora=True), {"shift", "decoder"}),
+    "rank-stabilised": (tiny_mos, lora(target_modules=["q_proj", "shift"], use_rslora=True), {"shift"}),
     "tokens": (tied_mos, lora(target_modules=["q_proj"], trainable_token_indices=TOKENS[0, :4].tolist()), set()),
     "IA3": (
         tiny_mos,
         IA3Config(
-            task_type="CAUSAL_LM", target_modules=["v_proj", "latent", "down_proj"], feedforward_modules=["down_proj"]
+            task_type="CAUSAL_LM", target_modules=["v_proj", "shift", "down_proj"], feedforward_modules=["down_proj"]
         ),
-        {"latent"},
+        {"shift"},
     ),
 }
 
@@ -138,7 +138,7 @@ def test_adapters(case: str, tmp_path: Path) -> None:
     model = get_peft_model(base, copy.deepcopy(config))
     assert_same(model, before)
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    for layer in ("prior", "latent", "shift", "decoder"):
+    for layer in ("prior", "shift", "decoder"):
         assert any("lm_head" in name and f"{layer}." in name for name in trained) == (layer in in_head), layer
 
     losses = losses_of_training(model)
@@ -201,7 +201,7 @@ def test_gradients_through_an_adapted_decoder(new_base: Callable[[], MoSForCausa
 
 
 def test_head_alone_leaves_the_backbone_and_the_decoder(tmp_path: Path) -> None:
-    model = get_peft_model(tiny_mos(), lora(target_modules=["lm_head.prior", "lm_head.latent"]))
+    model = get_peft_model(tiny_mos(), lora(target_modules=["lm_head.prior", "lm_head.shift"]))
     assert not any("backbone" in name for name, weight in model.named_parameters() if weight.requires_grad)
     frozen = {name: weight.clone() for name, weight in model.named_parameters() if not weight.requires_grad}
     losses_of_training(model)
@@ -270,7 +270,7 @@ def test_the_trainer_trains_adapters(tmp_path: Path) -> None:
     assert_same(PeftModel.from_pretrained(tiny_mos(), tmp_path / "checkpoint-6").eval(), predictions(model))
 
 
-@pytest.mark.parametrize("case", ["prior and latent", "decoder", "backbone, head saved"])
+@pytest.mark.parametrize("case", ["prior and shift", "decoder", "backbone, head saved"])
 def test_adapters_of_transformers_itself(case: str, tmp_path: Path) -> None:
     _, config, _ = ADAPTERS[case]
     model = tiny_mos()
@@ -330,7 +330,7 @@ def test_an_adapter_on_a_freshly_converted_base(tmp_path: Path) -> None:
     """With the head saved in the adapter, the same conversion takes it."""
     tiny_causal_lm().save_pretrained(tmp_path / "softmax")
     base = MoSForCausalLM.from_causal_lm(tmp_path / "softmax", num_mixtures=3)
-    saved = ["lm_head.prior", "lm_head.latent"]
+    saved = ["lm_head.prior", "lm_head.shift"]
     model = get_peft_model(base, lora(target_modules=["q_proj"], modules_to_save=saved))
     losses_of_training(model)
     expected = predictions(model)

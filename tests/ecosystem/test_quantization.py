@@ -28,9 +28,8 @@ def wide_mos(name: str = "llama", **options: Any) -> MoSForCausalLM:
     softmax = tiny_causal_lm(name, hidden_size=64, intermediate_size=64, head_dim=16)
     model = MoSForCausalLM.from_causal_lm(softmax, num_mixtures=3, **options)
     with torch.no_grad():
-        for layer in (model.lm_head.prior, model.lm_head.latent if model.lm_head.latent_rank is None else None):
-            if layer is not None:
-                layer.weight += 0.05 * torch.randn(layer.weight.shape)
+        for layer in (model.lm_head.prior, model.lm_head.shift):
+            layer.weight += 0.05 / model.lm_head.latent_scale * torch.randn(layer.weight.shape)
     return model
 
 
@@ -66,7 +65,7 @@ def test_torchao_on_every_projection(name: str) -> None:
     """`quantize_` as it is takes the prior and the decoder as well."""
     model = tiny_mos(name)
     quantize_(model, INT8)
-    assert {"lm_head.prior", "lm_head.latent", "lm_head.decoder"} <= quantised(model)
+    assert {"lm_head.prior", "lm_head.shift", "lm_head.decoder"} <= quantised(model)
     logits, loss = predictions(model)
     generated = greedy(model, TOKENS)
     expected_logits, expected_loss = predictions(dequantise(model))
@@ -105,7 +104,7 @@ def test_torchao_with_adapters(tmp_path: Path) -> None:
     wide_mos().save_pretrained(tmp_path)
     base = MoSForCausalLM.from_pretrained(tmp_path, quantization_config=TorchAoConfig(INT8))
     before = predictions(base)
-    targets = ["q_proj", "lm_head.latent", "lm_head.prior"]
+    targets = ["q_proj", "lm_head.shift", "lm_head.prior"]
     model = get_peft_model(base, LoraConfig(target_modules=targets, task_type="CAUSAL_LM"))
     optimizer = torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
     for _ in range(6):
@@ -134,8 +133,7 @@ def test_bitsandbytes_on_the_cpu(bits: int, options: dict, tmp_path: Path) -> No
     model = MoSForCausalLM.from_pretrained(tmp_path, quantization_config=config)
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     layer = "Linear8bitLt" if bits == 8 else "Linear4bit"
-    projection = "shift" if options else "latent"
-    assert kinds["backbone.model.layers.0.self_attn.q_proj"] == kinds[f"lm_head.{projection}"] == layer
+    assert kinds["backbone.model.layers.0.self_attn.q_proj"] == kinds["lm_head.shift"] == layer
     assert kinds["lm_head.prior"] == kinds["lm_head.decoder"] == "Linear"
     assert model.lm_head.prior.weight.dtype == torch.float32
     same = copy.deepcopy(whole)

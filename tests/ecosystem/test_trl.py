@@ -34,7 +34,7 @@ from hf_mos import MoSForCausalLM
 
 pytestmark = pytest.mark.filterwarnings("default")  # TRL warns of its own changes to come
 
-HEAD = {"lm_head.prior.weight", "lm_head.latent.weight", "lm_head.decoder.weight"}
+HEAD = {"lm_head.prior.weight", "lm_head.shift.weight", "lm_head.decoder.weight"}
 
 
 @pytest.fixture(scope="module")
@@ -240,9 +240,7 @@ def test_metrics_get_the_mixtures_log_probabilities(tokenizer: Any, tmp_path: Pa
 
 
 def test_sft_with_adapters(tokenizer: Any, tmp_path: Path) -> None:
-    adapters = LoraConfig(
-        target_modules=["q_proj", "latent"], modules_to_save=["lm_head.prior"], task_type="CAUSAL_LM"
-    )
+    adapters = LoraConfig(target_modules=["q_proj", "shift"], modules_to_save=["lm_head.prior"], task_type="CAUSAL_LM")
     model = tiny_mos()
     trainer = sft(model, tokenizer, tmp_path, peft_config=adapters, max_steps=8, learning_rate=3e-2)
     trained = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
@@ -252,7 +250,7 @@ def test_sft_with_adapters(tokenizer: Any, tmp_path: Path) -> None:
     assert losses(trainer)[0] == pytest.approx(expected, abs=1e-4)
     assert losses(trainer)[-1] < losses(trainer)[0]
     assert changed(trainer.model, before) == trained
-    assert any("latent.lora_B" in name for name in trained)
+    assert any("shift.lora_B" in name for name in trained)
     assert any("prior.modules_to_save" in name for name in trained)
 
 
@@ -352,7 +350,7 @@ def test_dpo_takes_the_checkpoint_for_its_reference(tokenizer: Any, tmp_path: Pa
     tiny_mos().save_pretrained(tmp_path / "model")
     model = MoSForCausalLM.from_pretrained(tmp_path / "model")
     with torch.no_grad():
-        model.lm_head.latent.weight += 0.05 * torch.randn(model.lm_head.latent.weight.shape)
+        model.lm_head.shift.weight += 0.05 / model.lm_head.latent_scale * torch.randn(model.lm_head.shift.weight.shape)
     trainer = dpo(model, tokenizer, tmp_path / "out")
     assert isinstance(trainer.ref_model, MoSForCausalLM)
     check_dpo(trainer, model, MoSForCausalLM.from_pretrained(tmp_path / "model"))
@@ -360,7 +358,7 @@ def test_dpo_takes_the_checkpoint_for_its_reference(tokenizer: Any, tmp_path: Pa
 
 @pytest.mark.parametrize("precomputed", [False, True])
 def test_dpo_with_adapters_takes_the_model_without_them(precomputed: bool, tokenizer: Any, tmp_path: Path) -> None:
-    adapters = LoraConfig(target_modules=["q_proj", "latent", "prior"], task_type="CAUSAL_LM")
+    adapters = LoraConfig(target_modules=["q_proj", "shift", "prior"], task_type="CAUSAL_LM")
     options = {"precompute_ref_log_probs": precomputed, "learning_rate": 3e-2, "max_steps": 4}
     trainer = dpo(tiny_mos(), tokenizer, tmp_path, peft_config=adapters, **options)
     assert trainer.ref_model is None
@@ -453,7 +451,7 @@ def test_a_reward_model_is_not_made_of_a_mixture(tokenizer: Any, tmp_path: Path)
 
 
 def test_a_peft_model_is_taken_as_it_is(tokenizer: Any, tmp_path: Path) -> None:
-    adapters = LoraConfig(target_modules=["latent"], task_type="CAUSAL_LM")
+    adapters = LoraConfig(target_modules=["shift"], task_type="CAUSAL_LM")
     trainer = sft(get_peft_model(tiny_mos(), adapters), tokenizer, tmp_path)
     expected = own_metrics(trainer.model, batch_of(trainer))["loss"]
     trainer.train()

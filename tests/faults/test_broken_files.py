@@ -42,13 +42,13 @@ def change(folder: Path, key: str, tensor: torch.Tensor | None) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("key", [PRIOR, "lm_head.latent.weight", "backbone.model.norm.weight"])
+@pytest.mark.parametrize("key", [PRIOR, "lm_head.shift.weight", "backbone.model.norm.weight"])
 def test_a_missing_tensor(folder: Path, key: str) -> None:
     change(folder, key, None)
     refused(folder, ValueError, "model.safetensors", "without", key, "of shape")
 
 
-@pytest.mark.parametrize("key", ["lm_head.prior.bias", "lm_head.latent.bias", "lm_head.decoder.bias", "lm_head.basis"])
+@pytest.mark.parametrize("key", ["lm_head.prior.bias", "lm_head.shift.bias", "lm_head.decoder.bias", "lm_head.basis"])
 def test_a_tensor_that_the_config_does_not_name(folder: Path, key: str) -> None:
     weights = load_file(folder / "model.safetensors") | {key: torch.ones(3)}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -63,7 +63,7 @@ def test_a_misshapen_tensor(folder: Path, given: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("key", [PRIOR, "lm_head.latent.weight"])
+@pytest.mark.parametrize("key", [PRIOR, "lm_head.shift.weight"])
 def test_a_tensor_that_is_not_finite(folder: Path, key: str, dtype: torch.dtype, value: float) -> None:
     tensor = load_file(folder / "model.safetensors")[key].to(dtype)
     tensor[1, 2] = value

@@ -50,7 +50,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(options: dict[str, Any], tmp_pa
     with pytest.raises(FloatingPointError, match=r"loss of step 5 is not finite.*checkpoint-4"):
         run.train()
     assert run.state.global_step == 4
-    weights = run.model.lm_head.latent.weight
+    weights = run.model.lm_head.shift.weight
     assert weights.isfinite().all()  # step 5 has changed nothing
     assert get_last_checkpoint(str(tmp_path)).endswith("checkpoint-4")
     assert MoSForCausalLM.from_pretrained(tmp_path / "checkpoint-4").lm_head.prior.weight.isfinite().all()
@@ -198,8 +198,9 @@ def test_statistics_are_those_of_the_definition() -> None:
     model = tiny_mos(num_mixtures=2).double()
     head, hidden = model.lm_head, torch.randn(5, 32, dtype=torch.float64)
     targets = torch.randint(0, VOCAB_SIZE, (5,))
-    weights = head.prior(hidden).softmax(-1)
-    p = head.decoder(head.latent(hidden).view(5, 2, 32)).softmax(-1)
+    scale = head.latent_scale
+    weights = head.prior(scale * hidden).softmax(-1)
+    p = head.decoder(hidden.unsqueeze(1) + scale * head.shift(hidden).view(5, 2, 32)).softmax(-1)
     joint = weights * p[torch.arange(5), :, targets]
     middle = p.mean(1)
     kl = [(p[:, k] * (p[:, k] / middle).log()).sum(-1) for k in range(2)]
@@ -242,7 +243,7 @@ def test_the_balance_term_is_the_squared_coefficient_of_variation(reduction: str
     plain, balanced = tiny_mos(), tiny_mos(balance_coefficient=0.7)
     hidden, targets = torch.randn(2, 6, 32), random_tokens(2, 6)
     targets[0, 2:] = -100
-    weights = plain.lm_head.prior(hidden).softmax(-1)[targets != -100].mean(0)
+    weights = plain.lm_head.prior_logits(hidden).softmax(-1)[targets != -100].mean(0)
     variation = weights.var(correction=0) / weights.mean() ** 2
     losses = [model.train().lm_head(hidden, targets=targets, reduction=reduction) for model in (plain, balanced)]
     counts = {"mean": torch.ones(()), "sum": (targets != -100).sum(), "none": targets != -100}[reduction]
