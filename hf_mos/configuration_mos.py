@@ -55,6 +55,11 @@ class MoSConfig(PreTrainedConfig):
     latent_rank: int | None = option(
         None, "R: let the components differ in one shared subspace of this rank, for 1 + K R / E softmaxes in cost."
     )
+    shortlist_size: int | None = option(
+        None,
+        "M: let the components differ only on the M likeliest classes of the softmax that they share, for little more "
+        "than one softmax in cost, whatever K.",
+    )
     latent_scale: float | None = option(
         None,
         "Multiplies the shifts and the prior's logits, so that they learn this many times as fast as the rest at the "
@@ -115,7 +120,7 @@ class MoSConfig(PreTrainedConfig):
                 raise ValueError(f"{field}: expected {expected}, given {getattr(self, field)!r}")
 
         require("num_mixtures", is_count(self.num_mixtures), "an int of at least 1")
-        for field in ("latent_size", "latent_rank"):
+        for field in ("latent_size", "latent_rank", "shortlist_size"):
             value = getattr(self, field)
             require(field, value is None or is_count(value), "an int of at least 1, or None")
         size = self.latent_size
@@ -125,6 +130,7 @@ class MoSConfig(PreTrainedConfig):
         require("latent_scale", is_number(scale, lambda x: x > 0), "a finite number above 0, or None")
         if not self.adds_shifts:
             require("latent_scale", scale == 1, "1 or None where the latents are the paper's,")
+            require("shortlist_size", self.shortlist_size is None, "None where the latents are the paper's,")
         activations = " or ".join(repr(name) for name in LATENT_ACTIVATIONS)
         require("latent_activation", self.latent_activation in LATENT_ACTIVATIONS, activations)
         for field in ("latent_bias", "prior_bias", "tie_word_embeddings", "skip_logits_in_training"):

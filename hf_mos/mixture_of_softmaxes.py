@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mos_log_probs import REDUCTIONS, mix_log_probs, reduce, widen
+from .mos_log_probs import REDUCTIONS, mix_log_probs, reduce
+from .mos_vocabulary import widen
 
 
 class MixtureOfSoftmaxes(nn.Module):

@@ -10,7 +10,7 @@ from .mos_projections import Tokens
 
 # Working memory of the loss. On the CPU a chunk that stays in the cache is the fastest; on an accelerator larger
 # matmuls keep more of it busy, so the budget follows its memory.
-CPU_BUDGET_BYTES = 12 * 2**20
+CPU_BUDGET_BYTES = 48 * 2**20
 # At least so many rows of component logits, however large the vocabulary: each chunk reads and writes the decoder's
 # gradient.
 MIN_ROWS = 32

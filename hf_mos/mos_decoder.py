@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .mos_chunks import AUTOGRAD_BYTES_PER_LOGIT, tokens_per_chunk
-from .mos_latents import Latents, as_latents
-from .mos_log_probs import cap_logits, infer_log_probs, mix_log_probs, mos_log_probs, reduce
+from .mos_latents import Latents, latents_of
+from .mos_log_probs import infer_log_probs, mix_log_probs, mos_log_probs, reduce
 from .mos_loss import mos_cross_entropy
 from .mos_matmul import may_read
 from .mos_token_scores import ScoreOptions, Scores, score, token_scores
@@ -42,14 +42,14 @@ class CalledDecoder:
 
     def log_probs(self, latents: Latents, prior_logits: Tensor) -> Tensor:
         """Equivalent to: `mos_log_probs(latents, prior_logits, decoder.weight)`."""
-        component_logits = self.decoder(latents.dense())
-        return mix_log_probs(cap_logits(component_logits, self.softcap), prior_logits.to(component_logits.device))
+        log_weights, component_logits = latents.components(self.decoder, prior_logits, self.softcap)
+        return mix_log_probs(component_logits, log_weights)
 
     def loss(self, latents: Latents, prior_logits: Tensor, targets: Tensor, **options: Unpack[Reduction]) -> Tensor:
         """Equivalent to: `mos_cross_entropy(latents, prior_logits, decoder.weight, targets)`."""
 
-        def chunk_nll(latents: Tensor, prior_logits: Tensor, targets: Tensor) -> Tensor:
-            log_probs = self.log_probs(as_latents(latents), prior_logits)
+        def chunk_nll(latents: Latents, prior_logits: Tensor, targets: Tensor) -> Tensor:
+            log_probs = self.log_probs(latents, prior_logits)
             return F.nll_loss(log_probs, targets, ignore_index=options["ignore_index"], reduction="none")
 
         nll = torch.cat(self._in_chunks(chunk_nll, options["chunk_size"], latents, prior_logits, targets))
@@ -58,8 +58,8 @@ class CalledDecoder:
     def scores(self, latents: Latents, prior_logits: Tensor, targets: Tensor, options: ScoreOptions) -> Scores:
         """Equivalent to: `score(self.log_probs(latents, prior_logits), targets, options)`."""
 
-        def chunk_scores(latents: Tensor, prior_logits: Tensor, targets: Tensor) -> Scores:
-            return score(self.log_probs(as_latents(latents), prior_logits), targets, options)
+        def chunk_scores(latents: Latents, prior_logits: Tensor, targets: Tensor) -> Scores:
+            return score(self.log_probs(latents, prior_logits), targets, options)
 
         parts = self._in_chunks(chunk_scores, None, latents, prior_logits, targets)
         return tuple(None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
@@ -72,12 +72,19 @@ class CalledDecoder:
         prior_logits: Tensor,
         targets: Tensor,
     ) -> list[Any]:
-        dense = latents.dense()
+        (N, K), form = prior_logits.shape, latents.form
+
+        def in_chunk(prior_logits: Tensor, targets: Tensor, *tensors: Tensor) -> Any:
+            return function(latents_of(form, tensors), prior_logits, targets)
+
         # Not every adapter names its width.
         V = self.decoder.out_features if hasattr(self.decoder, "out_features") else self.decoder.weight.shape[0]
-        size = chunk_size or tokens_per_chunk(dense.shape[-2], V, AUTOGRAD_BYTES_PER_LOGIT, dense.device)
-        chunks = zip(dense.split(size), prior_logits.split(size), targets.split(size), strict=True)
-        return [checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks]
+        size = chunk_size or tokens_per_chunk(K, V, AUTOGRAD_BYTES_PER_LOGIT, targets.device)
+        chunks = (slice(start, start + size) for start in range(0, max(N, 1), size))
+        return [
+            checkpoint(in_chunk, prior_logits[part], targets[part], *latents[part].tensors, use_reentrant=False)
+            for part in chunks
+        ]
 
 
 class ReadDecoder(CalledDecoder):
@@ -124,12 +131,12 @@ class GatheredDecoder(CalledDecoder):
     """
 
     def loss(self, latents: Latents, prior_logits: Tensor, targets: Tensor, **options: Unpack[Reduction]) -> Tensor:
-        form = type(latents)
+        form = latents.form
 
         def loss_of(*tensors: Tensor) -> Tensor:
             use = ShardedDecoder if hasattr(self.decoder.weight, "device_mesh") else ReadDecoder
             gathered = use(self.decoder, self.softcap)
-            return gathered.loss(form(*tensors), prior_logits, targets, **options)
+            return gathered.loss(latents_of(form, tensors), prior_logits, targets, **options)
 
         return _call_as(self.decoder, loss_of, *latents.tensors)
 

@@ -59,6 +59,7 @@ class MoSLMHead(nn.Module):
         self.input_size: int = input_size
         self.latent_size = decoder.in_features
         self.latent_rank = config.latent_rank
+        self.shortlist_size = config.shortlist_size
         assert config.latent_scale is not None  # MoSConfig replaces it
         self.latent_scale = config.latent_scale
         self.softcap = config.softcap
@@ -151,7 +152,7 @@ class MoSLMHead(nn.Module):
         return reduce(self.balance_coefficient * variation * counts, counts, reduction)
 
     def extra_repr(self) -> str:
-        names = ("num_mixtures", "latent_rank", "latent_scale", "softcap")
+        names = ("num_mixtures", "latent_rank", "shortlist_size", "latent_scale", "softcap")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 

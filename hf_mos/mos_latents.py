@@ -6,16 +6,19 @@ class here and name it in `kind_of`. To add a form, write its class here and nam
 projection in `mos_projections.py`. The options are fields of `configuration_mos.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_mos import MoSConfig
 from .mos_matmul import project
 from .mos_projections import Projection, SubspaceProjection, Tokens
+from .mos_shortlist import ShortlistProjection, top_classes
+from .mos_vocabulary import cap_logits, widen
 
 Form = TypeVar("Form", bound="Latents")
 
@@ -47,16 +50,32 @@ class Latents:
         """The latents themselves, (..., K, E)."""
         return self.tensors[0]
 
+    def components(
+        self, decoder: Callable[[Tensor], Tensor], prior_logits: Tensor, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """The log-weights (..., K) of the mixture's components and their logits (..., K, V), in fp32 or wider."""
+        logits = cap_logits(widen(decoder(self.dense())), softcap)
+        return F.log_softmax(widen(prior_logits.to(logits.device)), dim=-1), logits
+
+    @property
+    def form(self) -> str:
+        """The form, as [`latents_of`] reads it."""
+        return type(self).__name__
+
+    def like(self: Form, tensors: Iterable[Tensor]) -> Form:
+        """Latents of the same form with other tensors."""
+        return type(self)(*tensors)
+
     def to(self: Form, dtype: torch.dtype) -> Form:
-        return type(self)(*(tensor.to(dtype) for tensor in self.tensors))
+        return self.like(tensor.to(dtype) for tensor in self.tensors)
 
     def __getitem__(self: Form, tokens: Tokens) -> Form:
         """The latents of some of the N tokens."""
-        pairs = zip(self.tensors, self.per_token, strict=True)
-        return type(self)(*(tensor[tokens] if has_rows else tensor for tensor, has_rows in pairs))
+        pairs = zip(self.tensors, self.per_token, strict=False)
+        return self.like(tensor[tokens] if has_rows else tensor for tensor, has_rows in pairs)
 
     def projection(self, *arguments: Any) -> Projection:
-        """The form's projection, of `tensors` and the arguments `weight, wanted, wants_weight, sum_dtype`."""
+        """The form's projection, of `tensors` and the arguments `log_prior, decoder, wanted`."""
         return Projection(self.tensors[0], *arguments)
 
     def for_inference(self) -> "Latents":
@@ -101,6 +120,58 @@ class SubspaceLatents(Latents):
         return Latents(self.dense()) if R >= N * (K - 1) else self
 
 
+class ShortlistLatents(Latents):
+    """The latents `hidden_states.unsqueeze(-2) + shifts`, or `+ shifts @ basis.T`, on a shortlist of classes alone.
+
+    Equivalent to: a mixture whose K components differ on the `size` likeliest classes of the hidden state's own
+    softmax, and whose weights are in proportion to `softmax(prior_logits)_k` times the component's partition function.
+    `mos_shortlist.py` has the maths.
+
+    Args: hidden_states (..., E), shifts (..., K, E), or shifts (..., K, R) and a basis (E, R).
+    """
+
+    per_token = (True, True, False)
+
+    def __init__(self, hidden_states: Tensor, shifts: Tensor, basis: Tensor | None = None, *, size: int) -> None:
+        super().__init__(*(tensor for tensor in (hidden_states, shifts, basis) if tensor is not None))
+        self.hidden_states, self.shifts, self.basis, self.size = hidden_states, shifts, basis, size
+
+    @property
+    def form(self) -> str:
+        return f"{type(self).__name__} {self.size}"
+
+    def like(self, tensors: Iterable[Tensor]) -> "ShortlistLatents":
+        return ShortlistLatents(*tensors, size=self.size)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.shifts.shape[:-1], self.hidden_states.shape[-1]))
+
+    def check(self) -> None:
+        E, R = self.hidden_states.shape[-1], self.shifts.shape[-1]
+        fits = R == E if self.basis is None else self.basis.shape == (E, R)
+        if self.shifts.shape[:-2] != self.hidden_states.shape[:-1] or not fits:
+            shapes = ", ".join(str(tuple(part.shape)) for part in self.tensors)
+            raise ValueError(f"latents: expected (..., E), (..., K, E), or (..., K, R) and (E, R), given {shapes}")
+
+    def dense(self) -> Tensor:
+        shifts = self.shifts if self.basis is None else self.shifts @ self.basis.T
+        return self.hidden_states.unsqueeze(-2) + shifts
+
+    def components(
+        self, decoder: Callable[[Tensor], Tensor], prior_logits: Tensor, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        shared, own = widen(decoder(self.hidden_states)), widen(decoder(self.dense()))  # (..., V), (..., K, V)
+        shortlist = top_classes(shared.detach(), self.size).unsqueeze(-2).expand(*own.shape[:-1], -1)  # (..., K, M)
+        shared = shared.unsqueeze(-2).expand_as(own)
+        logits = cap_logits(shared.scatter(-1, shortlist, own.gather(-1, shortlist)), softcap)
+        log_gate = F.log_softmax(widen(prior_logits.to(logits.device)), dim=-1)
+        return F.log_softmax(log_gate + torch.logsumexp(logits, dim=-1), dim=-1), logits
+
+    def projection(self, *arguments: Any) -> Projection:
+        return ShortlistProjection(self.hidden_states, self.shifts, self.basis, self.size, *arguments)
+
+
 class Shifted:
     """The kind that adds to the hidden state; `head` is a [`MoSLMHead`].
 
@@ -135,9 +206,12 @@ class Shifted:
         """Computes the latents of hidden states (..., D)."""
         hidden_states = in_dtype_of(head.shift, hidden_states)
         shifts = scaled(lambda h: activate(head, head.shift, h), hidden_states, head.latent_scale)
-        if head.latent_rank is None:
+        basis = None if head.latent_rank is None else head.basis.to(shifts)
+        if head.shortlist_size is not None:
+            return ShortlistLatents(hidden_states.to(shifts), shifts, basis, size=head.shortlist_size)
+        if basis is None:
             return Latents(hidden_states.unsqueeze(-2) + shifts)
-        return SubspaceLatents(hidden_states.to(shifts), shifts, head.basis.to(shifts))
+        return SubspaceLatents(hidden_states.to(shifts), shifts, basis)
 
     @staticmethod
     def is_exact(config: MoSConfig) -> bool:
@@ -147,15 +221,20 @@ class Shifted:
     @staticmethod
     def cost(head: Any) -> float:
         """Multiplications with the decoder, in those of one softmax."""
-        K, R = head.num_mixtures, head.latent_rank
-        return float(K) if R is None else 1 + K * R / head.latent_size
+        K, E, R, M = head.num_mixtures, head.latent_size, head.latent_rank, head.shortlist_size
+        if M is not None:
+            return (
+                1 + (M * K * (R or E) + (head.decoder.weight.shape[0] * R if R else 0)) / head.decoder.weight.numel()
+            )
+        return float(K) if R is None else 1 + K * R / E
 
     @staticmethod
     def describe(config: MoSConfig) -> str:
         """One line for a model card."""
         rank = "" if config.latent_rank is None else f", in one shared subspace of rank {config.latent_rank}"
+        shortlist = "" if config.shortlist_size is None else f", on a shortlist of {config.shortlist_size} classes"
         activation = "" if config.latent_activation == "identity" else f"{config.latent_activation} of "
-        return f"the hidden state plus {config.latent_scale:.3g} times {activation}a shift{rank}"
+        return f"the hidden state plus {config.latent_scale:.3g} times {activation}a shift{rank}{shortlist}"
 
 
 class Projected(Shifted):
@@ -219,7 +298,17 @@ def with_gradient(value: Tensor, of: Tensor) -> Tensor:
     return value.detach() + (of - of.detach()) if torch.is_grad_enabled() else value
 
 
-FORMS: dict[str, type[Latents]] = {form.__name__: form for form in (Latents, SubspaceLatents)}
+FORMS: dict[str, type[Latents]] = {form.__name__: form for form in (Latents, SubspaceLatents, ShortlistLatents)}
+
+
+def latents_of(form: str, tensors: Sequence[Any]) -> Latents:
+    """Latents of a form, named by [`Latents.form`], with these tensors."""
+    name, _, size = form.partition(" ")
+    return ShortlistLatents(*tensors, size=int(size)) if size else FORMS[name](*tensors)
+
+
+def per_token(form: str) -> tuple[bool, ...]:
+    return FORMS[form.partition(" ")[0]].per_token
 
 
 def as_latents(latents: Tensor | Latents) -> Latents:

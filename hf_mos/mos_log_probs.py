@@ -18,6 +18,8 @@ from torch import Tensor
 
 from .mos_chunks import tokens_per_chunk
 from .mos_latents import Latents, as_latents
+from .mos_projections import DecoderUse, Wanted
+from .mos_vocabulary import WholeVocabulary, widen
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -49,8 +51,10 @@ def mos_log_probs(
     """
     latents = as_latents(latents)
     check_shapes(latents, prior_logits, decoder_weight, decoder_bias)
-    component_logits = cap_logits(F.linear(latents.dense(), decoder_weight, decoder_bias), softcap)
-    return mix_log_probs(component_logits, prior_logits)
+    log_weights, component_logits = latents.components(
+        lambda latents: F.linear(latents, decoder_weight, decoder_bias), prior_logits, softcap
+    )
+    return mix_log_probs(component_logits, log_weights)
 
 
 def mix_log_probs(component_logits: Tensor, prior_logits: Tensor) -> Tensor:
@@ -78,37 +82,20 @@ def infer_log_probs(
     softcap: float | None = None,
 ) -> Tensor:
     """Equivalent to: `mos_log_probs` for latents of (N, K, E) in the decoder's dtype, chunk by chunk, no gradients."""
-    (N, K), V, device = prior_logits.shape, decoder_weight.shape[0], decoder_weight.device
+    N, V, device = prior_logits.shape[0], decoder_weight.shape[0], decoder_weight.device
     dtype = widen(decoder_weight[:0]).dtype
     latents = latents.for_inference()
-    projection = latents.projection(decoder_weight, (False,) * len(latents.tensors), False, dtype)
+    decoder = DecoderUse(decoder_weight, decoder_bias, softcap, WholeVocabulary(V), dtype)
+    log_prior = F.log_softmax(widen(prior_logits), dim=-1)
+    projection = latents.projection(log_prior, decoder, Wanted((False,) * len(latents.tensors), False))
+    log_weights = projection.log_weights
     log_probs = torch.empty(N, V, dtype=dtype, device=device)
-    size = tokens_per_chunk(K, V, 3 * dtype.itemsize, device)
+    size = tokens_per_chunk(log_weights.shape[1], V, 3 * dtype.itemsize, device)
     for start in range(0, N, size):
         tokens = slice(start, start + size)
-        logits = projection.component_logits(tokens)
-        if decoder_bias is not None:
-            logits = logits + decoder_bias
-        log_probs[tokens] = mix_log_probs(cap_logits(widen(logits), softcap), prior_logits[tokens])
+        component_log_probs = F.log_softmax(projection.component_logits(tokens), dim=-1)
+        log_probs[tokens] = torch.logsumexp(log_weights[tokens].unsqueeze(-1) + component_log_probs, dim=-2)
     return log_probs
-
-
-def widen(x: Tensor) -> Tensor:
-    """Equivalent to: `x.float()`, or `x` itself in fp64."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
-    """Equivalent to: `softcap * tanh(logits / softcap)`; `None` leaves the logits as they are."""
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
-def cap_(logits: Tensor, softcap: float, slope: Tensor | None) -> None:
-    """Equivalent to: `cap_logits` in place; writes its derivative at each logit to `slope`, if there is one."""
-    logits.div_(softcap).tanh_()
-    if slope is not None:
-        torch.mul(logits, logits, out=slope).neg_().add_(1)
-    logits.mul_(softcap)
 
 
 def reduce(nll: Tensor, counts: Tensor, reduction: str) -> Tensor:

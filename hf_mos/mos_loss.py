@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .mos_chunks import ChunkBuffers, split, split_again
-from .mos_latents import FORMS, Latents, as_latents
-from .mos_log_probs import REDUCTIONS, cap_, check_shapes, divisor, reduce
+from .mos_latents import Latents, as_latents, latents_of, per_token
+from .mos_log_probs import REDUCTIONS, check_shapes, divisor, reduce
+from .mos_projections import DecoderUse, Wanted
 from .mos_vocabulary import VocabularyShard, WholeVocabulary
 
 T = TypeVar("T")
@@ -84,7 +85,7 @@ def mos_cross_entropy(
     tensors = inputs.flat()
     if not torch.is_grad_enabled():  # autograd would still say that gradients are needed
         tensors = tuple(None if x is None else x.detach() for x in tensors)
-    return MoSCrossEntropy.apply(options, reduction, type(inputs.latents), targets, *tensors)
+    return MoSCrossEntropy.apply(options, reduction, inputs.latents.form, targets, *tensors)
 
 
 class LossInputs(NamedTuple):
@@ -99,9 +100,9 @@ class LossInputs(NamedTuple):
         return (self.prior_logits, self.decoder_weight, self.decoder_bias, *self.latents.tensors)
 
     @classmethod
-    def read(cls, form: type[Latents], flat: Sequence[Any]) -> "LossInputs":
+    def read(cls, form: str, flat: Sequence[Any]) -> "LossInputs":
         prior_logits, decoder_weight, decoder_bias, *latents = flat
-        return cls(prior_logits, decoder_weight, decoder_bias, form(*latents))
+        return cls(prior_logits, decoder_weight, decoder_bias, latents_of(form, latents))
 
 
 class ForEachInput(NamedTuple, Generic[T]):
@@ -146,53 +147,53 @@ def loss_and_gradients(
     """
     work_dtype = options.work_dtype
     wanted = wanted or ForEachInput.read([False] * len(inputs.flat()))
-    wants_logits = any(wanted.flat()[1:])  # whether a gradient passes through the component logits
-    (N, K), V, device = inputs.prior_logits.shape, inputs.decoder_weight.shape[0], inputs.prior_logits.device
+    wants_gradients = any(wanted.flat())
+    N, V, device = inputs.prior_logits.shape[0], inputs.decoder_weight.shape[0], inputs.prior_logits.device
     vocabulary = WholeVocabulary(V) if options.shard is None else options.shard
     sum_dtype = torch.promote_types(inputs.latents.dtype, torch.float32)
     with torch.autocast(device.type, enabled=False):
         latents, weight = inputs.latents.to(work_dtype), inputs.decoder_weight.to(work_dtype)
         bias = None if inputs.decoder_bias is None else inputs.decoder_bias.to(work_dtype)
-        projection = latents.projection(weight, wanted.latents, wanted.decoder_weight, sum_dtype)
         log_prior = F.log_softmax(inputs.prior_logits.to(sum_dtype), dim=-1)
+        decoder = DecoderUse(weight, bias, options.softcap, vocabulary, sum_dtype)
+        projection = latents.projection(log_prior, decoder, Wanted(wanted.latents, wanted.decoder_weight))
+        log_weights = projection.log_weights
+        K = log_weights.shape[1]
         nll = torch.zeros(N, dtype=sum_dtype, device=device)
         d_prior = torch.zeros_like(log_prior) if wanted.prior_logits else None
         d_bias = torch.zeros(V, dtype=sum_dtype, device=device) if wanted.decoder_bias else None
 
-        has_slope, share = options.softcap is not None and wants_logits, projection.shared_share
+        has_slope, share = options.softcap is not None and wants_gradients, projection.shared_share
         kept = (targets != options.ignore_index).nonzero().squeeze(1)
         buffers = ChunkBuffers.allocate(
             kept.shape[0], K, vocabulary.num_classes, weight, sum_dtype, has_slope, share, options.chunk_size
         )
         for group in split(kept, buffers.group_size, of=N):
-            projection.open(group, buffers.group_size, bias)
+            projection.open(group, buffers.group_size)
             for tokens, place in split_again(group, buffers.size):
                 target_rows = targets[tokens].long().repeat_interleave(K).unsqueeze(1)  # (n K, 1)
                 logits, half, slope = buffers.rows(target_rows.shape[0])  # (n K, V) each
-                projection.logits(tokens, place, logits, half)
-                if options.softcap is not None:
-                    cap_(logits, options.softcap, slope)
+                projection.logits(tokens, place, logits, half, slope)
                 component_nll = vocabulary.softmax_(logits, target_rows).view(-1, K)
-                log_joint = log_prior[tokens] - component_nll
+                log_joint = log_weights[tokens] - component_nll
                 chunk_nll = -torch.logsumexp(log_joint, dim=-1, keepdim=True)
                 nll[tokens] = chunk_nll.squeeze(1)
+                if not wants_gradients:
+                    continue
                 responsibilities = torch.exp(log_joint + chunk_nll)  # (n, K)
                 token_weight = 1.0 if token_weights is None else token_weights[tokens].to(sum_dtype).unsqueeze(1)
-                if d_prior is not None:
-                    d_prior[tokens] = (log_prior[tokens].exp() - responsibilities) * token_weight
-                if not wants_logits:
-                    continue
-                error = vocabulary.subtract_targets_(logits, target_rows)
-                if slope is not None:
-                    error.mul_(slope)
                 row_weights = (responsibilities * token_weight).view(-1, 1)  # (n K, 1)
+                error = vocabulary.subtract_targets_(logits, target_rows)
+                error = projection.through_cap(error, slope, row_weights)
+                if d_prior is not None:
+                    d_prior[tokens] = projection.d_prior_logits(tokens, responsibilities) * token_weight
                 if d_bias is not None:
                     d_bias.addmv_(error.t(), row_weights.squeeze(1))
                 if work_dtype == sum_dtype:
                     projection.backward(tokens, place, error, row_weights)
                 else:
                     projection.backward(tokens, place, torch.mul(error, row_weights, out=half), None)
-            if wants_logits:
+            if wants_gradients:
                 projection.close(group)
         d_latents, d_weight = projection.gradients()
         for gradient in d_latents:
@@ -205,7 +206,7 @@ class MoSCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, options: LossOptions, reduction: str, form: type[Latents], targets: Tensor, *tensors: Tensor | None
+        ctx: Any, options: LossOptions, reduction: str, form: str, targets: Tensor, *tensors: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(targets, *tensors)
         ctx.options, ctx.reduction, ctx.form = options, reduction, form
@@ -254,8 +255,9 @@ def _call_operator(inputs: LossInputs, targets: Tensor, options: LossOptions, re
     latents = list(inputs.latents.tensors)
     tensors = (inputs.prior_logits, inputs.decoder_weight, inputs.decoder_bias)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (*tensors, *latents)]
-    form = type(inputs.latents).__name__
-    loss, _ = cross_entropy_operator(*tensors, latents, form, targets, None, *options[:4], reduction, wanted)
+    loss, _ = cross_entropy_operator(
+        *tensors, latents, inputs.latents.form, targets, None, *options[:4], reduction, wanted
+    )
     return loss
 
 
@@ -277,7 +279,7 @@ def cross_entropy_operator(
 ) -> tuple[Tensor, list[Tensor]]:
     """Opaque to torch.compile; returns the loss and one gradient per input, empty where not wanted."""
     options = LossOptions(softcap, ignore_index, chunk_size, work_dtype)
-    inputs = LossInputs(prior_logits, decoder_weight, decoder_bias, FORMS[form](*latents))
+    inputs = LossInputs(prior_logits, decoder_weight, decoder_bias, latents_of(form, latents))
     waits = reduction == "none" and token_weights is None
     wants = None if waits else ForEachInput.read(wanted)
     nll, gradients = loss_and_gradients(inputs, targets, options, wants, token_weights)
@@ -292,7 +294,8 @@ def _(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     loss = targets.new_empty(targets.shape if reduction == "none" else (), dtype=sum_dtype)
     waits = reduction == "none" and token_weights is None
     # Gradients that all tokens add to are summed in fp32.
-    dtypes = [*[sum_dtype] * 3, *(work_dtype if has_rows else sum_dtype for has_rows in FORMS[form].per_token)]
+    has_rows = per_token(form)[: len(latents)]
+    dtypes = [*[sum_dtype] * 3, *(work_dtype if each else sum_dtype for each in has_rows)]
     return loss, [
         torch.empty_like(x, dtype=dtype) if want and not waits else loss.new_empty(0)
         for x, want, dtype in zip((*tensors, *latents), wanted, dtypes, strict=True)

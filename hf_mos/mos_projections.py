@@ -6,15 +6,35 @@
 
 The gradient of the component logits is `row_weights * error`. In fp32 and wider this product is never made: the row
 weights go on the narrow side of each matmul. In half precision they join the error when it is rounded, and are `None`
-here. Gradients that many tokens add to are summed in `sum_dtype`, whatever the dtype of the matmuls.
+in `backward`. Gradients that many tokens add to are summed in `sum_dtype`, whatever the dtype of the matmuls.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .mos_matmul import multiply, multiply_into
+from .mos_vocabulary import VocabularyShard, WholeVocabulary, cap_, cap_logits, widen
 
 Tokens = slice | Tensor  # the tokens of a chunk, as an index
+
+
+class DecoderUse(NamedTuple):
+    """The decoder's tensors in the dtype of the matmuls, and what follows the matmul."""
+
+    weight: Tensor  # (V, E)
+    bias: Tensor | None  # (V,)
+    softcap: float | None
+    vocabulary: WholeVocabulary | VocabularyShard
+    sum_dtype: torch.dtype
+
+
+class Wanted(NamedTuple):
+    """The inputs whose gradients are wanted."""
+
+    latents: tuple[bool, ...]  # for each tensor of the latents
+    weight: bool
 
 
 class Projection:
@@ -25,21 +45,35 @@ class Projection:
 
     shared_share = 0.0  # of the working memory, for a buffer beside the component logits
 
-    def __init__(
-        self, latents: Tensor, weight: Tensor, wanted: tuple[bool, ...], wants_weight: bool, sum_dtype: torch.dtype
-    ) -> None:
-        self.latents, self.weight = latents, weight
-        self.d_latents = torch.zeros_like(latents) if wanted[0] else None
-        self.d_weight = Accumulator(weight, wants_weight, sum_dtype)
+    def __init__(self, latents: Tensor, log_prior: Tensor, decoder: DecoderUse, wanted: Wanted) -> None:
+        self.latents, self.log_prior, self.decoder, self.weight = latents, log_prior, decoder, decoder.weight
+        self.log_weights = log_prior  # of the softmaxes whose logits are made here, (N, K)
+        self.d_latents = torch.zeros_like(latents) if wanted.latents[0] else None
+        self.d_weight = Accumulator(self.weight, wanted.weight, decoder.sum_dtype)
 
-    def open(self, group: Tokens, size: int, bias: Tensor | None) -> None:
+    def open(self, group: Tokens, size: int) -> None:
         """Begins a group of at most `size` tokens."""
-        self.bias = bias
 
-    def logits(self, tokens: Tokens, place: slice, out: Tensor, half: Tensor | None) -> None:
-        """Writes the component logits to `out` (n K, V), by way of `half` where the latents are half precision."""
+    def logits(self, tokens: Tokens, place: slice, out: Tensor, half: Tensor | None, slope: Tensor | None) -> None:
+        """Writes the component logits to `out` (n K, V), by way of `half` where the latents are half precision.
+
+        `slope` gets the derivative of the softcap.
+        """
         self.rows = self.latents[tokens].flatten(0, 1)
-        write_product(self.rows, self.weight, self.bias, out, half)
+        write_product(self.rows, self.weight, self.decoder.bias, out, half)
+        self.cap(out, slope)
+
+    def cap(self, logits: Tensor, slope: Tensor | None) -> None:
+        if self.decoder.softcap is not None:
+            cap_(logits, self.decoder.softcap, slope)
+
+    def through_cap(self, error: Tensor, slope: Tensor | None, row_weights: Tensor) -> Tensor:
+        """The gradient of the logits before the softcap, in place; the `error` is that after it. Both lack weights."""
+        return error if slope is None else error.mul_(slope)
+
+    def d_prior_logits(self, tokens: Tokens, responsibilities: Tensor) -> Tensor:
+        """The gradient of the prior's logits (n, K), without the tokens' weights."""
+        return self.log_prior[tokens].exp() - responsibilities
 
     def backward(self, tokens: Tokens, place: slice, error: Tensor, row_weights: Tensor | None) -> None:
         """Adds the gradients of the last `logits`."""
@@ -56,9 +90,10 @@ class Projection:
         return (self.d_latents,), self.d_weight.result()
 
     def component_logits(self, tokens: slice) -> Tensor:
-        """Equivalent to: `latents[tokens] @ weight.T` (n, K, V), without groups, bias and gradients."""
+        """Equivalent to: `cap(latents[tokens] @ weight.T + bias)` (n, K, V), without groups and gradients."""
         latents = self.latents[tokens]
-        return multiply(latents.flatten(0, 1), self.weight).unflatten(0, latents.shape[:2])
+        logits = multiply(latents.flatten(0, 1), self.weight, self.decoder.bias)
+        return cap_logits(widen(logits.unflatten(0, latents.shape[:2])), self.decoder.softcap)
 
 
 class SubspaceProjection(Projection):
@@ -75,35 +110,37 @@ class SubspaceProjection(Projection):
         hidden_states: Tensor,
         shifts: Tensor,
         basis: Tensor,
-        weight: Tensor,
-        wanted: tuple[bool, ...],
-        wants_weight: bool,
-        sum_dtype: torch.dtype,
+        log_prior: Tensor,
+        decoder: DecoderUse,
+        wanted: Wanted,
     ) -> None:
         self.hidden_states, self.shifts, self.basis = hidden_states, shifts, basis
-        self.weight = weight
-        self.narrow_weight = weight @ basis  # (V, R), once per step
-        self.d_hidden = torch.zeros_like(hidden_states) if wanted[0] else None
-        self.d_shifts = torch.zeros_like(shifts) if wanted[1] else None
-        self.wants_basis, self.wants_shared = wanted[2], wanted[0] or wants_weight
-        self.d_weight = Accumulator(weight, wants_weight, sum_dtype)
+        self.decoder, self.weight = decoder, decoder.weight
+        self.log_prior = self.log_weights = log_prior
+        self.narrow_weight = self.weight @ basis  # (V, R), once per step
+        wants_hidden, wants_shifts, self.wants_basis = wanted.latents
+        self.d_hidden = torch.zeros_like(hidden_states) if wants_hidden else None
+        self.d_shifts = torch.zeros_like(shifts) if wants_shifts else None
+        self.wants_shared = wants_hidden or wanted.weight
+        self.d_weight = Accumulator(self.weight, wanted.weight, decoder.sum_dtype)
         # Column by column: at R = 8 MKL adds such a product in a third to a tenth of the time.
-        by_column = weight.new_empty(self.narrow_weight.t().shape).t()
-        self.d_narrow_weight = Accumulator(by_column, wants_weight or self.wants_basis, sum_dtype)
-        self.buffer = weight[:0]
+        by_column = self.weight.new_empty(self.narrow_weight.t().shape).t()
+        self.d_narrow_weight = Accumulator(by_column, wanted.weight or self.wants_basis, decoder.sum_dtype)
+        self.buffer = self.weight[:0]
 
-    def open(self, group: Tokens, size: int, bias: Tensor | None) -> None:
+    def open(self, group: Tokens, size: int) -> None:
         if self.buffer.shape[0] < size:
             self.buffer = self.weight.new_empty(size, self.weight.shape[0])
         self.group_rows = self.hidden_states[group]
         self.shared = self.buffer[: self.group_rows.shape[0]]
-        write_product(self.group_rows, self.weight, bias, self.shared, self.shared)
+        write_product(self.group_rows, self.weight, self.decoder.bias, self.shared, self.shared)
 
-    def logits(self, tokens: Tokens, place: slice, out: Tensor, half: Tensor | None) -> None:
+    def logits(self, tokens: Tokens, place: slice, out: Tensor, half: Tensor | None, slope: Tensor | None) -> None:
         shifts = self.shifts[tokens]
         self.rows = shifts.flatten(0, 1)
         write_product(self.rows, self.narrow_weight, None, out, half)
         out.view(*shifts.shape[:2], -1).add_(self.shared[place].unsqueeze(1))
+        self.cap(out, slope)
 
     def backward(self, tokens: Tokens, place: slice, error: Tensor, row_weights: Tensor | None) -> None:
         K = self.shifts.shape[1]
@@ -135,9 +172,9 @@ class SubspaceProjection(Projection):
 
     def component_logits(self, tokens: slice) -> Tensor:
         shifts = self.shifts[tokens]
-        shared = multiply(self.hidden_states[tokens], self.weight)
-        logits = multiply(shifts.flatten(0, 1), self.narrow_weight)
-        return logits.unflatten(0, shifts.shape[:2]) + shared.unsqueeze(1)
+        shared = multiply(self.hidden_states[tokens], self.weight, self.decoder.bias)
+        logits = multiply(shifts.flatten(0, 1), self.narrow_weight).unflatten(0, shifts.shape[:2])
+        return cap_logits(widen(logits + shared.unsqueeze(1)), self.decoder.softcap)
 
 
 class Accumulator:
@@ -156,6 +193,15 @@ class Accumulator:
             self.total.copy_(torch.mm(left, right))
         else:
             self.total.add_(torch.mm(left, right))
+        self.is_empty = False
+
+    def add_rows(self, classes: Tensor, rows: Tensor) -> None:
+        """Adds each of the rows (m, E) to the row of its class."""
+        if self.total is None:
+            return
+        if self.is_empty:
+            self.total.zero_()
+        self.total.index_add_(0, classes, rows.to(self.total.dtype))
         self.is_empty = False
 
     def result(self) -> Tensor | None:

@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 
 from .mos_chunks import AUTOGRAD_BYTES_PER_LOGIT, tokens_per_chunk
 from .mos_latents import Latents
-from .mos_log_probs import infer_log_probs, mos_log_probs, widen
+from .mos_log_probs import infer_log_probs, mos_log_probs
 from .mos_loss import (
     ForEachInput,
     Gradients,
@@ -33,6 +33,7 @@ from .mos_loss import (
     wanted_of,
     work_dtype_of,
 )
+from .mos_vocabulary import widen
 
 Scores = tuple[Tensor | None, ...]  # (N,) each, in the order of SCORES; None where not wanted
 SCORES = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -94,7 +95,7 @@ def token_scores(
     """
     inputs = LossInputs(prior_logits, decoder_weight, decoder_bias, latents)
     work = LossOptions(softcap, ignore_index=-100, chunk_size=None, work_dtype=work_dtype_of(latents))
-    return TokenScoring.apply(options, work, type(latents), targets, *inputs.flat())
+    return TokenScoring.apply(options, work, latents.form, targets, *inputs.flat())
 
 
 class TokenScoring(torch.autograd.Function):
@@ -105,7 +106,7 @@ class TokenScoring(torch.autograd.Function):
         ctx: Any,
         options: ScoreOptions,
         work: LossOptions,
-        form: type[Latents],
+        form: str,
         targets: Tensor,
         *tensors: Tensor | None,
     ) -> Scores:
@@ -154,7 +155,7 @@ def gradients_by_autograd(
     totals = [torch.zeros_like(x, dtype=widen(x[:0]).dtype) for x in wanted_leaves]
     for tokens in token_chunks(inputs, AUTOGRAD_BYTES_PER_LOGIT):
         with torch.enable_grad():
-            log_probs = log_probs_of(LossInputs.read(type(inputs.latents), leaves), tokens, work, mos_log_probs)
+            log_probs = log_probs_of(LossInputs.read(inputs.latents.form, leaves), tokens, work, mos_log_probs)
             scores = score(log_probs, targets[tokens], options)
         pairs = [(x, d[tokens]) for x, d in zip(scores, (d_log_probs, d_entropy), strict=False) if d is not None]
         outputs, d_outputs = zip(*pairs, strict=True)

@@ -38,6 +38,10 @@ class WholeVocabulary(NamedTuple):
     def sum_(self, part: Tensor | None) -> None:
         """The part is the whole."""
 
+    def in_shortlist(self, logits: Tensor) -> Tensor | None:
+        """All candidates (n, M) are in the shortlist."""
+        return None
+
 
 class VocabularyShard(NamedTuple):
     """This process holds the decoder's rows from class `start` on; the group holds all.
@@ -72,6 +76,33 @@ class VocabularyShard(NamedTuple):
         if part is not None:
             torch.distributed.all_reduce(part, group=self.group)
 
+    def in_shortlist(self, logits: Tensor) -> Tensor:
+        """Which of this process's candidates (n, M) are among the M largest of all processes' candidates."""
+        parts = [torch.empty_like(logits) for _ in range(torch.distributed.get_world_size(self.group))]
+        torch.distributed.all_gather(parts, logits.contiguous(), self.group)
+        joint = torch.cat(parts, dim=1)
+        chosen = torch.zeros_like(joint, dtype=torch.bool)
+        chosen.scatter_(1, joint.topk(logits.shape[1], dim=1, sorted=False).indices, True)
+        return chosen.split(logits.shape[1], dim=1)[torch.distributed.get_rank(self.group)]
+
     def _find(self, target_rows: Tensor, num_here: int) -> tuple[Tensor, Tensor]:
         place = target_rows - self.start
         return place.clamp(0, num_here - 1), (place >= 0) & (place < num_here)
+
+
+def widen(x: Tensor) -> Tensor:
+    """Equivalent to: `x.float()`, or `x` itself in fp64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
+    """Equivalent to: `softcap * tanh(logits / softcap)`; `None` leaves the logits as they are."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def cap_(logits: Tensor, softcap: float, slope: Tensor | None) -> None:
+    """Equivalent to: `cap_logits` in place; writes its derivative at each logit to `slope`, if there is one."""
+    logits.div_(softcap).tanh_()
+    if slope is not None:
+        torch.mul(logits, logits, out=slope).neg_().add_(1)
+    logits.mul_(softcap)

@@ -17,6 +17,7 @@ from hf_mos.tools.train import parse_options
 VALUES: dict[str, Any] = {
     "num_mixtures": 3,
     "latent_rank": 4,
+    "shortlist_size": 5,
     "latent_scale": 2.0,
     "latent_activation": "tanh",
     "latent_bias": True,

@@ -53,8 +53,14 @@ def by_hand(head, hidden_states):
         shifts = shifts if head.latent_rank is None else shifts @ head.basis.double().T
         latents = h.unsqueeze(-2) + head.latent_scale * shifts
     logits = F.linear(latents, *weights(head.decoder))
+    if head.shortlist_size is not None:
+        shared = F.linear(h, *weights(head.decoder))
+        inside = torch.zeros_like(shared).scatter(-1, shared.topk(head.shortlist_size).indices, 1).unsqueeze(-2)
+        logits = torch.where(inside > 0, logits, shared.unsqueeze(-2))
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
+    if head.shortlist_size is not None:
+        prior = F.normalize(prior * logits.exp().sum(-1), p=1, dim=-1)
     return (prior.unsqueeze(-1) * F.softmax(logits, dim=-1)).sum(-2).log()
 
 
@@ -69,6 +75,8 @@ OPTIONS = [
     {"latent_size": 7, "decoder_bias": True},
     {"softcap": 3.0},
     {"latent_rank": 4},
+    {"shortlist_size": 5},
+    {"shortlist_size": 5, "latent_rank": 4, "latent_bias": True, "softcap": 3.0, "decoder_bias": True},
     {"latent_rank": 4, "latent_activation": "tanh", "latent_bias": True, "softcap": 3.0, "decoder_bias": True},
 ]
 
@@ -100,7 +108,11 @@ def test_loss_is_the_log_probabilities(options, reduction):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("options", [{}, {"latent_rank": 4}, {"latent_rank": 4, "latent_activation": "tanh"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"latent_rank": 4}, {"latent_rank": 4, "latent_activation": "tanh"}, {"shortlist_size": 5}],
+    ids=str,
+)
 def test_starts_as_one_softmax_and_parts_when_trained(options):
     head = make_head(**options)
     hidden_states, targets = inputs()

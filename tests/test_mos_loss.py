@@ -12,13 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_mos
 from hf_mos import mos_cross_entropy, mos_log_probs
-from hf_mos.mos_latents import SubspaceLatents, as_latents
+from hf_mos.mos_latents import ShortlistLatents, SubspaceLatents, as_latents
 from hf_mos.mos_log_probs import infer_log_probs, mix_log_probs
 
 IGNORED = -100
 
+# The forms of latents: a rank for the shifts, a shortlist on which the components differ.
+FORMS = [{}, {"rank": 2}, {"shortlist": 3}, {"rank": 2, "shortlist": 3}]
 
-def draw(N=7, K=3, E=5, V=11, rank=None, bias=False, ignored="some", dtype=torch.float64, seed=0):
+
+def draw(N=7, K=3, E=5, V=11, rank=None, shortlist=None, bias=False, ignored="some", dtype=torch.float64, seed=0):
     """Leaves named by what they are, and targets."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -26,10 +29,11 @@ def draw(N=7, K=3, E=5, V=11, rank=None, bias=False, ignored="some", dtype=torch
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     leaves = {"prior_logits": normal(N, K), "decoder_weight": normal(V, E)}
-    if rank is None:
+    if rank is None and shortlist is None:
         leaves["latents"] = normal(N, K, E)
     else:
-        leaves |= {"hidden_states": normal(N, E), "shifts": normal(N, K, rank), "basis": normal(E, rank)}
+        leaves |= {"hidden_states": normal(N, E), "shifts": normal(N, K, rank or E)}
+        leaves |= {} if rank is None else {"basis": normal(E, rank)}
     if bias:
         leaves["decoder_bias"] = normal(V)
     targets = torch.randint(0, V, (N,), generator=generator)
@@ -40,24 +44,33 @@ def draw(N=7, K=3, E=5, V=11, rank=None, bias=False, ignored="some", dtype=torch
     return leaves, targets
 
 
-def arguments(leaves):
+def arguments(leaves, shortlist=None):
     latents = leaves.get("latents")
-    if latents is None:
+    if shortlist is not None:
+        latents = ShortlistLatents(leaves["hidden_states"], leaves["shifts"], leaves.get("basis"), size=shortlist)
+    elif latents is None:
         latents = SubspaceLatents(leaves["hidden_states"], leaves["shifts"], leaves["basis"])
     return (latents, leaves["prior_logits"], leaves["decoder_weight"]), leaves.get("decoder_bias")
 
 
-def reference(leaves, targets, softcap=None, reduction="mean"):
-    positional, bias = arguments(leaves)
+def reference(leaves, targets, softcap=None, reduction="mean", shortlist=None):
+    positional, bias = arguments(leaves, shortlist)
     return reduce(mos_log_probs(*positional, decoder_bias=bias, softcap=softcap), targets, reduction)
 
 
-def subspace_reference(leaves, targets, reduction="mean"):
-    """The shared product and the narrow ones in plain torch, to compare rounding with."""
+def factored_reference(leaves, targets, reduction="mean", shortlist=None):
+    """The wide product and the narrow ones in plain torch, to compare rounding with."""
     weight = leaves["decoder_weight"]
-    shared = F.linear(leaves["hidden_states"], weight, leaves["decoder_bias"]).unsqueeze(1)
-    component_logits = shared + F.linear(leaves["shifts"], weight @ leaves["basis"])
-    return reduce(mix_log_probs(component_logits, leaves["prior_logits"]), targets, reduction)
+    shared = F.linear(leaves["hidden_states"], weight, leaves["decoder_bias"])
+    narrow = weight if "basis" not in leaves else weight @ leaves["basis"]
+    if shortlist is None:
+        component_logits = shared.unsqueeze(1) + F.linear(leaves["shifts"], narrow)
+        return reduce(mix_log_probs(component_logits, leaves["prior_logits"]), targets, reduction)
+    chosen = shared.float().topk(shortlist).indices
+    differences = leaves["shifts"] @ narrow[chosen].mT
+    log_gate = leaves["prior_logits"].float().log_softmax(-1).unsqueeze(-1)
+    mixed = torch.logsumexp(log_gate + shared.gather(1, chosen).unsqueeze(1).float() + differences.float(), 1)
+    return reduce(shared.float().scatter(1, chosen, mixed).log_softmax(-1), targets, reduction)
 
 
 def reduce(log_probs, targets, reduction):
@@ -67,8 +80,8 @@ def reduce(log_probs, targets, reduction):
     return nll.sum() / (1 if reduction == "sum" else (targets != IGNORED).sum().clamp(min=1))
 
 
-def fast(leaves, targets, **options):
-    positional, bias = arguments(leaves)
+def fast(leaves, targets, shortlist=None, **options):
+    positional, bias = arguments(leaves, shortlist)
     return mos_cross_entropy(*positional, targets, decoder_bias=bias, **options)
 
 
@@ -91,50 +104,57 @@ def assert_same(expected, given, tolerance=1e-12):
         )
 
 
-@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("bias", [False, True])
-def test_equals_reference_in_float64(rank, reduction, softcap, bias):
+def test_equals_reference_in_float64(form, reduction, softcap, bias):
     for (N, K), chunk_size, ignored in itertools.product(
         [(1, 1), (7, 3), (8, 2)], [None, 1, 3], ["none", "some", "all"]
     ):
-        leaves, targets = draw(N=N, K=K, rank=rank, bias=bias, ignored=ignored)
-        expected = run(reference, leaves, targets, softcap=softcap, reduction=reduction)
-        given = run(fast, leaves, targets, softcap=softcap, reduction=reduction, chunk_size=chunk_size)
+        leaves, targets = draw(N=N, K=K, **form, bias=bias, ignored=ignored)
+        options = {"softcap": softcap, "reduction": reduction, "shortlist": form.get("shortlist")}
+        expected = run(reference, leaves, targets, **options)
+        given = run(fast, leaves, targets, **options, chunk_size=chunk_size)
         assert_same(expected, given)
 
 
-@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_each_gradient_alone(rank, reduction):
-    leaves, targets = draw(rank=rank, bias=True)
-    expected = run(reference, leaves, targets, softcap=3.0, reduction=reduction)
+def test_each_gradient_alone(form, reduction):
+    leaves, targets = draw(**form, bias=True)
+    options = {"softcap": 3.0, "reduction": reduction, "shortlist": form.get("shortlist")}
+    expected = run(reference, leaves, targets, **options)
     for name in leaves:
-        given = run(fast, leaves, targets, requires_grad=[name], softcap=3.0, reduction=reduction, chunk_size=2)
+        given = run(fast, leaves, targets, requires_grad=[name], **options, chunk_size=2)
         assert_same({key: expected[key] for key in ("loss", name)}, given)
 
 
-@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_gradcheck(rank, softcap):
-    leaves, targets = draw(N=3, K=2, E=3, V=5, rank=rank, bias=True)
+def test_gradcheck(form, softcap):
+    leaves, targets = draw(N=3, K=2, E=3, V=5, **form, bias=True)
     names = list(leaves)
 
     def loss(*values):
-        return fast(dict(zip(names, values, strict=True)), targets, softcap=softcap, reduction="none")
+        return fast(dict(zip(names, values, strict=True)), targets, softcap=softcap, reduction="none", shortlist=form.get("shortlist"))
 
     assert torch.autograd.gradcheck(loss, [leaves[name].requires_grad_() for name in names])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("form", [{}, {"rank": 2}, {"shortlist": 20}, {"rank": 2, "shortlist": 20}], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_half_precision_errs_no_more_than_plain_torch(dtype, rank, reduction):
-    leaves, targets = draw(N=96, K=3, E=16, V=53, rank=rank, bias=True, dtype=dtype)
-    exact = run(reference, {name: x.double() for name, x in leaves.items()}, targets, reduction=reduction)
-    plain = run(reference if rank is None else subspace_reference, leaves, targets, reduction=reduction)
-    given = run(fast, leaves, targets, reduction=reduction, chunk_size=7)
+def test_half_precision_errs_no_more_than_plain_torch(dtype, form, reduction):
+    leaves, targets = draw(N=96, K=3, E=16, V=53, **form, bias=True, dtype=dtype)
+    shortlist = form.get("shortlist")
+    if shortlist is not None:
+        leaves["decoder_bias"][:shortlist] += 30  # a shortlist that rounding does not change
+        leaves["shifts"] /= 4
+    options = {"reduction": reduction, "shortlist": shortlist}
+    exact = run(reference, {name: x.double() for name, x in leaves.items()}, targets, **options)
+    plain = run(factored_reference if form else reference, leaves, targets, **options)
+    given = run(fast, leaves, targets, **options, chunk_size=7)
     for name in exact:
         plain_error = (plain[name].double() - exact[name]).norm()
         error = (given[name].double() - exact[name]).norm()
@@ -238,27 +258,28 @@ def test_bad_input_names_what_was_expected(change, message):
         mos_cross_entropy(**{**leaves, "targets": targets, **change})
 
 
-@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("N", [1, 2, 40])
-def test_inference_equals_reference(rank, N):
-    leaves, _ = draw(N=N, K=4, rank=rank, bias=True)
-    positional, bias = arguments(leaves)
+def test_inference_equals_reference(form, N):
+    leaves, _ = draw(N=N, K=4, **form, bias=True)
+    positional, bias = arguments(leaves, form.get("shortlist"))
     options = {"decoder_bias": bias, "softcap": 2.0}
     inferred = infer_log_probs(as_latents(positional[0]), *positional[1:], **options)
     torch.testing.assert_close(inferred, mos_log_probs(*positional, **options))
 
 
-@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiles_whole_without_recompiling(rank, reduction):
+def test_compiles_whole_without_recompiling(form, reduction):
     torch.compiler.reset()
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
     for seed in range(3):  # another number of ignored targets each time
-        leaves, targets = draw(rank=rank, bias=True, seed=seed)
+        leaves, targets = draw(**form, bias=True, seed=seed)
         targets[:seed] = IGNORED
-        expected = run(fast, leaves, targets, reduction=reduction, softcap=2.0)
+        options = {"reduction": reduction, "softcap": 2.0, "shortlist": form.get("shortlist")}
+        expected = run(fast, leaves, targets, **options)
         with torch._dynamo.config.patch(error_on_recompile=seed > 0):
-            given = run(compiled, leaves, targets, reduction=reduction, softcap=2.0)
+            given = run(compiled, leaves, targets, **options)
         assert_same(expected, given)
 
 

@@ -80,8 +80,8 @@ def main(
     base = start_of_all.with_recipe(steps=steps, learning_rate=learning_rate, to_convergence=False)
     chosen = QUICK if quick else list(VARIANTS)
     runs: dict[str, list[dict]] = {name: [] for name in chosen}
-    for seed in range(seeds):
-        for name in chosen:
+    for name in chosen:
+        for seed in range(seeds):
             runs[name].append(base.train(VARIANTS[name], seed))
     rows = [
         {

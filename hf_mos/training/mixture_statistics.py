@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..mos_chunks import tokens_per_chunk
-from ..mos_log_probs import cap_logits, widen
 
 BYTES_PER_LOGIT = 16  # log-probabilities, probabilities and temporaries
 
@@ -49,9 +48,8 @@ def predict_in_chunks(head: Any, hidden_states: Tensor) -> Iterator[tuple[slice,
     size = tokens_per_chunk(K, head.decoder.out_features, BYTES_PER_LOGIT, hidden_states.device)
     for start in range(0, N, size):
         tokens = slice(start, min(start + size, N))
-        dense = head.latents(hidden_states[tokens]).dense()
-        log_prior = F.log_softmax(widen(head.prior_logits(hidden_states[tokens])), dim=-1)
-        logits = cap_logits(widen(head.decoder(dense)), head.softcap)
+        latents, prior_logits = head.latents(hidden_states[tokens]), head.prior_logits(hidden_states[tokens])
+        log_prior, logits = latents.components(head.decoder, prior_logits, head.softcap)
         yield tokens, MixturePredictions(log_prior, F.log_softmax(logits, dim=-1), F.softmax(logits, dim=-1))
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...mos_log_probs import cap_logits, widen
+from ...mos_vocabulary import cap_logits, widen
 from ...training.mixture_statistics import MixturePredictions, StatisticsSum, entropy, predict_in_chunks
 from ..evaluate import Window, check_tokens, choose_window, tokenize, windows_of
 from ..loading import is_mixture

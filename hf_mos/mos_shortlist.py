@@ -1,0 +1,167 @@
+"""A mixture at the price of one softmax: components that differ on a shortlist of the likeliest classes.
+
+    n tokens, K mixtures, M shortlist_size, V classes
+    z         = hidden_states @ weight.T (+ bias)                              (n, V)
+    shortlist = the M classes of largest z                                     (n, M)
+    component_logits_k = z + [in the shortlist] * shifts_k . weight            (n, K, V), never made
+    gate      = softmax(prior_logits), mixture_weights_k in proportion to gate_k * sum_V exp(component_logits_k)
+
+The mixture is exactly ONE softmax, as its components share all other classes:
+
+    logits    = logsumexp_K(log gate_k + component_logits_k) on the shortlist, z elsewhere       (n, V)
+
+So a step makes the three wide products of a softmax, and the rest is (n, K, M). With
+`error = softmax(logits) - onehot` and `share = softmax_K(log gate_k + component_logits_k)`:
+
+    d z = error,  d (shifts_k . weight) = share_k * error,  d log gate_k = sum over the shortlist of share_k * error
+
+A softcap acts on every component's logits. The label has no part in the choice of the shortlist, or a perplexity would
+be no likelihood. The choice carries no gradient.
+"""
+
+import torch
+from torch import Tensor
+
+from .mos_matmul import multiply
+from .mos_projections import Accumulator, DecoderUse, Projection, Tokens, Wanted, weighted, write_product
+from .mos_vocabulary import widen
+
+BLOCK = 64  # classes whose maximum is compared first
+GATHER_BYTES = 8 * 2**20  # of the decoder's rows that are gathered at a time
+
+
+def top_classes(logits: Tensor, count: int) -> Tensor:
+    """Equivalent to: `logits.topk(count).indices`, in any order; logits (..., V), result (..., min(count, V)).
+
+    The `count` largest numbers lie in the `count` blocks of the largest maxima, so two small searches replace a large one.
+    """
+    V = logits.shape[-1]
+    num_blocks = V // BLOCK
+    if count >= num_blocks:
+        return logits.topk(min(count, V), sorted=False).indices
+    blocks = logits[..., : num_blocks * BLOCK].unflatten(-1, (num_blocks, BLOCK))
+    best = blocks.amax(dim=-1).topk(count, sorted=False).indices  # (..., M)
+    members = best.unsqueeze(-1) * BLOCK + torch.arange(BLOCK, device=logits.device)
+    rest = torch.arange(num_blocks * BLOCK, V, device=logits.device).expand(*members.shape[:-2], -1)
+    members = torch.cat([members.flatten(-2), rest], dim=-1)
+    places = logits.gather(-1, members).topk(count, sorted=False).indices
+    return members.gather(-1, places)
+
+
+class ShortlistProjection(Projection):
+    """The logits of the one softmax that the mixture equals, as this module's docstring has them."""
+
+    def __init__(
+        self,
+        hidden_states: Tensor,
+        shifts: Tensor,
+        basis: Tensor | None,
+        size: int,
+        log_prior: Tensor,
+        decoder: DecoderUse,
+        wanted: Wanted,
+    ) -> None:
+        self.hidden_states, self.shifts, self.basis, self.size = hidden_states, shifts, basis, size
+        self.decoder, self.weight, self.log_gate = decoder, decoder.weight, log_prior
+        self.log_weights = torch.zeros_like(log_prior[:, :1])  # of one softmax
+        wants_hidden, wants_shifts, *wants_basis = wanted.latents
+        self.d_hidden = torch.zeros_like(hidden_states) if wants_hidden else None
+        self.d_shifts = torch.zeros_like(shifts) if wants_shifts else None
+        self.wants_basis, self.wants_weight = any(wants_basis), wanted.weight
+        self.d_weight = Accumulator(self.weight, wanted.weight, decoder.sum_dtype)
+        # The shifts multiply rows of the decoder, or of the decoder in the basis.
+        self.rows_of_classes, self.d_rows = self.weight, self.d_weight
+        if basis is not None:
+            self.rows_of_classes = self.weight @ basis  # (V, R)
+            wants_rows = wanted.weight or self.wants_basis
+            self.d_rows = Accumulator(self.rows_of_classes, wants_rows, decoder.sum_dtype)
+
+    def logits(self, tokens: Tokens, place: slice, out: Tensor, half: Tensor | None, slope: Tensor | None) -> None:
+        self.rows = self.hidden_states[tokens]
+        write_product(self.rows, self.weight, self.decoder.bias, out, half)
+        self.mix_(tokens, out, slope)
+
+    def component_logits(self, tokens: slice) -> Tensor:
+        logits = widen(multiply(self.hidden_states[tokens], self.weight, self.decoder.bias))
+        self.mix_(tokens, logits, None)
+        return logits.unsqueeze(1)
+
+    def mix_(self, tokens: Tokens, z: Tensor, slope: Tensor | None) -> None:
+        """Replaces z (n, V) by the logits of the one softmax, in place."""
+        self.shortlist = top_classes(z, self.size)
+        chosen = z.gather(1, self.shortlist)  # (n, M)
+        self.is_in = self.decoder.vocabulary.in_shortlist(chosen)
+        differences = self.differences(tokens)
+        if self.is_in is not None:
+            differences.mul_(self.is_in.unsqueeze(1))
+        logits = differences.add_(chosen.unsqueeze(1))  # (n, K, M)
+        self.slope = None if slope is None else torch.empty_like(logits)
+        self.cap(logits, self.slope)
+        self.cap(z, slope)
+        joint = logits.add_(self.log_gate[tokens].unsqueeze(-1))
+        mixed = torch.logsumexp(joint, dim=1)
+        self.shares = joint.sub_(mixed.unsqueeze(1)).exp_()
+        z.scatter_(1, self.shortlist, mixed)
+
+    def differences(self, tokens: Tokens) -> Tensor:
+        """`shifts_k . weight` on the shortlist, (n, K, M), in `sum_dtype`."""
+        shifts = self.shifts[tokens]
+        out = shifts.new_empty(*shifts.shape[:2], self.shortlist.shape[1], dtype=self.decoder.sum_dtype)
+        for part in self.parts():
+            out[part] = torch.bmm(shifts[part], self.gather(part).transpose(1, 2))
+        return out
+
+    def parts(self) -> list[slice]:
+        """The tokens of the chunk, as many at a time as their rows of the decoder fit into `GATHER_BYTES`."""
+        n, M = self.shortlist.shape
+        size = max(1, GATHER_BYTES // (M * self.rows_of_classes.shape[1] * self.weight.itemsize))
+        return [slice(start, start + size) for start in range(0, n, size)]
+
+    def gather(self, part: slice) -> Tensor:
+        """The rows of the shortlist's classes, (n, M, E) or (n, M, R)."""
+        shortlist = self.shortlist[part]
+        return self.rows_of_classes.index_select(0, shortlist.flatten()).unflatten(0, shortlist.shape)
+
+    def through_cap(self, error: Tensor, slope: Tensor | None, row_weights: Tensor) -> Tensor:
+        d_logits = self.shares.mul_(error.gather(1, self.shortlist).unsqueeze(1))  # (n, K, M)
+        self.d_log_gate = d_logits.sum(-1)
+        if slope is not None and self.slope is not None:
+            d_logits.mul_(self.slope)
+            error.mul_(slope).scatter_(1, self.shortlist, d_logits.sum(1))
+        d_differences = d_logits.mul_(row_weights.unsqueeze(-1))
+        if self.is_in is not None:
+            d_differences.mul_(self.is_in.unsqueeze(1))
+        self.d_differences = d_differences.to(self.weight.dtype)
+        return error
+
+    def d_prior_logits(self, tokens: Tokens, responsibilities: Tensor) -> Tensor:
+        d_log_gate = self.d_log_gate
+        self.decoder.vocabulary.sum_(d_log_gate)
+        return d_log_gate - self.log_gate[tokens].exp() * d_log_gate.sum(-1, keepdim=True)
+
+    def backward(self, tokens: Tokens, place: slice, error: Tensor, row_weights: Tensor | None) -> None:
+        if self.d_hidden is not None:
+            self.d_hidden[tokens] = weighted(multiply(error, self.weight.t()), row_weights)
+        self.d_weight.add_product(error.t(), weighted(self.rows, row_weights))
+        if self.d_shifts is not None:
+            d_shifts = torch.empty_like(self.shifts[tokens])
+            for part in self.parts():
+                torch.bmm(self.d_differences[part], self.gather(part), out=d_shifts[part])
+            self.d_shifts[tokens] = d_shifts
+        if self.d_rows.total is not None:
+            shifts = self.shifts[tokens]
+            for part in self.parts():
+                d_rows = torch.bmm(self.d_differences[part].transpose(1, 2), shifts[part])  # (n, M, E)
+                self.d_rows.add_rows(self.shortlist[part].flatten(), d_rows.flatten(0, 1))
+
+    def gradients(self) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+        d_weight = self.d_weight.result()
+        if self.basis is None:
+            return (self.d_hidden, self.d_shifts), d_weight
+        d_rows, d_basis = self.d_rows.result(), None
+        if d_rows is not None:
+            if self.wants_basis:
+                d_basis = self.weight.t().to(d_rows.dtype) @ d_rows
+            if d_weight is not None:
+                d_weight.addmm_(d_rows, self.basis.t().to(d_rows.dtype))
+        return (self.d_hidden, self.d_shifts, d_basis), d_weight

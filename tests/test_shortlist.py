@@ -1,0 +1,179 @@
+"""Components that differ on a shortlist: what is particular to them. The tests of all forms run over them too."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import VOCAB_SIZE, log_prob_gap, random_tokens, tiny_causal_lm, tiny_mos
+from torch import Tensor
+
+from hf_mos import MoSConfig, MoSForCausalLM, mos_cross_entropy, mos_log_probs
+from hf_mos.mos_latents import ShortlistLatents
+from hf_mos.mos_log_probs import infer_log_probs
+from hf_mos.mos_shortlist import BLOCK, top_classes
+from hf_mos.training.mixture_statistics import mixture_statistics, predict_in_chunks
+
+N, K, E = 9, 3, 12
+
+
+def draw(V: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(V)
+    shapes = ((N, E), (N, K, E), (N, K), (V, E))
+    hidden, shifts, prior_logits, weight = (torch.randn(*shape, generator=generator, dtype=dtype) for shape in shapes)
+    return scale * hidden, shifts, prior_logits, weight
+
+
+@pytest.mark.parametrize("V", [1, BLOCK - 1, BLOCK, 5 * BLOCK, 40 * BLOCK + 7])
+@pytest.mark.parametrize("count", [1, 3, 10, 10**6])
+def test_top_classes_are_those_of_topk(V: int, count: int) -> None:
+    for leading in ((4,), (2, 3)):
+        logits = torch.randn(*leading, V)
+        chosen = logits.gather(-1, top_classes(logits, count)).sort(-1).values
+        assert torch.equal(chosen, logits.topk(min(count, V)).values.sort(-1).values)
+
+
+@pytest.mark.parametrize("value", [0.0, float("-inf")])
+def test_top_classes_of_ties_are_distinct(value: float) -> None:
+    logits = torch.full((3, 10 * BLOCK + 5), value)
+    for count in (1, 4, 9, 100):
+        assert all(len(row.unique()) == count for row in top_classes(logits, count))
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("size", [1, 4, 20])
+def test_is_the_mixture_of_components_that_share_their_tails(size: int, softcap: float | None) -> None:
+    """By the definition, component by component, in probability space."""
+    hidden, shifts, prior_logits, weight = draw(40 * BLOCK + 7)
+    shared = hidden @ weight.T
+    inside = torch.zeros_like(shared).scatter(1, shared.topk(size).indices, 1).unsqueeze(1)
+    logits = shared.unsqueeze(1) + inside * (shifts @ weight.T)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    partition = logits.exp().sum(-1)  # (N, K)
+    mixture_weights = F.normalize(prior_logits.softmax(-1) * partition, p=1, dim=-1)
+    expected = (mixture_weights.unsqueeze(-1) * logits.softmax(-1)).sum(1).log()
+    latents = ShortlistLatents(hidden, shifts, size=size)
+    for function in (mos_log_probs, infer_log_probs):
+        torch.testing.assert_close(function(latents, prior_logits, weight, softcap=softcap), expected)
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_a_shortlist_of_all_classes_is_the_full_mixture(size: int) -> None:
+    hidden, shifts, prior_logits, weight = draw(70)
+    dense = hidden.unsqueeze(1) + shifts
+    log_gate_and_partition = prior_logits.log_softmax(-1) + torch.logsumexp(dense @ weight.T, dim=-1)
+    full = mos_log_probs(dense, log_gate_and_partition, weight)
+    latents = ShortlistLatents(hidden, shifts, size=70 + size)
+    torch.testing.assert_close(infer_log_probs(latents, prior_logits, weight), full)
+    targets = torch.arange(N)
+    torch.testing.assert_close(mos_cross_entropy(latents, prior_logits, weight, targets), F.nll_loss(full, targets))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_losses_of_all_labels_are_one_distribution(dtype: torch.dtype) -> None:
+    """The label has no part in the choice of the shortlist."""
+    V = 40 * BLOCK + 7
+    hidden, shifts, prior_logits, weight = draw(V, dtype)
+    part = slice(0, 2)
+    latents = ShortlistLatents(hidden[part].repeat(V, 1), shifts[part].repeat(V, 1, 1), size=5)
+    targets = torch.arange(V).repeat_interleave(2)
+    nll = mos_cross_entropy(latents, prior_logits[part].repeat(V, 1), weight, targets, reduction="none")
+    torch.testing.assert_close((-nll).exp().view(V, 2).sum(0), torch.ones(2, dtype=dtype))
+
+
+def test_a_confident_token_whose_shortlist_holds_all_the_mass() -> None:
+    hidden, shifts, prior_logits, weight = draw(40 * BLOCK + 7, torch.float32, scale=60.0)
+    leaves = [x.requires_grad_() for x in (hidden, shifts, prior_logits, weight)]
+    targets = torch.arange(N)
+    loss = mos_cross_entropy(ShortlistLatents(hidden, shifts, size=4), prior_logits, weight, targets)
+    given = torch.autograd.grad(loss, leaves)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    latents = ShortlistLatents(wide[0], wide[1], size=4)
+    exact = F.nll_loss(mos_log_probs(latents, wide[2], wide[3]), targets)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+    for one, other in zip(given, torch.autograd.grad(exact, wide), strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_blocks_of_classes_and_chunks_of_tokens(reduction: str, softcap: float | None, rank: int | None) -> None:
+    hidden, shifts, prior_logits, weight = draw(40 * BLOCK + 7)
+    basis = None if rank is None else torch.randn(E, rank, dtype=torch.float64)
+    shifts = shifts[..., :rank] if rank else shifts
+    targets = torch.randint(0, 40 * BLOCK + 7, (N,))
+    targets[::4] = -100
+    leaves = [x.clone().requires_grad_() for x in (hidden, shifts, basis, prior_logits, weight) if x is not None]
+    *parts, prior_logits, weight = leaves
+    latents = ShortlistLatents(*parts, size=6)
+    log_probs = mos_log_probs(latents, prior_logits, weight, softcap=softcap)
+    expected = F.nll_loss(log_probs, targets, reduction=reduction)
+    given = mos_cross_entropy(
+        latents, prior_logits, weight, targets, softcap=softcap, reduction=reduction, chunk_size=2
+    )
+    torch.testing.assert_close(given, expected, rtol=1e-12, atol=1e-12)
+    pairs = (torch.autograd.grad(loss.sum(), leaves, retain_graph=True) for loss in (given, expected))
+    for one, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2", "gpt2"])
+@pytest.mark.parametrize("options", [{}, {"latent_rank": 4}], ids=str)
+def test_exact_at_step_0(dtype: torch.dtype, name: str, options: dict[str, Any]) -> None:
+    softmax = tiny_causal_lm(name).to(dtype)
+    model = MoSForCausalLM.from_causal_lm(copy.deepcopy(softmax), num_mixtures=4, shortlist_size=5, **options)
+    bound = 2e-5 if dtype == torch.float32 else 2e-2
+    assert log_prob_gap(model, softmax, input_ids=random_tokens()) < bound
+
+
+def test_mixture_weights_are_the_mixtures_own() -> None:
+    model = tiny_mos(shortlist_size=5).double()
+    head, hidden = model.lm_head, torch.randn(6, 32, dtype=torch.float64)
+    with torch.no_grad():
+        _, predictions = next(predict_in_chunks(head, hidden))
+        torch.testing.assert_close(predictions.log_probs(), head(hidden))
+        torch.testing.assert_close(predictions.log_prior.exp().sum(-1), torch.ones(6, dtype=torch.float64))
+        assert not torch.allclose(predictions.log_prior, head.prior_logits(hidden).log_softmax(-1))
+        statistics = mixture_statistics(head, hidden, torch.arange(6))
+    torch.testing.assert_close(statistics.mean_weights, predictions.log_prior.exp().mean(0))
+
+
+def test_trains_and_its_components_part(tmp_path: Any) -> None:
+    model = MoSForCausalLM.from_causal_lm(tiny_causal_lm(), num_mixtures=3, shortlist_size=8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    tokens, losses = random_tokens(8), []
+    for _ in range(20):
+        loss = model(tokens, labels=tokens).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] - 0.5
+    assert model.lm_head.shift.weight.view(3, -1).std(0).max() > 1e-3
+    model.save_pretrained(tmp_path)
+    reloaded = MoSForCausalLM.from_pretrained(tmp_path)
+    assert reloaded.config.shortlist_size == 8
+    assert log_prob_gap(model.eval(), reloaded, input_ids=tokens) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"shortlist_size": 0}, "shortlist_size: expected an int of at least 1, or None, given 0"),
+        ({"shortlist_size": 2.5}, "shortlist_size: expected an int of at least 1, or None, given 2.5"),
+        ({"shortlist_size": 4, "latent_activation": "tanh"}, "shortlist_size: expected None where the latents"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        MoSConfig(text_config={"model_type": "llama", "vocab_size": VOCAB_SIZE}, **options)
+
+
+def test_shapes_that_do_not_fit() -> None:
+    hidden, shifts, prior_logits, weight = draw(70)
+    with pytest.raises(ValueError, match=r"latents: expected \(..., E\), \(..., K, E\)"):
+        mos_log_probs(ShortlistLatents(hidden, shifts[..., :4], size=3), prior_logits, weight)
