@@ -33,7 +33,7 @@ GATHER_BYTES = 8 * 2**20  # of the decoder's rows that are gathered at a time
 def top_classes(logits: Tensor, count: int) -> Tensor:
     """Equivalent to: `logits.topk(count).indices`, in any order; logits (..., V), result (..., min(count, V)).
 
-    The `count` largest numbers lie in the `count` blocks of the largest maxima, so two small searches replace a large one.
+    The `count` largest numbers lie in the `count` blocks of largest maxima. So two small searches replace a large one.
     """
     V = logits.shape[-1]
     num_blocks = V // BLOCK
@@ -90,7 +90,7 @@ class ShortlistProjection(Projection):
         """Replaces z (n, V) by the logits of the one softmax, in place."""
         self.shortlist = top_classes(z, self.size)
         chosen = z.gather(1, self.shortlist)  # (n, M)
-        self.is_in = self.decoder.vocabulary.in_shortlist(chosen)
+        self.is_in = self.decoder.vocabulary.in_shortlist(chosen, self.size)
         differences = self.differences(tokens)
         if self.is_in is not None:
             differences.mul_(self.is_in.unsqueeze(1))

@@ -6,12 +6,14 @@
     target_logit  = the logit of the target minus the largest, from the process that holds it  (R, 1)
     component_nll = log(total) - target_logit                                                  (R, 1)
 
-Three numbers a row cross the network, never logits. Source: Megatron-LM, arXiv 1909.08053, section 3.
+Three numbers a row cross the network, and with a shortlist the M largest logits of each process, never all logits.
+Source: Megatron-LM, arXiv 1909.08053, section 3.
 """
 
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -38,7 +40,7 @@ class WholeVocabulary(NamedTuple):
     def sum_(self, part: Tensor | None) -> None:
         """The part is the whole."""
 
-    def in_shortlist(self, logits: Tensor) -> Tensor | None:
+    def in_shortlist(self, logits: Tensor, size: int) -> Tensor | None:
         """All candidates (n, M) are in the shortlist."""
         return None
 
@@ -76,14 +78,16 @@ class VocabularyShard(NamedTuple):
         if part is not None:
             torch.distributed.all_reduce(part, group=self.group)
 
-    def in_shortlist(self, logits: Tensor) -> Tensor:
-        """Which of this process's candidates (n, M) are among the M largest of all processes' candidates."""
-        parts = [torch.empty_like(logits) for _ in range(torch.distributed.get_world_size(self.group))]
-        torch.distributed.all_gather(parts, logits.contiguous(), self.group)
+    def in_shortlist(self, logits: Tensor, size: int) -> Tensor:
+        """Which of this process's candidates (n, M or fewer) are among the M largest of all processes' candidates."""
+        count = logits.shape[1]
+        offered = F.pad(logits, (0, size - count), value=float("-inf"))
+        parts = [torch.empty_like(offered) for _ in range(torch.distributed.get_world_size(self.group))]
+        torch.distributed.all_gather(parts, offered, self.group)
         joint = torch.cat(parts, dim=1)
         chosen = torch.zeros_like(joint, dtype=torch.bool)
-        chosen.scatter_(1, joint.topk(logits.shape[1], dim=1, sorted=False).indices, True)
-        return chosen.split(logits.shape[1], dim=1)[torch.distributed.get_rank(self.group)]
+        chosen.scatter_(1, joint.topk(size, dim=1, sorted=False).indices, True)
+        return chosen.split(size, dim=1)[torch.distributed.get_rank(self.group)][:, :count]
 
     def _find(self, target_rows: Tensor, num_here: int) -> tuple[Tensor, Tensor]:
         place = target_rows - self.start

@@ -21,7 +21,7 @@ def test_loss_prints_time_and_memory_of_every_contender():
     result = run("loss.py", *SIZES, "--rounds", "1", "--only", "mos_cross_entropy", "--only", "paper", "--json")
     assert result.returncode == 0, result.stderr
     rows = {row[""]: row for row in json.loads(result.stdout)["rows"]}
-    assert rows.keys() == {"three bare products", "mos_cross_entropy", "paper"}
+    assert rows.keys() == {"the floor", "three bare products", "mos_cross_entropy", "paper"}
     assert all(row["seconds"] > 0 for row in rows.values())
 
 

@@ -137,7 +137,13 @@ def test_gradcheck(form, softcap):
     names = list(leaves)
 
     def loss(*values):
-        return fast(dict(zip(names, values, strict=True)), targets, softcap=softcap, reduction="none", shortlist=form.get("shortlist"))
+        return fast(
+            dict(zip(names, values, strict=True)),
+            targets,
+            softcap=softcap,
+            reduction="none",
+            shortlist=form.get("shortlist"),
+        )
 
     assert torch.autograd.gradcheck(loss, [leaves[name].requires_grad_() for name in names])
 

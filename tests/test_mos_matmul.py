@@ -7,16 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_mos import mos_matmul
 from hf_mos.mos_matmul import TILE, multiply, multiply_into
 
 SIZES = [(1, 8, 5), (7, 16, TILE), (33, 24, 2 * TILE + 3)]  # rows, width, classes; the last do not fill their tile
 
 
-@pytest.fixture(params=[True, False], ids=["onednn", "blas"])
+@pytest.fixture(params=[(True, True), (True, False), (False, False)], ids=["onednn", "onednn for few rows", "blas"])
 def onednn(request, monkeypatch):
-    if request.param and not torch.backends.mkldnn.is_available():
+    is_available, mkl_is_slow = request.param
+    if is_available and not torch.backends.mkldnn.is_available():
         pytest.skip("torch is built without oneDNN")
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: request.param)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: is_available)
+    monkeypatch.setattr(mos_matmul, "_mkl_is_slow", lambda: mkl_is_slow)
 
 
 @pytest.mark.usefixtures("onednn")

@@ -37,7 +37,9 @@ def by_hand(model: MoSForCausalLM, tokens: Tensor, labels: Tensor, temperature: 
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("options", [{}, {"latent_rank": 4}, {"name": "gemma2"}, {"latent_bias": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"latent_rank": 4}, {"name": "gemma2"}, {"latent_bias": True}, {"shortlist_size": 5}], ids=str
+)
 @pytest.mark.parametrize("hooked", [False, True])
 def test_scores_and_their_gradients(options: dict, temperature: float, hooked: bool) -> None:
     model = trained_mos(**options).train()

@@ -8,16 +8,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_mos import mos_cross_entropy
-from hf_mos.mos_latents import SubspaceLatents
+from hf_mos.mos_latents import ShortlistLatents, SubspaceLatents
 from hf_mos.mos_log_probs import mos_log_probs
 
 Leaves = dict[str, Tensor]
+MANY = 16  # components of the larger mixture on a shortlist
+SHORTLIST_SIZE = 64
+
+
+Loss = Callable[[Leaves, Tensor], Tensor]
 
 
 @dataclass
 class Contender:
     name: str
-    loss: Callable[[Leaves, Tensor], Tensor]
+    loss: Loss
     leaves: tuple[str, ...]
     gate: str | None  # the reference whose gradients it must have; None: it is another function
 
@@ -38,7 +43,9 @@ def make_leaves(
         "latents": torch.randn(num_tokens, num_mixtures, latent_size, **options),
         "shifts": torch.randn(num_tokens, num_mixtures, latent_rank, **options),
         "basis": torch.randn(latent_size, latent_rank, **options) * latent_size**-0.5,
+        "many_shifts": 0.1 * torch.randn(num_tokens, MANY, latent_size, **options),
         "prior_logits": torch.randn(num_tokens, num_mixtures, **options),
+        "many_prior_logits": torch.randn(num_tokens, MANY, **options),
         "decoder_weight": torch.randn(vocab_size, latent_size, **options) * latent_size**-0.5,
     }
     targets = torch.randint(0, vocab_size, (num_tokens,), device=device)
@@ -59,6 +66,28 @@ def subspace_latents(leaves: Leaves) -> SubspaceLatents:
 
 def ours_subspace(leaves: Leaves, targets: Tensor) -> Tensor:
     return mos_cross_entropy(subspace_latents(leaves), leaves["prior_logits"], leaves["decoder_weight"], targets)
+
+
+def ours_one_softmax(leaves: Leaves, targets: Tensor) -> Tensor:
+    latents = leaves["hidden_states"].unsqueeze(1)
+    return mos_cross_entropy(latents, leaves["prior_logits"][:, :1], leaves["decoder_weight"], targets)
+
+
+def shortlist(leaves: Leaves, num_mixtures: int) -> tuple[ShortlistLatents, Tensor]:
+    shifts, prior_logits = (leaves[name][:, :num_mixtures] for name in ("many_shifts", "many_prior_logits"))
+    return ShortlistLatents(leaves["hidden_states"], shifts, size=SHORTLIST_SIZE), prior_logits
+
+
+def ours_shortlist(num_mixtures: int) -> Loss:
+    return lambda leaves, targets: mos_cross_entropy(
+        *shortlist(leaves, num_mixtures), leaves["decoder_weight"], targets
+    )
+
+
+def shortlist_autograd(num_mixtures: int) -> Loss:
+    return lambda leaves, targets: F.nll_loss(
+        mos_log_probs(*shortlist(leaves, num_mixtures), leaves["decoder_weight"]), targets
+    )
 
 
 def log_space_autograd(leaves: Leaves, targets: Tensor) -> Tensor:
@@ -105,6 +134,8 @@ def one_softmax_head(leaves: Leaves, targets: Tensor) -> Tensor:
 
 DENSE = ("latents", "prior_logits", "decoder_weight")
 SUBSPACE = ("hidden_states", "shifts", "basis", "prior_logits", "decoder_weight")
+SHORTLIST = ("hidden_states", "many_shifts", "many_prior_logits", "decoder_weight")
+ONE = ("hidden_states", "decoder_weight")
 
 CONTENDERS = {
     contender.name: contender
@@ -112,17 +143,26 @@ CONTENDERS = {
         Contender("mos_cross_entropy", ours, DENSE, "log_space_autograd"),
         Contender("mos_cross_entropy, frozen decoder", ours_frozen_decoder, DENSE[:2], "log_space_autograd"),
         Contender("mos_cross_entropy, latent_rank", ours_subspace, SUBSPACE, "subspace_autograd"),
+        Contender("mos_cross_entropy, shortlist", ours_shortlist(4), SHORTLIST, "shortlist_autograd"),
+        Contender("mos_cross_entropy, shortlist, K = 16", ours_shortlist(MANY), SHORTLIST, "many_shortlist_autograd"),
+        Contender("mos_cross_entropy, K = 1", ours_one_softmax, ONE, "one softmax head"),
         Contender("log_space_autograd", log_space_autograd, DENSE, "log_space_autograd"),
         Contender("paper", paper, DENSE, "log_space_autograd"),
         Contender("linear_cross_entropy", torch_linear_cross_entropy, DENSE, "log_space_autograd"),
         Contender("K softmax heads", softmax_heads, ("latents", "decoder_weight"), None),
-        Contender("one softmax head", one_softmax_head, ("hidden_states", "decoder_weight"), None),
+        Contender("one softmax head", one_softmax_head, ONE, None),
     )
 }
-REFERENCES = {"log_space_autograd": log_space_autograd, "subspace_autograd": subspace_autograd}
+REFERENCES = {
+    "log_space_autograd": log_space_autograd,
+    "subspace_autograd": subspace_autograd,
+    "shortlist_autograd": shortlist_autograd(4),
+    "many_shortlist_autograd": shortlist_autograd(MANY),
+    "one softmax head": one_softmax_head,
+}
 
 
-def gradients(loss: Callable[[Leaves, Tensor], Tensor], leaves: Leaves, targets: Tensor, names: tuple[str, ...]):
+def gradients(loss: Loss, leaves: Leaves, targets: Tensor, names: tuple[str, ...]):
     """The loss and the gradients of the named leaves; every other leaf gets none."""
     wanted = [leaves[name] for name in names]
     value = loss(leaves, targets)

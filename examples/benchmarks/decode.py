@@ -18,7 +18,13 @@ from transformers.utils import logging
 
 from hf_mos import MoSForCausalLM, MoSLMHead
 
-HEADS = ({"num_mixtures": 4}, {"num_mixtures": 16}, {"num_mixtures": 8, "latent_rank": 32})
+HEADS = (
+    {"num_mixtures": 4},
+    {"num_mixtures": 16},
+    {"num_mixtures": 8, "latent_rank": 32},
+    {"num_mixtures": 16, "shortlist_size": 64},
+)
+BATCHES = (1, 8, 32)  # sequences that are decoded together
 
 
 def backbone_config(hidden_size: int, vocab_size: int) -> LlamaConfig:
@@ -39,7 +45,7 @@ def away_from_its_start(head: MoSLMHead) -> MoSLMHead:
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             if not name.startswith("decoder"):
-                parameter.add_(0.02 * torch.randn_like(parameter))
+                parameter.add_(0.02 / head.latent_scale * torch.randn_like(parameter))
     return head
 
 
@@ -64,19 +70,28 @@ def main(
     decoder: nn.Linear = softmax.lm_head
     settings = {"hidden_size": hidden_size, "vocab_size": vocab_size, "prompt_tokens": prompt_tokens}
 
-    hidden_states = torch.randn(1, hidden_size)
     base = "log_softmax(h @ W.T)"
-    calls = {base: lambda: F.log_softmax(hidden_states @ decoder.weight.T, dim=-1)}
+    states = {batch: torch.randn(batch, hidden_size) for batch in BATCHES}
+    calls = {
+        (base, batch): lambda states=states[batch]: F.log_softmax(states @ decoder.weight.T, dim=-1)
+        for batch in BATCHES
+    }
     models = {"softmax": softmax}
     for options in HEADS:
         model = MoSForCausalLM.from_causal_lm(softmax, **options).eval()
         head = away_from_its_start(model.lm_head)
         models[name_of(options)] = model
-        calls[name_of(options)] = lambda head=head: head(hidden_states)
-        check(head, hidden_states)
+        for batch in BATCHES:
+            calls[name_of(options), batch] = lambda head=head, states=states[batch]: head(states)
+            check(head, states[batch])
     with torch.inference_mode():
         seconds = time_in_turn(calls, 3 * rounds)
-    rows = [{"head, one token": n, "ms": 1e3 * s, "of a softmax": s / seconds[base]} for n, s in seconds.items()]
+    rows = [
+        {"head, one token": name}
+        | {f"ms, batch of {batch}": 1e3 * seconds[name, batch] for batch in BATCHES}
+        | {f"of a softmax, {batch}": seconds[name, batch] / seconds[base, batch] for batch in BATCHES}
+        for name in dict.fromkeys(name for name, _ in seconds)
+    ]
 
     prompt = torch.randint(1, vocab_size, (1, prompt_tokens))
     with torch.inference_mode():
@@ -94,7 +109,7 @@ def main(
         }
         for name in models
     ]
-    report("Decoding: the head alone, batch of 1", rows, settings, json_)
+    report("Decoding: the head alone", rows, settings, json_)
     report("Decoding: prefill with logits_to_keep=1, and generate", whole, settings, json_)
 
 

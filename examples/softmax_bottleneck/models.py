@@ -86,10 +86,11 @@ class Head:
         if self.kind == "softmax":
             return "softmax"
         options = dict(self.options)
-        K, rank = options.pop("num_mixtures", 4), options.pop("latent_rank", None)
+        K, rank, size = (options.pop(name, None) for name in ("num_mixtures", "latent_rank", "shortlist_size"))
         activation = options.pop("latent_activation", "identity")
-        parts = [f"{self.kind} K={K}"]
+        parts = [f"{self.kind} K={K or 4}"]
         parts += [f"R={rank}"] if rank else []
+        parts += [f"M={size}"] if size else []
         parts += [activation] if activation != "identity" else []
         parts += [f"prior_spread={self.prior_spread:g}"] if self.prior_spread != 1 else []
         return " ".join([*parts, *(f"{name}={value}" for name, value in options.items())])

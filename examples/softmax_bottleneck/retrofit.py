@@ -4,12 +4,12 @@
     python examples/softmax_bottleneck/retrofit.py --data-dir ptb
 
 A softmax model is trained until its validation loss no longer falls. From there its own head, the mixture of 4 and
-mixtures in a shared subspace (`latent_rank` R) are fine-tuned for the same steps, on the same data in the same order,
-with the same learning-rate search: the whole model, then the head alone. The old head is also trained for the seconds
-of the mixtures and more. The controls are a latent before the softmax (K = 1) and a mixture of contexts. The plot has
-perplexity against operations and against seconds with the softmax as the frontier, and in words two models that are
-trained from scratch as the checkpoint was: a softmax that is widened until it spends the operations of the mixture of
-4, and the mixture of 4.
+mixtures in a shared subspace (`latent_rank` R) or on a shortlist (`shortlist_size` M) are fine-tuned for the same
+steps, on the same data in the same order, with the same learning-rate search: the whole model, then the head alone. The
+old head is also trained for the seconds of the mixtures and more. The controls are a latent before the softmax (K = 1),
+the same on a shortlist, and a mixture of contexts. The plot has perplexity against operations and against seconds with
+the softmax as the frontier, and in words two models that are trained from scratch as the checkpoint was: a softmax that
+is widened until it spends the operations of the mixture of 4, and the mixture of 4.
 """
 
 from dataclasses import replace
@@ -31,39 +31,31 @@ from text import (
     Words,
     load_text,
 )
-from training import Recipe, checkpoint_recipe
+from training import checkpoint_recipe
 
 FULL, CHEAP = mixture(4), mixture(4, latent_rank=16)
 # A latent alone, and mixed before one softmax: what is gained by them is not gained by mixing softmaxes.
 CONTROLS = [mixture(1), contexts(4)]
 GRID = [mixture(K, latent_rank=R) for K in (4, 8, 16) for R in (8, 16, 32)]
-# Four tries for each head; what is new in a mixture stands beside trained weights and bears higher rates than they.
-SOFTMAX_RATES = [{"learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3, 1e-2)]
-MIXTURE_RATES = [
-    {"learning_rate": rate, "head_learning_rate": head_rate}
-    for rate, head_rate in ((1e-3, 1e-2), (1e-3, 3e-2), (3e-3, 3e-2), (1e-2, 3e-2))
+# One component on a shortlist is one softmax whose likeliest classes are scored again: the control of the others.
+SHORTLISTS = [
+    mixture(1, shortlist_size=64),
+    *(mixture(K, shortlist_size=M) for K in (4, 16) for M in (16, 64, 256, 1024)),
 ]
+RATES = [{"learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3, 1e-2)]  # tried for each head
 LONGER = [2, 4]  # times the steps, for the old head
-WIDE_RATE, SCRATCH_HEAD_RATE = 1e-2, 5e-3  # from scratch: of the widened softmax; of the mixture's prior and latents
+WIDE_RATE, SCRATCH_HEAD_RATE = 1e-2, 5e-3  # from scratch: of the widened softmax; of the mixture's prior and shifts
 
 
 def configurations(base: Experiment, tries: slice) -> Configurations:
     """The softmax, the softmax trained for longer, and the mixtures, each with its best learning rates."""
-    softmax = base.tuned(SOFTMAX, SOFTMAX_RATES[tries])
+    softmax = base.tuned(SOFTMAX, RATES[tries])
     found: Configurations = {"softmax": (softmax, SOFTMAX)}
-    found |= {head.name: (base.tuned(head, MIXTURE_RATES[tries]), head) for head in (*CONTROLS, FULL, CHEAP)}
+    found |= {head.name: (base.tuned(head, RATES[tries]), head) for head in (*CONTROLS, FULL, CHEAP)}
     for factor in LONGER:
         longer = base.with_recipe(steps=factor * base.recipe.steps)
-        found[f"softmax, {factor} x steps"] = (longer.tuned(SOFTMAX, SOFTMAX_RATES[tries]), SOFTMAX)
+        found[f"softmax, {factor} x steps"] = (longer.tuned(SOFTMAX, RATES[tries]), SOFTMAX)
     return found
-
-
-def rates_of(recipe: Recipe) -> str:
-    return (
-        f"{recipe.learning_rate:g}, new {recipe.head_learning_rate:g}"
-        if recipe.head_learning_rate
-        else f"{recipe.learning_rate:g}"
-    )
 
 
 def row(
@@ -73,7 +65,7 @@ def row(
     operations = experiment.operations(head)
     return {
         "head": name,
-        "rates": rates_of(experiment.recipe),
+        "rate": f"{experiment.recipe.learning_rate:g}",
         "µs per token": round(seconds * 1e6, 1),
         "Mop per token": round(operations / 1e6, 2),
         "steps": experiment.recipe.steps,
@@ -104,15 +96,15 @@ def main(
     steps: Annotated[int, typer.Option(help="Steps of each fine-tuning.")] = 1000,
     checkpoint_steps: Annotated[int, typer.Option(help="Steps of the checkpoint, at most.")] = 40000,
     seeds: Seeds = 3,
-    grid_seeds: Annotated[int, typer.Option(min=1, help="Runs of the other mixtures of latent_rank.")] = 1,
+    grid_seeds: Annotated[int, typer.Option(min=1, help="Runs of the mixtures of the two grids.")] = 1,
     out: Out = DEFAULT_OUT,
     quick: Quick = False,
 ) -> None:
     start()
-    tries, grid, rounds = slice(None), GRID, 4
+    tries, grid, rounds = slice(None), GRID + SHORTLISTS, 4
     if quick:
         vocab_size, hidden_size, num_layers, steps, checkpoint_steps, seeds = 512, 16, 1, 60, 400, 1
-        tries, grid, rounds = slice(1, 2), [CHEAP], 2
+        tries, grid, rounds = slice(1, 2), [CHEAP, mixture(4, shortlist_size=16)], 2
     text = load_text(
         Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size, words
     )
@@ -126,7 +118,7 @@ def main(
     )
     whole = base.with_recipe(steps=steps, to_convergence=False)
     found = configurations(whole, tries)
-    others = {head.name: (found[CHEAP.name][0], head) for head in grid if head != CHEAP}
+    others = {head.name: (whole.tuned(head, RATES[tries]), head) for head in grid if head != CHEAP}
     seconds = whole.seconds({name: entry for name, entry in (found | others).items() if "steps" not in name}, rounds)
     rows = compare(found, seconds, seeds)
     show(f"The whole model on {text.name}, perplexity", rows)
@@ -138,7 +130,7 @@ def main(
     show(f"The head alone on {text.name}, with the same learning rates, perplexity", rows_alone)
 
     rows += compare(others, seconds, grid_seeds)
-    show(f"The whole model on {text.name}, with the grid of latent_rank, perplexity", rows)
+    show(f"The whole model on {text.name}, with the grids, perplexity", rows)
 
     scratch = replace(base, checkpoint=None)
     wide = scratch.widened(SOFTMAX, whole.operations(FULL)).with_recipe(learning_rate=WIDE_RATE)

@@ -27,7 +27,7 @@ class Recipe:
 
     steps: int  # all of them, or at most where it stops early
     learning_rate: float
-    head_learning_rate: float | None = None  # of the prior and the latents; `None`: as all the rest
+    head_learning_rate: float | None = None  # of the prior and the shifts times their scale; `None`: as all the rest
     batch_size: int = 16  # blocks
     weight_decay: float = 0.01
     warmup: float = 0.05  # of the steps
@@ -142,9 +142,10 @@ def make_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimi
         parameter.requires_grad_(recipe.train_backbone or is_head)
         if parameter.requires_grad:
             (new if is_head and not name.startswith("lm_head.decoder") else old).append(parameter)
+    head_rate = recipe.head_learning_rate
     groups = [
         {"params": old, "peak": recipe.learning_rate},
-        {"params": new, "peak": recipe.head_learning_rate or recipe.learning_rate},
+        {"params": new, "peak": head_rate / model.lm_head.latent_scale if head_rate else recipe.learning_rate},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=recipe.weight_decay)
 

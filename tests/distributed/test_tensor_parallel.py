@@ -16,13 +16,13 @@ from transformers.distributed import DistributedConfig
 
 from hf_mos import MoSForCausalLM
 from hf_mos.mos_decoder import ShardedDecoder, use_of
-from hf_mos.mos_latents import SubspaceLatents
+from hf_mos.mos_latents import ShortlistLatents, SubspaceLatents
 from hf_mos.mos_loss import mos_cross_entropy
 from hf_mos.mos_vocabulary import VocabularyShard
 
 # GPT-2 has no plan of its own.
 PLANS = {"gpt2": {"backbone.transformer.wte": "embedding_rowwise", "lm_head.decoder": "colwise_gather_output"}}
-HEADS: list[dict[str, Any]] = [{}, {"latent_rank": 4}]
+HEADS: list[dict[str, Any]] = [{}, {"latent_rank": 4}, {"shortlist_size": 6}]
 
 
 class Messages(TorchDispatchMode):
@@ -45,6 +45,9 @@ N, K, E = 11, 3, 8
 CASES = {
     "full latents": {},
     "a subspace": {"rank": 2},
+    "a shortlist": {"shortlist": 3},
+    "a shortlist of nearly all classes": {"shortlist": 15, "bias": True},
+    "a shortlist in a subspace": {"shortlist": 4, "rank": 2, "softcap": 2.0, "chunk_size": 2},
     "a bias": {"bias": True},
     "a softcap": {"softcap": 2.0, "bias": True},
     "chunks": {"chunk_size": 2, "rank": 2},
@@ -57,22 +60,30 @@ CASES = {
 }
 
 
-def random_inputs(num_classes: int, rank: int | None, scale: float, dtype: torch.dtype, frozen: bool) -> list[Tensor]:
+def random_inputs(
+    num_classes: int, rank: int | None, factored: bool, scale: float, dtype: torch.dtype, frozen: bool
+) -> list[Tensor]:
     """The same on all processes: prior logits, weight, bias and latents."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    latents = [draw(N, K, E)] if rank is None else [draw(N, E), draw(N, K, rank), draw(E, rank)]
+    latents = [draw(N, E), draw(N, K, rank or E)] if factored else [draw(N, K, E)]
+    latents += [] if rank is None else [draw(E, rank)]
     prior, weight, bias = draw(N, K), scale * draw(num_classes, E).to(dtype), draw(num_classes).to(dtype)
     inputs = [prior, weight, bias, *(tensor.to(dtype) for tensor in latents)]
     return [tensor.requires_grad_(not (frozen and i in (1, 2))) for i, tensor in enumerate(inputs)]
 
 
-def loss_of(inputs: list[Tensor], targets: Tensor, bias: bool, **options: Any) -> tuple[Tensor, list[Tensor | None]]:
+def loss_of(
+    inputs: list[Tensor], targets: Tensor, bias: bool, shortlist: int | None, **options: Any
+) -> tuple[Tensor, list[Tensor | None]]:
     prior, weight, decoder_bias, *parts = inputs
-    latents = parts[0] if len(parts) == 1 else SubspaceLatents(*parts)
+    if shortlist is not None:
+        latents: Any = ShortlistLatents(*parts, size=shortlist)
+    else:
+        latents = parts[0] if len(parts) == 1 else SubspaceLatents(*parts)
     loss = mos_cross_entropy(latents, prior, weight, targets, decoder_bias=decoder_bias if bias else None, **options)
     weights = torch.linspace(1, 2, loss.numel()).view(loss.shape)
     (loss * weights).sum().backward()
@@ -84,9 +95,11 @@ def compare_losses() -> None:
     for num_classes in (20, 17, 2):  # also where the processes hold unequal shares
         targets = torch.arange(N) % num_classes
         for name, case in CASES.items():
-            options = {"bias": False, "rank": None, "scale": 1.0, "dtype": torch.float32, "frozen": False} | case
+            options = {"bias": False, "rank": None, "scale": 1.0, "dtype": torch.float32, "frozen": False}
+            options |= {"shortlist": None} | case
+            options["factored"] = (options["rank"] or options["shortlist"]) is not None
             ignored, tolerance = options.pop("ignored", 2), options.pop("tolerance", 1e-5)
-            drawing = {key: options.pop(key) for key in ("rank", "scale", "dtype", "frozen")}
+            drawing = {key: options.pop(key) for key in ("rank", "factored", "scale", "dtype", "frozen")}
             labels = targets.masked_fill(torch.arange(N) < ignored, -100)
             expected, gradients = loss_of(random_inputs(num_classes, **drawing), labels, **options)
             here = slice(*(min(i * -(-num_classes // WORLD_SIZE), num_classes) for i in (rank, rank + 1)))
@@ -174,7 +187,7 @@ def whole(tensor: Tensor) -> Tensor:
 def compare_models(folder: str) -> None:
     for name in ("gpt2", "llama-tied", "llama"):
         for options in HEADS:
-            path = Path(folder, name + str(len(options)))
+            path = Path(folder, "-".join((name, *options)))
             alone = make_model(name, **options)
             if torch.distributed.get_rank() == 0:
                 alone.save_pretrained(path)

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from hf_mos import MoSForCausalLM
 from hf_mos.training.callbacks import MixtureUsage
 
-MODELS = ("gpt2", "llama-tied", "llama R=4")  # the first is tied too; the last has a latent_rank
+MODELS = ("gpt2", "llama-tied", "llama R=4", "llama M=8")  # the first is tied too; then a latent_rank, a shortlist
 STEPS, BATCH, LENGTH = 5, 4, 12
 LEARNING_RATE = 0.05
 ACCUMULATION = 2  # of the Trainer
@@ -21,13 +21,15 @@ ACCUMULATION = 2  # of the Trainer
 
 def make_model(name: str, **options: Any) -> MoSForCausalLM:
     """Of weights so small that rounding stays below what is compared."""
-    name, _, rank = name.partition(" R=")
-    if rank:
-        options = {"latent_rank": int(rank)} | options
+    name, _, option = name.partition(" ")
+    if option:
+        field, value = option.split("=")
+        options = {{"R": "latent_rank", "M": "shortlist_size"}[field]: int(value)} | options
     model = MoSForCausalLM.from_causal_lm(tiny_causal_lm(name, initializer_range=0.1), num_mixtures=3, **options)
     projection = model.lm_head.shift
     with torch.no_grad():
-        projection.weight += 0.1 * torch.randn(projection.weight.shape, generator=torch.Generator().manual_seed(1))
+        noise = torch.randn(projection.weight.shape, generator=torch.Generator().manual_seed(1))
+        projection.weight += 0.1 / model.lm_head.latent_scale * noise
     return model.train()
 
 

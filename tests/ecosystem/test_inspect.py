@@ -110,7 +110,14 @@ def entropy(probs: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("backbone", "options"),
-    [("gpt2", {}), ("gemma2", {}), ("mamba", {}), ("llama", {"latent_rank": 4}), ("llama-tied", {"num_mixtures": 1})],
+    [
+        ("gpt2", {}),
+        ("gemma2", {}),
+        ("mamba", {}),
+        ("llama", {"latent_rank": 4}),
+        ("llama", {"shortlist_size": 5}),
+        ("llama-tied", {"num_mixtures": 1}),
+    ],
 )
 def test_each_token_is_what_the_formulas_say(backbone: str, options: dict[str, Any]) -> None:
     tokenizer = tokenizer_of(eos_token=END)

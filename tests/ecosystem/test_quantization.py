@@ -74,7 +74,7 @@ def test_torchao_on_every_projection(name: str) -> None:
     assert generated.equal(greedy(model, TOKENS))
 
 
-@pytest.mark.parametrize("options", [{}, {"latent_rank": 4}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"latent_rank": 4}, {"shortlist_size": 5}], ids=str)
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
 def test_torchao_at_loading(name: str, options: dict, tmp_path: Path) -> None:
     wide_mos(name, **options).save_pretrained(tmp_path / "whole")

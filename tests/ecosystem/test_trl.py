@@ -156,7 +156,7 @@ def test_sft_trains_the_mixture(name: str, tokenizer: Any, tmp_path: Path) -> No
 
 
 def test_sft_has_the_gradients_of_the_models_own_loss(tokenizer: Any, tmp_path: Path) -> None:
-    for options in ({}, {"latent_rank": 4}):
+    for options in ({}, {"latent_rank": 4}, {"shortlist_size": 5}):
         model = MoSForCausalLM.from_causal_lm(tiny_causal_lm(), num_mixtures=3, prior_bias=True, **options).train()
         trainer = sft(model, tokenizer, tmp_path)
         batch = batch_of(trainer)

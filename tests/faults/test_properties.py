@@ -2,11 +2,11 @@
 
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from hf_mos import mos_cross_entropy, mos_log_probs
-from hf_mos.mos_latents import Latents, SubspaceLatents
+from hf_mos.mos_latents import Latents, ShortlistLatents, SubspaceLatents
 from hf_mos.mos_log_probs import infer_log_probs
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -26,13 +26,10 @@ def mixtures(draw: st.DrawFn, dtypes: list[torch.dtype] = DTYPES, num_mixtures: 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    if draw(st.booleans()):
-        R = draw(st.integers(1, 4))
-        latents = SubspaceLatents(
-            *((scale * part).to(dtype) for part in (normal(N, E), normal(N, K, R), normal(E, R)))
-        )
-    else:
-        latents = Latents((scale * normal(N, K, E)).to(dtype))
+    R, form = draw(st.integers(1, 4)), draw(st.sampled_from([Latents, SubspaceLatents, ShortlistLatents]))
+    parts = ((N, K, E),) if form is Latents else ((N, E), (N, K, R), (E, R))
+    size = {"size": draw(st.integers(1, 25))} if form is ShortlistLatents else {}
+    latents = form(*((scale * normal(*part)).to(dtype) for part in parts), **size)
     targets = torch.randint(0, V, (N,), generator=generator)
     if draw(st.booleans()):
         targets[torch.randint(0, N, (1,), generator=generator)] = -100
@@ -117,6 +114,7 @@ def test_gradients_are_finite(mixture: dict) -> None:
 @MANY
 @given(mixtures(num_mixtures=1))
 def test_one_component_is_a_softmax(mixture: dict) -> None:
+    assume(not isinstance(mixture["latents"], ShortlistLatents))
     dense = widened(mixture["latents"]).dense()
     logits = F.linear(dense[:, 0], widened(mixture["decoder_weight"]), widened(mixture["decoder_bias"]))
     if mixture["softcap"]:
@@ -132,10 +130,10 @@ def test_permuting_components_changes_nothing(mixture: dict, random) -> None:
     K = mixture["prior_logits"].shape[1]
     order = random.sample(range(K), K)
     latents = mixture["latents"]
-    if isinstance(latents, SubspaceLatents):
-        permuted = SubspaceLatents(latents.hidden_states, latents.shifts[:, order], latents.basis)
-    else:
-        permuted = Latents(latents.dense()[:, order])
+    tensors = list(latents.tensors)
+    components = 0 if type(latents) is Latents else 1  # the place of the tensor that has them
+    tensors[components] = tensors[components][:, order]
+    permuted = latents.like(tensors)
     changed = {"latents": permuted, "prior_logits": mixture["prior_logits"][:, order]}
     gap = (loss(mixture) - loss(mixture, **changed)).abs().max()
     assert gap <= tolerance(mixture) * len(mixture["targets"])
