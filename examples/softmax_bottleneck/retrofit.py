@@ -5,11 +5,11 @@
 
 A softmax model is trained until its validation loss no longer falls. From there its own head, the mixture of 4 and
 mixtures in a shared subspace (`latent_rank` R) or on a shortlist (`shortlist_size` M) are fine-tuned for the same
-steps, on the same data in the same order, with the same learning-rate search: the whole model, then the head alone. The
-old head is also trained for the seconds of the mixtures and more. The controls are a latent before the softmax (K = 1),
-the same on a shortlist, and a mixture of contexts. The plot has perplexity against operations and against seconds with
-the softmax as the frontier, and in words two models that are trained from scratch as the checkpoint was: a softmax that
-is widened until it spends the operations of the mixture of 4, and the mixture of 4.
+steps, on the same data in the same order, with the same learning-rate search: the whole model, then the head alone.
+The old head is also trained for the seconds of the mixtures and more. The controls are a latent before the softmax
+(K = 1), the same on a shortlist, and a mixture of contexts. The plot has perplexity against operations and against
+seconds with the softmax as the frontier, and in words two models that are trained from scratch as the checkpoint was:
+a softmax that is widened until it spends the operations of the mixture of 4, and the mixture of 4.
 """
 
 from dataclasses import replace

@@ -254,6 +254,35 @@ def test_sft_with_adapters(tokenizer: Any, tmp_path: Path) -> None:
     assert any("prior.modules_to_save" in name for name in trained)
 
 
+@pytest.mark.parametrize("with_adapters", [False, True])
+def test_one_learning_rate_is_enough(tokenizer: Any, tmp_path: Path, with_adapters: bool) -> None:
+    """The losses are those of parameter groups in which the head learns `latent_scale` times as fast."""
+    options: dict[str, Any] = {"max_steps": 5, "learning_rate": 1e-2, "weight_decay": 0.0}
+    if with_adapters:
+        saved = ["lm_head.prior", "lm_head.shift"]
+        options["peft_config"] = LoraConfig(target_modules=["q_proj"], modules_to_save=saved, task_type="CAUSAL_LM")
+    found = []
+    for scale in (10.0, 1.0):
+        model = MoSForCausalLM.from_causal_lm(tiny_causal_lm(), num_mixtures=3, latent_scale=scale)
+        with torch.no_grad():
+            # Away from the start, where the gradient of the prior is zero and Adam follows its rounding.
+            generator = torch.Generator().manual_seed(0)
+            for layer in (model.lm_head.prior, model.lm_head.shift):
+                layer.weight.copy_(0.1 / scale * torch.randn(layer.weight.shape, generator=generator))
+        torch.manual_seed(0)
+        trainer = sft(model, tokenizer, tmp_path, **options)
+        if scale == 1:
+            weights = [(name, weight) for name, weight in trainer.model.named_parameters() if weight.requires_grad]
+            new = [weight for name, weight in weights if ".prior." in name or ".shift." in name]
+            old = [weight for name, weight in weights if ".prior." not in name and ".shift." not in name]
+            groups = [{"params": old}, {"params": new, "lr": 1e-1}]
+            trainer.optimizer = torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.0)
+        trainer.train()
+        found.append(losses(trainer))
+    assert found[0] == pytest.approx(found[1], rel=2e-3)
+    assert found[0][-1] < found[0][0]
+
+
 def test_an_adapter_on_the_decoder_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     adapters = LoraConfig(target_modules=["decoder"], task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="Applying a PEFT adapter to `lm_head` is not supported"):

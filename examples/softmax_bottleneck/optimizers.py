@@ -1,0 +1,124 @@
+"""Does the mixture gain under every optimizer with the learning rate of the softmax, and nothing else set?
+
+    python examples/softmax_bottleneck/optimizers.py --quick
+    python examples/softmax_bottleneck/optimizers.py --data-dir ptb
+
+From the same trained softmax model, the softmax and the mixture of 4 are fine-tuned by each optimizer with its usual
+learning rate, the same for both heads and for all weights. Adafactor is that of transformers, with a fixed rate. Muon
+updates the matrices; AdamW updates the embedding, which is the decoder too, and all vectors.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+import typer
+from experiment import Experiment
+from models import SOFTMAX, Size, mixture
+from results import DEFAULT_OUT, Out, Quick, Results, perplexities, show, start
+from text import DataDir, DatasetConfigName, DatasetName, Source, Text, TrainFile, ValidationFile, VocabSize, load_text
+from torch import nn
+from training import checkpoint_recipe, nats_per_token, random_batches
+from transformers import Adafactor, PreTrainedModel
+
+RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Setting:
+    optimizers: Callable[[PreTrainedModel], list[torch.optim.Optimizer]]
+    max_norm: float | None = 1.0
+    accumulation: int = 1
+    dtype: torch.dtype = torch.float32
+
+
+def of(make: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer], **options: Any) -> Setting:
+    return Setting(lambda model: [make(model.parameters())], **options)
+
+
+def adamw(weight_decay: float = 0.0, **options: Any) -> Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]:
+    return lambda weights: torch.optim.AdamW(weights, lr=RATE, weight_decay=weight_decay, **options)
+
+
+def muon_and_adamw(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
+    embedding = model.get_input_embeddings().weight
+    matrices = [weight for weight in model.parameters() if weight.dim() == 2 and weight is not embedding]
+    others = [weight for weight in model.parameters() if weight.dim() != 2 or weight is embedding]
+    muon = torch.optim.Muon(matrices, lr=RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    return [muon, adamw()(others)]
+
+
+SETTINGS = {
+    "AdamW": of(adamw()),
+    "AdamW, no clipping": of(adamw(), max_norm=None),
+    "AdamW, gradients of norm 0.1 at most": of(adamw(), max_norm=0.1),
+    "AdamW, weight decay 0.1": of(adamw(weight_decay=0.1)),
+    "AdamW, fused": of(adamw(fused=True)),
+    "AdamW, 4 steps accumulated": of(adamw(), accumulation=4),
+    "AdamW, bf16 weights": of(adamw(), dtype=torch.bfloat16),
+    "Adafactor": of(lambda weights: Adafactor(weights, lr=RATE, relative_step=False, scale_parameter=False)),
+    "Muon": Setting(muon_and_adamw),
+    "SGD with momentum": of(lambda weights: torch.optim.SGD(weights, lr=30 * RATE, momentum=0.9)),
+}
+QUICK = ["AdamW", "SGD with momentum"]
+
+
+def train(model: PreTrainedModel, text: Text, setting: Setting, steps: int, batch_size: int) -> dict[str, Any]:
+    """Trains with a rate that falls to zero; returns the `valid_nats`."""
+    model.to(setting.dtype)
+    model.lm_head.prior.float() if hasattr(model.lm_head, "prior") else None
+    optimizers = setting.optimizers(model)
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    batches = random_batches(text.train, batch_size // setting.accumulation, seed=0)
+    model.train()
+    for step in range(steps):
+        for _ in range(setting.accumulation):
+            batch = next(batches)
+            (model(input_ids=batch, labels=batch).loss / setting.accumulation).backward()
+        if setting.max_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), setting.max_norm)
+        for optimizer, rates in zip(optimizers, peaks, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * (1 - step / steps)
+            optimizer.step()
+            optimizer.zero_grad()
+    return {"valid_nats": nats_per_token(model, text.valid)}
+
+
+def main(
+    data_dir: DataDir = None,
+    train_file: TrainFile = None,
+    validation_file: ValidationFile = None,
+    dataset_name: DatasetName = None,
+    dataset_config_name: DatasetConfigName = None,
+    vocab_size: VocabSize = 2048,
+    hidden_size: int = 32,
+    checkpoint_steps: Annotated[int, typer.Option(help="Steps of the softmax model, at most.")] = 40000,
+    steps: Annotated[int, typer.Option(help="Steps of each fine-tuning.")] = 500,
+    out: Out = DEFAULT_OUT,
+    quick: Quick = False,
+) -> None:
+    start()
+    if quick:
+        vocab_size, hidden_size, checkpoint_steps, steps = 512, 16, 400, 30
+    source = Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name)
+    text, results = load_text(source, vocab_size), Results(out, "optimizers", quick)
+    base = Experiment(text, Size(hidden_size, 2), checkpoint_recipe(checkpoint_steps), results).from_checkpoint()
+    batch_size = base.recipe.batch_size
+    rows = []
+    for name in QUICK if quick else SETTINGS:
+        row = {"optimizer": name}
+        for column, head in (("softmax", SOFTMAX), ("mixture", mixture(4))):
+            settings = {**text.settings, "head": head.settings, "optimizer": name, "steps": steps}
+            result = results.run(
+                settings,
+                lambda head=head, name=name: train(base.model(head), text, SETTINGS[name], steps, batch_size),
+            )
+            row[column] = f"{perplexities([result])[0]:.2f}"
+        rows.append(row)
+    show(f"D = {hidden_size}, fine-tuned on {text.name}, {steps} steps, validation perplexity", rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)
