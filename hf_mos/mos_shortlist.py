@@ -27,7 +27,8 @@ from .mos_projections import Accumulator, DecoderUse, Projection, Tokens, Wanted
 from .mos_vocabulary import widen
 
 BLOCK = 64  # classes whose maximum is compared first
-GATHER_BYTES = 8 * 2**20  # of the decoder's rows that are gathered at a time
+SEARCHED_ROWS = 64  # tokens that are searched at a time
+GATHER_BYTES = 4 * 2**20  # of the decoder's rows that are gathered at a time
 
 
 def top_classes(logits: Tensor, count: int) -> Tensor:
@@ -39,6 +40,8 @@ def top_classes(logits: Tensor, count: int) -> Tensor:
     num_blocks = V // BLOCK
     if count >= num_blocks:
         return logits.topk(min(count, V), sorted=False).indices
+    if logits.dim() == 2 and logits.shape[0] > SEARCHED_ROWS and not torch.compiler.is_compiling():
+        return torch.cat([top_classes(part, count) for part in logits.split(SEARCHED_ROWS)])
     blocks = logits[..., : num_blocks * BLOCK].unflatten(-1, (num_blocks, BLOCK))
     best = blocks.amax(dim=-1).topk(count, sorted=False).indices  # (..., M)
     members = best.unsqueeze(-1) * BLOCK + torch.arange(BLOCK, device=logits.device)

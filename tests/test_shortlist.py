@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_mos import MoSConfig, MoSForCausalLM, mos_cross_entropy, mos_log_probs
 from hf_mos.mos_latents import ShortlistLatents
 from hf_mos.mos_log_probs import infer_log_probs
-from hf_mos.mos_shortlist import BLOCK, top_classes
+from hf_mos.mos_shortlist import BLOCK, SEARCHED_ROWS, top_classes
 from hf_mos.training.mixture_statistics import mixture_statistics, predict_in_chunks
 
 N, K, E = 9, 3, 12
@@ -28,7 +28,7 @@ def draw(V: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> tupl
 @pytest.mark.parametrize("V", [1, BLOCK - 1, BLOCK, 5 * BLOCK, 40 * BLOCK + 7])
 @pytest.mark.parametrize("count", [1, 3, 10, 10**6])
 def test_top_classes_are_those_of_topk(V: int, count: int) -> None:
-    for leading in ((4,), (2, 3)):
+    for leading in ((4,), (2, 3), (SEARCHED_ROWS + 1,)):
         logits = torch.randn(*leading, V)
         chosen = logits.gather(-1, top_classes(logits, count)).sort(-1).values
         assert torch.equal(chosen, logits.topk(min(count, V)).values.sort(-1).values)
