@@ -163,10 +163,17 @@ def loss_and_gradients(
         d_prior = torch.zeros_like(log_prior) if wanted.prior_logits else None
         d_bias = torch.zeros(V, dtype=sum_dtype, device=device) if wanted.decoder_bias else None
 
-        has_slope, share = options.softcap is not None and wants_gradients, projection.shared_share
         kept = (targets != options.ignore_index).nonzero().squeeze(1)
         buffers = ChunkBuffers.allocate(
-            kept.shape[0], K, vocabulary.num_classes, weight, sum_dtype, has_slope, share, options.chunk_size
+            kept.shape[0],
+            K,
+            vocabulary.num_classes,
+            weight,
+            sum_dtype,
+            has_slope=options.softcap is not None and wants_gradients,
+            has_decoder_gradient=wanted.decoder_weight,
+            shared_share=projection.shared_share,
+            chunk_size=options.chunk_size,
         )
         for group in split(kept, buffers.group_size, of=N):
             projection.open(group, buffers.group_size)

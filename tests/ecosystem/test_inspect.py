@@ -92,16 +92,29 @@ def predicted_by_hand(model: MoSForCausalLM, token_ids: list[int]) -> dict[str, 
         hook.remove()
         h = caught[0][0].double()  # what a mamba hands over is fp32 whatever its weights
 
-        def softmax(latents: torch.Tensor) -> torch.Tensor:
-            logits = latents @ head.decoder.weight.T + (0 if head.decoder.bias is None else head.decoder.bias)
+        def logits_of(latents: torch.Tensor) -> torch.Tensor:
+            return latents @ head.decoder.weight.T + (0 if head.decoder.bias is None else head.decoder.bias)
+
+        def softmax(logits: torch.Tensor) -> torch.Tensor:
             cap = model.config.softcap
             return (logits if cap is None else cap * torch.tanh(logits / cap)).softmax(-1)
 
         weights = (head.latent_scale * h @ head.prior.weight.T).softmax(-1)
         shifts = (head.latent_scale * h @ head.shift.weight.T).unflatten(-1, (head.num_mixtures, -1))
-        components = softmax(h.unsqueeze(1) + (shifts if head.latent_rank is None else shifts @ head.basis.T))
+        logits = logits_of(h.unsqueeze(1) + (shifts if head.latent_rank is None else shifts @ head.basis.T))
+        if head.shortlist_size is not None:
+            shared = logits_of(h)
+            inside = torch.zeros_like(shared).scatter(1, shared.topk(head.shortlist_size).indices, 1).unsqueeze(1)
+            logits = torch.where(inside > 0, logits, shared.unsqueeze(1))
+            weights = torch.nn.functional.normalize(weights * logits.exp().sum(-1), p=1, dim=-1)
+        components = softmax(logits)
         mixture = (weights.unsqueeze(-1) * components).sum(1)
-    return {"weights": weights, "components": components, "mixture": mixture, "softmax": softmax(h).detach()}
+    return {
+        "weights": weights,
+        "components": components,
+        "mixture": mixture,
+        "softmax": softmax(logits_of(h)).detach(),
+    }
 
 
 def entropy(probs: torch.Tensor) -> torch.Tensor:
