@@ -8,13 +8,13 @@ from torch import Tensor
 
 from .mos_projections import Tokens
 
-# Working memory of the loss. On the CPU a chunk that stays in the cache is the fastest, but each chunk reads and writes
-# the decoder's whole gradient, if that is wanted. At V = 50257 a chunk of 12 MiB has 62 rows, and this traffic costs as
-# much as a matmul. With 48 MiB the loss of one softmax took 0.81 (N = 512, E = 576, V = 49152) and 0.93 (N = 256,
-# E = 768, V = 50257) of the time, on an AMD EPYC. On an accelerator larger matmuls keep more of it busy, so the budget
-# follows its memory.
+# Working memory of the loss. On the CPU a chunk that stays in the cache is the fastest, but each chunk reads and
+# writes the decoder's whole gradient, if that is wanted. At V = 50257 a chunk of 12 MiB has 62 rows, and this traffic
+# costs as much as a matmul. With 4 times the budget the loss of one softmax took 0.81 (N = 512, E = 576, V = 49152) and
+# 0.93 (N = 256, E = 768, V = 50257) of the time, on an AMD EPYC. On an accelerator larger matmuls keep more of it busy,
+# so the budget follows its memory.
 CPU_BUDGET_BYTES = 12 * 2**20
-CPU_BUDGET_BYTES_WITH_DECODER_GRADIENT = 48 * 2**20
+DECODER_GRADIENT_FACTOR = 4
 # At least so many rows of component logits, however large the vocabulary.
 MIN_ROWS = 32
 MIN_BUDGET_BYTES = 256 * 2**20
@@ -104,7 +104,7 @@ def budget_bytes(device: torch.device, has_decoder_gradient: bool = False) -> in
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         return max(MIN_BUDGET_BYTES, int(total * DEVICE_MEMORY_SHARE))
-    return CPU_BUDGET_BYTES_WITH_DECODER_GRADIENT if has_decoder_gradient else CPU_BUDGET_BYTES
+    return CPU_BUDGET_BYTES * (DECODER_GRADIENT_FACTOR if has_decoder_gradient else 1)
 
 
 def tokens_per_chunk(num_mixtures: int, num_classes: int, bytes_per_logit: int, device: torch.device) -> int:

@@ -12,14 +12,13 @@ forward pass makes them and its backward pass hands them over. A training step i
 where the decoder is frozen, one without gradients.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .mos_chunks import ChunkBuffers, split, split_again
 from .mos_latents import Latents, as_latents, latents_of, per_token
@@ -208,6 +207,23 @@ def loss_and_gradients(
         return nll, ForEachInput(d_prior, d_weight, d_bias, d_latents)
 
 
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Like torch's `once_differentiable`, but raises where a second derivative is asked for.
+
+    torch's raises only if the incoming gradient requires one itself. Else the second derivative is silently wrong.
+    """
+
+    def checked(ctx: Any, *d_outputs: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph: expected False, as the loss with labels is differentiable once, given True. "
+                "Compute the loss from outputs.logits to differentiate it twice."
+            )
+        return backward(ctx, *d_outputs)
+
+    return checked
+
+
 class MoSCrossEntropy(torch.autograd.Function):
     """`mos_cross_entropy` without its checks."""
 
@@ -224,7 +240,7 @@ class MoSCrossEntropy(torch.autograd.Function):
         return reduce(nll, targets != options.ignore_index, reduction)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         targets, *tensors = ctx.saved_tensors
         inputs, options = LossInputs.read(ctx.form, tensors), ctx.options

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from transformers.utils import ModelOutput
 
 from .mos_chunks import AUTOGRAD_BYTES_PER_LOGIT, tokens_per_chunk
@@ -28,6 +27,7 @@ from .mos_loss import (
     Gradients,
     LossInputs,
     LossOptions,
+    differentiable_once,
     in_dtype_of,
     loss_and_gradients,
     wanted_of,
@@ -123,7 +123,7 @@ class TokenScoring(torch.autograd.Function):
         return scores
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(
         ctx: Any, d_log_probs: Tensor | None, d_entropy: Tensor | None, *others: Any
     ) -> tuple[Tensor | None, ...]:

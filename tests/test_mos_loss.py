@@ -305,3 +305,15 @@ def test_operator_can_be_defined_twice(tmp_path):
         torch.compiler.reset()
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(*positional, targets), mos_cross_entropy(*positional, targets))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_second_derivative_is_refused(form, reduction):
+    leaves, targets = draw(**form)
+    weight = leaves["decoder_weight"].requires_grad_()
+    loss = fast(leaves, targets, reduction=reduction, shortlist=form.get("shortlist")).sum()
+    with pytest.raises(
+        RuntimeError, match="create_graph: expected False, as the loss with labels is differentiable once"
+    ):
+        torch.autograd.grad(loss, weight, create_graph=True)
