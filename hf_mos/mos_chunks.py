@@ -9,10 +9,10 @@ from torch import Tensor
 from .mos_projections import Tokens
 
 # Working memory of the loss. On the CPU a chunk that stays in the cache is the fastest, but each chunk reads and
-# writes the decoder's whole gradient, if that is wanted. At V = 50257 a chunk of 12 MiB has 62 rows, and this traffic
-# costs as much as a matmul. With 4 times the budget the loss of one softmax took 0.81 (N = 512, E = 576, V = 49152) and
-# 0.93 (N = 256, E = 768, V = 50257) of the time, on an AMD EPYC. On an accelerator larger matmuls keep more of it busy,
-# so the budget follows its memory.
+# writes the decoder's whole gradient, if that is wanted. At V = 50257 a chunk of 12 MiB has 62 rows, and this
+# traffic costs as much as a matmul. With 4 times the budget the loss of one softmax took 0.81 (N = 512, E = 576, V =
+# 49152) and 0.93 (N = 256, E = 768, V = 50257) of the time, on an AMD EPYC. On an accelerator larger matmuls keep
+# more of it busy, so the budget follows its memory.
 CPU_BUDGET_BYTES = 12 * 2**20
 DECODER_GRADIENT_FACTOR = 4
 # At least so many rows of component logits, however large the vocabulary.
