@@ -124,7 +124,7 @@ def convert_command(
     """Replace a model's softmax with a mixture, without a change of its predictions.
 
     Saves safetensors, the head's code, tokenizer and generation config, and reloads them. Prints the exactness gap:
-    the largest difference between the log-probabilities of the model and of the mixture.
+    the largest difference between the log-probabilities of the two heads on the same hidden states, in float64.
 
     Examples:
 
@@ -155,13 +155,16 @@ def convert_command(
                 "softmaxes mixed": str(conversion.num_mixtures),
                 "parameters": f"{conversion.num_parameters:,}, {conversion.num_new_parameters:,} of them new",
                 "dtype": conversion.dtype,
-                "exactness gap": f"{conversion.gap:.2g} nats, the largest change of a log-probability",
-                "rounding": f"{conversion.tolerance:.2g} nats",
+                "exactness gap": f"{conversion.gap:.2g} nats, of the two heads on the same hidden states, in float64",
+                "change": f"{conversion.change:.2g} nats, of the reloaded model, by rounding",
                 "tokenizer": "saved" if conversion.has_tokenizer else "none found",
             },
         )
     if not conversion.is_exact and conversion.is_exact_by_design:
-        fail(f"expected a gap of at most {conversion.tolerance:.2g}, given {conversion.gap:.2g}")
+        fail(
+            f"expected a gap of at most {conversion.tolerance:g} and a change of at most {conversion.rounding:.2g}, "
+            f"given {conversion.gap:.2g} and {conversion.change:.2g}"
+        )
 
 
 @app.command("evaluate")

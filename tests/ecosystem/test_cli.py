@@ -239,6 +239,33 @@ def test_convert_fails_where_the_head_is_not_exact(
     assert "expected a gap of at most" in printed.err
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [[], ["--latent-rank", "8"], ["--shortlist-size", "16"]], ids=str)
+def test_convert_of_a_model_with_weights_as_trained_ones(
+    run: Callable[..., Printed], tmp_path: Path, dtype: str, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its logits are large, and so is their rounding; a head that is off by little is caught all the same."""
+    wide = tiny_causal_lm(hidden_size=576, num_attention_heads=8, head_dim=72)
+    with torch.no_grad():
+        wide.lm_head.weight.mul_(40)
+    wide.to(getattr(torch, dtype)).save_pretrained(tmp_path / "wide")
+    printed = run("convert", tmp_path / "wide", tmp_path / "out", *options, "--json")
+    assert printed.code == 0, printed.err
+    assert json.loads(printed.out)["gap"] < 1e-9
+    convert = MoSForCausalLM.from_causal_lm
+
+    def wrong(*arguments: Any, **options: Any) -> MoSForCausalLM:
+        model = convert(*arguments, **options)
+        with torch.no_grad():
+            model.lm_head.shift.weight.fill_(1e-5)
+        return model
+
+    monkeypatch.setattr(MoSForCausalLM, "from_causal_lm", wrong)
+    printed = run("convert", tmp_path / "wide", tmp_path / "spoilt", *options)
+    assert printed.code == 1
+    assert "expected a gap of at most 1e-06" in printed.err
+
+
 def test_force_replaces_the_checkpoint_and_nothing_else(
     run: Callable[..., Printed], base: Path, tmp_path: Path
 ) -> None:
