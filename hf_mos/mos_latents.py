@@ -125,7 +125,7 @@ class ShortlistLatents(Latents):
 
     Equivalent to: a mixture whose K components differ on the `size` likeliest classes of the hidden state's own
     softmax, and whose weights are in proportion to `softmax(prior_logits)_k` times the component's partition function.
-    `mos_shortlist.py` has the maths.
+    `mos_shortlist.py` has the maths. A decoder that can only be called (an adapter, a quantizer) costs K + 1 products.
 
     Args: hidden_states (..., E), shifts (..., K, E), or shifts (..., K, R) and a basis (E, R).
     """
