@@ -162,12 +162,9 @@ class SubspaceProjection(Projection):
         self.d_weight.add_product(self.shared.t(), self.group_rows)
 
     def gradients(self) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
-        d_narrow, d_weight, d_basis = self.d_narrow_weight.result(), self.d_weight.result(), None
-        if d_narrow is not None:
-            if self.wants_basis:
-                d_basis = self.weight.t().to(d_narrow.dtype) @ d_narrow
-            if d_weight is not None:
-                d_weight.addmm_(d_narrow, self.basis.t().to(d_narrow.dtype))
+        d_weight, d_basis = self.d_weight.result(), None
+        if (d_narrow := self.d_narrow_weight.result()) is not None:
+            d_basis = through_basis(d_narrow, d_weight, self.weight, self.basis, self.wants_basis)
         return (self.d_hidden, self.d_shifts, d_basis), d_weight
 
     def component_logits(self, tokens: slice) -> Tensor:
@@ -175,6 +172,15 @@ class SubspaceProjection(Projection):
         shared = multiply(self.hidden_states[tokens], self.weight, self.decoder.bias)
         logits = multiply(shifts.flatten(0, 1), self.narrow_weight).unflatten(0, shifts.shape[:2])
         return cap_logits(widen(logits + shared.unsqueeze(1)), self.decoder.softcap)
+
+
+def through_basis(
+    d_narrow: Tensor, d_weight: Tensor | None, weight: Tensor, basis: Tensor, wants_basis: bool
+) -> Tensor | None:
+    """The gradient of the basis from that of `weight @ basis` (V, R); adds that of the weight to `d_weight`."""
+    if d_weight is not None:
+        d_weight.addmm_(d_narrow, basis.t().to(d_narrow.dtype))
+    return weight.t().to(d_narrow.dtype) @ d_narrow if wants_basis else None
 
 
 class Accumulator:

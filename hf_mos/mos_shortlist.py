@@ -23,7 +23,16 @@ import torch
 from torch import Tensor
 
 from .mos_matmul import multiply
-from .mos_projections import Accumulator, DecoderUse, Projection, Tokens, Wanted, weighted, write_product
+from .mos_projections import (
+    Accumulator,
+    DecoderUse,
+    Projection,
+    Tokens,
+    Wanted,
+    through_basis,
+    weighted,
+    write_product,
+)
 from .mos_vocabulary import widen
 
 BLOCK = 64  # classes whose maximum is compared first
@@ -70,7 +79,7 @@ class ShortlistProjection(Projection):
         wants_hidden, wants_shifts, *wants_basis = wanted.latents
         self.d_hidden = torch.zeros_like(hidden_states) if wants_hidden else None
         self.d_shifts = torch.zeros_like(shifts) if wants_shifts else None
-        self.wants_basis, self.wants_weight = any(wants_basis), wanted.weight
+        self.wants_basis = any(wants_basis)
         self.d_weight = Accumulator(self.weight, wanted.weight, decoder.sum_dtype)
         # The shifts multiply rows of the decoder, or of the decoder in the basis.
         self.rows_of_classes, self.d_rows = self.weight, self.d_weight
@@ -108,7 +117,7 @@ class ShortlistProjection(Projection):
 
     def differences(self, tokens: Tokens) -> Tensor:
         """`shifts_k . weight` on the shortlist, (n, K, M), in `sum_dtype`."""
-        shifts = self.shifts[tokens]
+        shifts = self.chunk_shifts = self.shifts[tokens]
         out = shifts.new_empty(*shifts.shape[:2], self.shortlist.shape[1], dtype=self.decoder.sum_dtype)
         for part in self.parts():
             out[part] = torch.bmm(shifts[part], self.gather(part).transpose(1, 2))
@@ -147,24 +156,20 @@ class ShortlistProjection(Projection):
             self.d_hidden[tokens] = weighted(multiply(error, self.weight.t()), row_weights)
         self.d_weight.add_product(error.t(), weighted(self.rows, row_weights))
         if self.d_shifts is not None:
-            d_shifts = torch.empty_like(self.shifts[tokens])
+            d_shifts = torch.empty_like(self.chunk_shifts)
             for part in self.parts():
                 torch.bmm(self.d_differences[part], self.gather(part), out=d_shifts[part])
             self.d_shifts[tokens] = d_shifts
         if self.d_rows.total is not None:
-            shifts = self.shifts[tokens]
             for part in self.parts():
-                d_rows = torch.bmm(self.d_differences[part].transpose(1, 2), shifts[part])  # (n, M, E)
+                d_rows = torch.bmm(self.d_differences[part].transpose(1, 2), self.chunk_shifts[part])  # (n, M, E)
                 self.d_rows.add_rows(self.shortlist[part].flatten(), d_rows.flatten(0, 1))
 
     def gradients(self) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
         d_weight = self.d_weight.result()
         if self.basis is None:
             return (self.d_hidden, self.d_shifts), d_weight
-        d_rows, d_basis = self.d_rows.result(), None
-        if d_rows is not None:
-            if self.wants_basis:
-                d_basis = self.weight.t().to(d_rows.dtype) @ d_rows
-            if d_weight is not None:
-                d_weight.addmm_(d_rows, self.basis.t().to(d_rows.dtype))
+        d_basis = None
+        if (d_rows := self.d_rows.result()) is not None:
+            d_basis = through_basis(d_rows, d_weight, self.weight, self.basis, self.wants_basis)
         return (self.d_hidden, self.d_shifts, d_basis), d_weight
