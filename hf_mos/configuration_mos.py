@@ -20,12 +20,14 @@ SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_so
 # Replaces a softcap that may not be None: `tanh(h / 2^64) * 2^64` is h, to the bit, in fp32 and in bf16.
 NO_SOFTCAP = 2.0**64
 
-# Attributes that live in the backbone's text config; absent here where they are absent there.
-DELEGATED = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "max_position_embeddings", "layer_types", "sliding_window", "initializer_range", "use_cache",
-    "bos_token_id", "eos_token_id", "pad_token_id",
-)  # fmt: skip
+# A field that MoSConfig does not define is the backbone's. So are the fields of transformers' base config, except for
+# those that describe this checkpoint or what the mixture returns.
+OWN_BASE_FIELDS = ("architectures", "dtype", "return_dict", "transformers_version")
+DELEGATED = {
+    field.name: field.default for field in dataclasses.fields(PreTrainedConfig) if field.name not in OWN_BASE_FIELDS
+} | {"output_attentions": False, "per_layer_config": None}  # these are properties there
+# Attributes that describe this checkpoint too, though no class declares them.
+OWN_ATTRIBUTES = ("auto_map", "distributed_config", "quantization_config", "transformers_weights")
 
 
 def option(default: Any, help: str, as_flag: bool = True) -> Any:
@@ -83,7 +85,9 @@ class MoSConfig(PreTrainedConfig):
         None, "In each component: softcap * tanh(logits / softcap); None: as the backbone.", as_flag=False
     )
     tie_word_embeddings: bool | None = option(None, "Tie the decoder to the input embedding; None: as the backbone.")
-    skip_logits_in_training: bool = option(True, "In training with labels return logits=None.", as_flag=False)
+    skip_logits_in_training: bool = option(
+        True, "In training with labels leave out the logits, so that no tensor is as wide as V.", as_flag=False
+    )
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.text_config = _read_text_config(self.text_config)
@@ -97,16 +101,49 @@ class MoSConfig(PreTrainedConfig):
         if self.latent_scale is None:
             self.latent_scale = default_scale(self.text_config) if self.adds_shifts else 1.0
         self._check_fields()
-        # The base class overwrites the attention and experts implementations of the sub-configs, with None unless
-        # given. A loaded backbone uses its own, so they must stay.
-        text_config = self.text_config
-        own = {name: kwargs.pop(name, None) for name in ("attn_implementation", "experts_implementation")}
+        # The base class sets the attention and experts implementations of the sub-configs to None unless given, but a
+        # loaded backbone uses its own.
+        text_config, implementations = self.text_config, ("attn_implementation", "experts_implementation")
+        own = {name: kwargs.pop(name, None) for name in implementations}
+        given = {name: value for name, value in self._take_delegated().items() if value != DELEGATED[name]}
+        given |= {name: kwargs.pop(name) for name in list(kwargs) if self._owner_of(name) is not None}
+        given |= {f"_{name}": value for name, value in own.items() if value is not None}
         self.text_config = None
         super().__post_init__(**kwargs)
+        self._take_delegated()
         self.text_config = text_config
-        for name, value in own.items():
-            if value is not None:
-                setattr(self, f"_{name}", value)
+        for name, value in given.items():
+            setattr(self, name, value)
+
+    def _take_delegated(self) -> dict[str, Any]:
+        """Removes the fields of the backbone that a constructor has set in this config itself."""
+        return {name: vars(self).pop(name) for name in DELEGATED if name in vars(self)}
+
+    def _owner_of(self, name: str) -> PreTrainedConfig | None:
+        """The config of the backbone that has a field; `None` where this config has it, or none has."""
+        text_config = vars(self).get("text_config")
+        if not isinstance(text_config, PreTrainedConfig) or name.startswith("_") or name in OWN_ATTRIBUTES:
+            return None
+        if name in DELEGATED:
+            return text_config
+        if hasattr(type(self), name):
+            return None
+        return next((c for c in (text_config.get_text_config(), text_config) if hasattr(c, name)), None)
+
+    def __getattr__(self, name: str) -> Any:
+        owner = self._owner_of(name)
+        if owner is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(owner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        owner = self._owner_of(name)
+        if owner is not None:
+            setattr(owner, name, value)
+        elif name in DELEGATED:  # the constructor sets these before there is a backbone's config
+            vars(self)[name] = value
+        else:
+            super().__setattr__(name, value)
 
     @property
     def adds_shifts(self) -> bool:
@@ -175,12 +212,10 @@ class MoSConfig(PreTrainedConfig):
 
 def delegated(name: str) -> property:
     def get(self: MoSConfig) -> Any:
-        return getattr(self.get_text_config(), name)
+        owner = self._owner_of(name)
+        return vars(self).get(name, DELEGATED[name]) if owner is None else getattr(owner, name)
 
-    def set_(self: MoSConfig, value: Any) -> None:
-        setattr(self.get_text_config(), name, value)
-
-    return property(get, set_, doc=f"`{name}` of the backbone's text config.")
+    return property(get, lambda self, value: MoSConfig.__setattr__(self, name, value))
 
 
 for _name in DELEGATED:

@@ -9,13 +9,16 @@ import inspect
 import os
 from typing import Any, NoReturn
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 from transformers.utils import logging
 
 from .configuration_mos import SOFTCAP_FIELDS, MoSConfig, take_softcap
 from .modeling_mos import MoSForCausalLM
+from .mos_backbone import path_of
 from .mos_latents import kind_of
 
 logger = logging.get_logger(__name__)
@@ -38,14 +41,19 @@ def convert_causal_lm(
         backbone = share_weights(model)
     elif isinstance(model, (str, os.PathLike)):
         config_class(text_config={"model_type": "llama"}, num_mixtures=num_mixtures, **options)  # fail before loading
+        if kwargs.get("output_loading_info"):
+            raise ValueError("output_loading_info: expected False, as a model alone is returned, given True")
         try:
             backbone = AutoModelForCausalLM.from_pretrained(model, **kwargs)
         except TypeError as error:  # from_pretrained hands unknown arguments to the model's constructor
             raise ValueError(f"expected {known_options} or of from_pretrained: {error}") from error
         refuse_mixture(backbone.config, repr(str(model)))
     else:
-        raise ValueError(f"model: expected a path, a Hub id or a causal LM, given {type(model).__name__}")
+        advice = " Merge it first: PeftModel.merge_and_unload()." if hasattr(model, "peft_config") else ""
+        raise ValueError(f"model: expected a path, a Hub id or a causal LM, given {type(model).__name__}.{advice}")
     projection = output_projection(backbone)
+    refuse_changed_weights(backbone)
+    device_map = device_map_of(backbone, projection)
     config = _config_for(config_class, backbone, projection, num_mixtures, options)
     module: Any
     for module in backbone.modules():
@@ -54,7 +62,61 @@ def convert_causal_lm(
     result.generation_config = backbone.generation_config
     config.name_or_path = backbone.name_or_path  # for cards and tokenizers
     result.name_or_path = ""  # PEFT would name it as the base of an adapter; the softmax model is not that base
+    if device_map is not None:
+        result.hf_device_map = device_map
     return result.train(backbone.training)
+
+
+def device_map_of(backbone: PreTrainedModel, projection: nn.Module) -> dict[str, Any] | None:
+    """The `hf_device_map` of the mixture; transformers saves offloaded weights of a model that has one."""
+    given = vars(backbone).pop("hf_device_map", None)
+    if given is None:
+        is_offloaded = hasattr(backbone, "_hf_hook") and any(weight.is_meta for weight in backbone.parameters())
+        return {"": "cpu"} if is_offloaded else None  # accelerate's cpu_offload makes no map
+    path = path_of(projection, backbone)
+    covering = max((key for key in given if f"{path}.".startswith(f"{key}." if key else "")), key=len)
+    others = {f"backbone.{key}" if key else "": device for key, device in given.items() if key != path}
+    return others | ({"lm_head": given[covering]} if covering else {})
+
+
+def refuse_changed_weights(model: PreTrainedModel) -> None:
+    """Raises a ValueError where the model's weights are not those that its config makes.
+
+    Only these can be saved and loaded: no adapter, no quantised weight, no layer that was replaced by hand.
+    """
+
+    def refuse(expected: str, given: str, advice: str) -> NoReturn:
+        raise ValueError(f"model: expected {expected}, given {given}. {advice}")
+
+    adapted = next((name for name, module in model.named_modules() if hasattr(module, "base_layer")), None)
+    if adapted is not None or getattr(model, "_hf_peft_config_loaded", False):
+        where = "an adapter" if adapted is None else f"an adapter on {adapted}"
+        refuse("a model without an adapter", where, "Merge it first: PeftModel.merge_and_unload().")
+    quantised = next((name for name, weight in model.named_parameters() if is_quantised(weight)), None)
+    if quantised is not None:
+        advice = (
+            "Convert the model as it was before, or what its dequantize() returns; save the mixture, and load that with "
+            "quantization_config."
+        )
+        refuse("weights that are not quantized", f"{quantised} that is", advice)
+    with torch.device("meta"), init.no_init_weights():
+        fresh = type(model)._from_config(copy.deepcopy(model.config))
+    expected, given = ({name: tuple(weight.shape) for name, weight in weights_of(m).items()} for m in (fresh, model))
+    for name in [*expected, *given]:
+        if expected.get(name) != given.get(name):
+            found = f"{name} of shape {given[name]}" if name in given else f"no {name}"
+            made = f"{name} of shape {expected[name]}" if name in expected else f"no {name}"
+            refuse(f"{made}, as its config says", found, "Only weights that the config makes can be loaded again.")
+
+
+def weights_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def is_quantised(weight: nn.Parameter) -> bool:
+    """Whether a weight holds a quantizer's codes; a sharded weight (a DTensor) does not."""
+    plain = type(weight) is nn.Parameter and type(weight.data) is Tensor
+    return not weight.is_floating_point() or not (plain or hasattr(weight, "device_mesh"))
 
 
 def refuse_mixture(config: PreTrainedConfig, given: str) -> None:
@@ -72,6 +134,8 @@ def _config_for(
 ) -> MoSConfig:
     """Makes the config of the conversion; raises a ValueError where an option would change the model's predictions."""
     tied = projection.weight is backbone.get_input_embeddings().weight
+    if projection.weight.is_meta and not tied:  # offloading makes two parameters of a tied one
+        tied = backbone.config.get_text_config().tie_word_embeddings
     softcap = take_softcap(backbone.config)
     softcap = softcap if reads_softcap(backbone) else None
     own = {"tie_word_embeddings": tied, "softcap": softcap, "decoder_bias": projection.bias is not None}

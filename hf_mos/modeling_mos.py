@@ -7,7 +7,6 @@ import importlib
 import inspect
 import operator
 import os
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,15 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from .configuration_mos import MoSConfig
-from .mos_backbone import (
-    add_aux_loss,
-    behead,
-    new_backbone,
-)
+from .mos_backbone import add_aux_loss, behead, new_backbone
 from .mos_checkpoint import (
     SavedCheckpoint,
     check_files,
@@ -32,6 +28,7 @@ from .mos_checkpoint import (
     replace_checkpoint,
     whole_state_dict,
 )
+from .mos_delegation import AnswersAsBackbone
 from .mos_head import MoSLMHead
 from .mos_log_probs import count_items
 from .mos_trl import FusedHeadMixin
@@ -45,16 +42,7 @@ MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["mos"] = "MoSForCausalLM"
 HUB_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
 
 
-def answered_by_backbone(name: str) -> Callable[..., Any]:
-    """A method that calls the backbone's method of the same name."""
-
-    def method(self: "MoSForCausalLM", *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.backbone, name)(*args, **kwargs)
-
-    return method
-
-
-class MoSForCausalLM(FusedHeadMixin, PreTrainedModel, GenerationMixin):
+class MoSForCausalLM(AnswersAsBackbone, FusedHeadMixin, PreTrainedModel, GenerationMixin):
     """A causal LM whose head is a mixture of softmaxes.
 
     Equivalent to: `backbone` without its vocabulary projection, then [`MoSLMHead`]. `outputs.logits` are the mixture's
@@ -95,13 +83,15 @@ class MoSForCausalLM(FusedHeadMixin, PreTrainedModel, GenerationMixin):
         self.lm_head = MoSLMHead(config, decoder=decoder)
         config.decoder_bias = self.lm_head.decoder.bias is not None
         self._tied_weights_keys = {"lm_head.decoder.weight": f"backbone.{tied_to}"}
-        self._backbone_arguments = frozenset(inspect.signature(backbone.forward).parameters)
+        self._backbone_arguments = frozenset(inspect.signature(type(backbone).forward).parameters)
         self.main_input_name = backbone.main_input_name
         self.post_init()
         if self._tp_plan:  # the backbone's
             self._tp_plan["lm_head.decoder"] = "colwise_gather_output"
         if self._fsdp_plan and not config.tie_word_embeddings:  # a tied weight stays with the embedding
             self._fsdp_plan["lm_head"] = "keep_full_weight"
+        self.bind_forward()
+        self._is_built = True
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh: Any) -> Any:
@@ -186,6 +176,9 @@ class MoSForCausalLM(FusedHeadMixin, PreTrainedModel, GenerationMixin):
         gathers = is_sharded and (is_native or state_dict is None)
         if gathers and not is_native:
             state_dict = whole_state_dict(self)
+        elif state_dict is None and self.config.tie_word_embeddings and self.lm_head.decoder.weight.is_meta:
+            # Offloading parts the tie, and transformers then writes the weight twice.
+            state_dict = {key: value for key, value in self.state_dict().items() if key != "lm_head.decoder.weight"}
         write = functools.partial(
             super().save_pretrained, state_dict=state_dict, max_shard_size=max_shard_size, variant=variant, token=token
         )
@@ -249,36 +242,42 @@ class MoSForCausalLM(FusedHeadMixin, PreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
+        *,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
         skip_logits: bool | None = None,
+        add_log_partition: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Equivalent to: the backbone's own forward, with the mixture's log-probabilities as `logits`.
 
+        The signature of a model's `forward` has the backbone's parameters, in the backbone's order, and then these.
+
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache:
-                As the backbone takes them.
+            input_ids, use_cache: as the backbone takes them.
             labels: (batch, sequence), as `input_ids`, -100 where ignored. They are shifted here.
             logits_to_keep: the number of last positions, or the positions, whose logits are computed. 0 for all.
             return_dict: `False` returns a tuple.
-            num_items_in_batch: the divisor of the summed loss. `None`: the number of labels that are not -100.
+            num_items_in_batch: the divisor of the summed loss. `None`: the number of labels that are not ignored.
+            ignore_index: the label of positions that are ignored.
             skip_logits: return `logits=None`, for example by a data collator in an evaluation that needs only the
-                loss. `None`: in training mode with labels, as `skip_logits_in_training` says.
+                loss. `None`: in training mode with labels, leave the logits out as `skip_logits_in_training` says;
+                who then reads `logits` gets a RuntimeError that says how to ask for them.
+            add_log_partition: add the components' mean log-partition to each position's log-probabilities, for logits
+                on the softmax's scale: the softmax's own logits at step 0, and the same mixture always. `generate`
+                does so, as `repetition_penalty` depends on the scale.
             kwargs: the backbone's other arguments, and `shift_labels` (batch, sequence), already shifted, in place of
                 `labels`. (The Trainer requires every argument of the signature whose name contains "label".) With
                 `fused_lm_head=True`, TRL's call, [`TokenScores`] are returned.
 
         Returns:
             The backbone's output class: `loss` in nats per token, plus a mixture-of-experts backbone's `aux_loss` with
-            the backbone's coefficient, and `logits` (batch, positions, V).
+            the backbone's coefficient, and `logits` (batch, positions, V). A loss function that was assigned to
+            `loss_function` gets the logits of all positions, as a softmax model's does.
         """
         if hasattr(self.lm_head.decoder, "base_layer") and self.config.tie_word_embeddings:
             logger.warning_once(
@@ -287,28 +286,20 @@ class MoSForCausalLM(FusedHeadMixin, PreTrainedModel, GenerationMixin):
             )
         returns_scores = kwargs.pop("fused_lm_head", False)
         shift_labels = kwargs.pop("shift_labels", None)
-        targets = shift(labels) if shift_labels is None and labels is not None else shift_labels
+        targets = shift(labels, ignore_index) if shift_labels is None and labels is not None else shift_labels
         has_labels = targets is not None
-        if skip_logits is None:
-            skip_logits = has_labels and self.training and self.config.skip_logits_in_training
-        if has_labels and self.training and use_cache is None and past_key_values is None:
+        leaves_out = has_labels and self.training and self.config.skip_logits_in_training
+        skips = leaves_out if skip_logits is None else skip_logits
+        if has_labels and self.training and use_cache is None and kwargs.get("past_key_values") is None:
             use_cache = False  # nobody would read the cache, and gradient checkpointing forbids one
-        arguments = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            "use_cache": use_cache,
-        }
-        arguments = {name: value for name, value in arguments.items() if value is not None}
-        for name in ("position_ids", "use_cache"):
-            if name not in self._backbone_arguments:
-                arguments.pop(name, None)
+        arguments = {"input_ids": input_ids, **kwargs}
+        if "use_cache" in self._backbone_arguments:
+            arguments["use_cache"] = use_cache
         slices_itself = "logits_to_keep" in self._backbone_arguments and not has_labels
         if slices_itself:
             arguments["logits_to_keep"] = logits_to_keep
-        outputs = self.backbone(**arguments, **kwargs, return_dict=True)
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        outputs = self.backbone(**arguments, return_dict=True)
         hidden_states, aux_loss = outputs.logits, getattr(outputs, "aux_loss", None)
         if has_labels and input_ids is not None:
             hidden_states = hidden_states[:, -input_ids.shape[1] :]  # without the image that the backbone prepends
@@ -317,25 +308,29 @@ class MoSForCausalLM(FusedHeadMixin, PreTrainedModel, GenerationMixin):
             return self.token_scores(hidden_states[:, scored], targets[:, scored], num_items_in_batch, aux_loss)
 
         kept = hidden_states if slices_itself else keep_positions(hidden_states, logits_to_keep)
-        logits = None if skip_logits else self.lm_head(kept)
+        logits = None if skips else self.lm_head(kept, add_log_partition=add_log_partition)
         loss = None
         if has_labels:
             targets = targets.to(hidden_states.device)
-            if logits is None or kept is not hidden_states or torch.is_grad_enabled():
-                total = self.lm_head(hidden_states, targets=targets, reduction="sum")
+            if self.loss_function is not ForCausalLMLoss:
+                whole = logits if logits is not None and kept is hidden_states else self.lm_head(hidden_states)
+                options = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
+                options = {name: value for name, value in options.items() if value is not None}
+                loss = self.loss_function(logits=whole, labels=labels, vocab_size=whole.shape[-1], **options, **kwargs)
             else:
-                total = F.nll_loss(logits.flatten(0, -2), targets.flatten(), reduction="sum")
-            loss = add_aux_loss(total / count_items(targets, num_items_in_batch), aux_loss, self.backbone)
+                if logits is None or kept is not hidden_states or add_log_partition or torch.is_grad_enabled():
+                    total = self.lm_head(hidden_states, targets=targets, reduction="sum", ignore_index=ignore_index)
+                else:
+                    flat = logits.flatten(0, -2)
+                    total = F.nll_loss(flat, targets.flatten(), reduction="sum", ignore_index=ignore_index)
+                loss = total / count_items(targets, num_items_in_batch, ignore_index)
+            loss = add_aux_loss(loss, aux_loss, self.backbone)
+        if logits is None and skip_logits is None:
+            logits = LEFT_OUT
         outputs = dataclasses.replace(outputs, loss=loss, logits=logits)
         if return_dict is None:
             return_dict = self.config.return_dict
         return outputs if return_dict else outputs.to_tuple()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.backbone.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head.decoder
@@ -346,25 +341,41 @@ class MoSForCausalLM(FusedHeadMixin, PreTrainedModel, GenerationMixin):
         if hasattr(text_config, "unpadded_vocab_size"):  # see _without_padding
             text_config.unpadded_vocab_size = new_embeddings.out_features
 
-    def get_decoder(self) -> nn.Module:
-        return self.backbone.get_decoder()
-
-    # --------------------------------------------------------------- generation, as the backbone does it
-
-    prepare_inputs_for_generation = answered_by_backbone("prepare_inputs_for_generation")
-    _prepare_model_inputs = answered_by_backbone("_prepare_model_inputs")
-    _prepare_cache_for_generation = answered_by_backbone("_prepare_cache_for_generation")
-    _update_model_kwargs_for_generation = answered_by_backbone("_update_model_kwargs_for_generation")
-    _prepare_position_ids_for_generation = answered_by_backbone("_prepare_position_ids_for_generation")
-    _validate_model_kwargs = answered_by_backbone("_validate_model_kwargs")
-    _is_stateful = property(operator.attrgetter("backbone._is_stateful"))
-    _can_compile_fullgraph = property(operator.attrgetter("backbone._can_compile_fullgraph"))
-    supports_gradient_checkpointing = property(operator.attrgetter("backbone.supports_gradient_checkpointing"))
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As the backbone does it, and asks for logits on the softmax's scale (see `forward`)."""
+        return {**self.backbone.prepare_inputs_for_generation(*args, **kwargs), "add_log_partition": True}
 
 
-def shift(labels: Tensor) -> Tensor:
+class LogitsLeftOut(tuple):
+    """Stands in `outputs.logits` for logits that were not computed; raises where it is used as a tensor.
+
+    An empty tuple, as the code that moves, gathers or flattens outputs takes tuples apart.
+    """
+
+    __slots__ = ()
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            "logits: expected skip_logits=False in the call of the model, or skip_logits_in_training=False in its "
+            "config, to read them in training mode with labels; they are left out to save memory"
+        )
+
+    __getitem__ = __getattr__ = __array__ = _refuse  # type: ignore[assignment]
+    __add__ = __mul__ = __sub__ = __truediv__ = __matmul__ = __neg__ = _refuse  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
+        return LEFT_OUT._refuse()
+
+
+LEFT_OUT = LogitsLeftOut()
+
+
+def shift(labels: Tensor, ignore_index: int = -100) -> Tensor:
     """Moves the labels one position to the left, so that each position holds its target."""
-    return F.pad(labels, (0, 1), value=-100)[..., 1:]
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels: expected integer class indices, given {labels.dtype}")
+    return F.pad(labels.long(), (0, 1), value=ignore_index)[..., 1:]
 
 
 def keep_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:

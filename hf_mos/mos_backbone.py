@@ -30,10 +30,10 @@ def behead(backbone: PreTrainedModel) -> tuple[nn.Linear, str]:
     Returns the projection, and the path of the backbone's weight that it is tied to in a tied model.
     """
     projection = backbone.get_output_embeddings()
-    path = _path_of(projection, backbone)
+    path = path_of(projection, backbone)
     own_ties = backbone._tied_weights_keys or {}
     partners = {**{source: target for target, source in own_ties.items()}, **own_ties}  # some tie the embedding to it
-    tied_to = partners.get(f"{path}.weight") or f"{_path_of(backbone.get_input_embeddings(), backbone)}.weight"
+    tied_to = partners.get(f"{path}.weight") or f"{path_of(backbone.get_input_embeddings(), backbone)}.weight"
     backbone.set_output_embeddings(HeadlessProjection(projection.weight.dtype, projection.weight.device))
     if f"{path}.bias" in own_ties:  # some BERT-like heads hold the projection's bias a second time
         owner_path, _, name = own_ties[f"{path}.bias"].rpartition(".")
@@ -53,7 +53,7 @@ def behead(backbone: PreTrainedModel) -> tuple[nn.Linear, str]:
     return _without_padding(projection, backbone.config), tied_to
 
 
-def _path_of(module: nn.Module, root: nn.Module) -> str:
+def path_of(module: nn.Module, root: nn.Module) -> str:
     return next(name for name, candidate in root.named_modules() if candidate is module)
 
 
@@ -87,7 +87,9 @@ class HeadlessProjection(nn.Module):
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.register_buffer("weight", torch.empty(0, dtype=dtype, device=device), persistent=False)
+        # No checkpoint fills a buffer on the meta device that it does not hold.
+        weight = torch.empty(0, dtype=dtype, device=None if device.type == "meta" else device)
+        self.register_buffer("weight", weight, persistent=False)
         self.bias = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:

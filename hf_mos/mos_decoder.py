@@ -15,7 +15,7 @@ from .mos_chunks import AUTOGRAD_BYTES_PER_LOGIT, tokens_per_chunk
 from .mos_latents import Latents, latents_of
 from .mos_log_probs import infer_log_probs, mix_log_probs, mos_log_probs, reduce
 from .mos_loss import mos_cross_entropy
-from .mos_matmul import may_read
+from .mos_matmul import is_hooked, is_transformed, may_read
 from .mos_token_scores import ScoreOptions, Scores, score, token_scores
 from .mos_vocabulary import VocabularyShard
 
@@ -40,10 +40,10 @@ class CalledDecoder:
     def __init__(self, decoder: Any, softcap: float | None) -> None:
         self.decoder, self.softcap = decoder, softcap
 
-    def log_probs(self, latents: Latents, prior_logits: Tensor) -> Tensor:
+    def log_probs(self, latents: Latents, prior_logits: Tensor, add_log_partition: bool = False) -> Tensor:
         """Equivalent to: `mos_log_probs(latents, prior_logits, decoder.weight)`."""
         log_weights, component_logits = latents.components(self.decoder, prior_logits, self.softcap)
-        return mix_log_probs(component_logits, log_weights)
+        return mix_log_probs(component_logits, log_weights, add_log_partition)
 
     def loss(self, latents: Latents, prior_logits: Tensor, targets: Tensor, **options: Unpack[Reduction]) -> Tensor:
         """Equivalent to: `mos_cross_entropy(latents, prior_logits, decoder.weight, targets)`."""
@@ -87,14 +87,22 @@ class CalledDecoder:
         ]
 
 
+class FollowedDecoder(CalledDecoder):
+    """Calls the decoder for all tokens at once, in operations that torch.func, tracing and the like can follow."""
+
+    def _in_chunks(self, function: Callable[..., Any], chunk_size: int | None, *inputs: Any) -> list[Any]:
+        return [function(*inputs)]
+
+
 class ReadDecoder(CalledDecoder):
     """Reads the decoder's weight: the fused loss, and its kin for log-probabilities and scores."""
 
-    def log_probs(self, latents: Latents, prior_logits: Tensor) -> Tensor:
-        weight = self.decoder.weight.to(latents.dtype)
+    def log_probs(self, latents: Latents, prior_logits: Tensor, add_log_partition: bool = False) -> Tensor:
+        weight, bias = self.decoder.weight.to(latents.dtype), self.decoder.bias
         differentiable = torch.is_grad_enabled() or torch.compiler.is_compiling()
         log_probs = mos_log_probs if differentiable else infer_log_probs
-        return log_probs(latents, prior_logits, weight, decoder_bias=self.decoder.bias, softcap=self.softcap)
+        options: dict[str, Any] = {"softcap": self.softcap, "add_log_partition": add_log_partition}
+        return log_probs(latents, prior_logits, weight, decoder_bias=bias, **options)
 
     def loss(self, latents: Latents, prior_logits: Tensor, targets: Tensor, **options: Unpack[Reduction]) -> Tensor:
         weight, bias = self.decoder.weight, self.decoder.bias
@@ -143,6 +151,8 @@ class GatheredDecoder(CalledDecoder):
 
 def use_of(decoder: nn.Module, softcap: float | None) -> CalledDecoder:
     """The cheapest use that this decoder allows."""
+    if is_transformed():
+        return FollowedDecoder(decoder, softcap)
     if may_read(decoder):
         return ReadDecoder(decoder, softcap)
     is_linear = type(decoder).forward is nn.Linear.forward and not hasattr(decoder, "_hf_hook")
@@ -154,7 +164,17 @@ def use_of(decoder: nn.Module, softcap: float | None) -> CalledDecoder:
     hooks = [*decoder._forward_pre_hooks.values(), *decoder._forward_hooks.values()]
     if hooks and all((getattr(hook, "__module__", None) or "").startswith(ENGINES) for hook in hooks):
         return GatheredDecoder(decoder, softcap)
-    return ShardedDecoder(decoder, softcap) if not hooks and _is_sharded(weight) else CalledDecoder(decoder, softcap)
+    shards = _is_sharded(weight) and not is_hooked(decoder)
+    return ShardedDecoder(decoder, softcap) if shards else CalledDecoder(decoder, softcap)
+
+
+def device_of(decoder: nn.Module) -> torch.device:
+    """The device that computes with the decoder; an offloaded weight lies on the meta device between two calls."""
+    hook = getattr(decoder, "_hf_hook", None)  # accelerate's
+    devices = [getattr(each, "execution_device", None) for each in getattr(hook, "hooks", [hook])]
+    executing = next((device for device in devices if device is not None), None)
+    weight: Any = decoder.weight
+    return weight.device if executing is None else torch.device(executing)
 
 
 def _call_as(decoder: nn.Module, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

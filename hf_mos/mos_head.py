@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_mos import MoSConfig
-from .mos_decoder import Reduction, use_of
-from .mos_latents import Latents, kind_of, with_gradient
+from .mos_decoder import Reduction, device_of, use_of
+from .mos_latents import Latents, in_dtype_of, kind_of, with_gradient
 from .mos_log_probs import divisor, reduce
 from .mos_token_scores import ScoreOptions, Scores
 
@@ -64,12 +64,11 @@ class MoSLMHead(nn.Module):
         self.latent_scale = config.latent_scale
         self.softcap = config.softcap
         self.balance_coefficient = config.balance_coefficient
-        prior_dtype = torch.promote_types(decoder.weight.dtype, torch.float32)
-        self.prior = nn.Linear(
-            input_size, self.num_mixtures, config.prior_bias, dtype=prior_dtype, device=decoder.weight.device
-        )
+        dtype, device = decoder.weight.dtype, device_of(decoder)
+        prior_dtype = torch.promote_types(dtype, torch.float32)
+        self.prior = nn.Linear(input_size, self.num_mixtures, config.prior_bias, dtype=prior_dtype, device=device)
         self.kind = kind_of(config)
-        self.kind.add_modules(self, config, decoder.weight)
+        self.kind.add_modules(self, config, dtype, device)
         self.activation = ACTIVATIONS[config.latent_activation]()
         self.dropout = nn.Dropout(config.latent_dropout)
         self.decoder = decoder
@@ -85,7 +84,7 @@ class MoSLMHead(nn.Module):
                 init.zeros_(layer.bias)
 
     @overload
-    def forward(self, hidden_states: Tensor) -> Tensor: ...
+    def forward(self, hidden_states: Tensor, *, add_log_partition: bool = False) -> Tensor: ...
 
     @overload
     def forward(self, hidden_states: Tensor, targets: Tensor, **options: Unpack[Reduction]) -> Tensor: ...
@@ -101,6 +100,7 @@ class MoSLMHead(nn.Module):
         ignore_index: int = -100,
         chunk_size: int | None = None,
         scores: ScoreOptions | None = None,
+        add_log_partition: bool = False,
     ) -> Tensor | Scores:
         """Computes log-probabilities, with `targets` the loss, with `scores` too the scores of each token.
 
@@ -109,6 +109,7 @@ class MoSLMHead(nn.Module):
             targets: (...), class indices aligned with the hidden states (not shifted), or `None`.
             reduction, ignore_index, chunk_size: as in `mos_cross_entropy`.
             scores: the scores to return in place of the loss; then no target may be ignored.
+            add_log_partition: without targets, as in `mix_log_probs`.
 
         Returns:
             Without targets (..., V), natural log-probabilities in fp32 or wider. With targets the loss in nats; with
@@ -121,7 +122,7 @@ class MoSLMHead(nn.Module):
         prior_logits, latents = self.prior_logits(hidden_states), self.latents(hidden_states)
         decoder = use_of(self.decoder, self.softcap)
         if targets is None:
-            return decoder.log_probs(latents, prior_logits).unflatten(0, leading)
+            return decoder.log_probs(latents, prior_logits, add_log_partition).unflatten(0, leading)
         targets = targets.flatten()
         if scores is not None:
             return decoder.scores(latents, prior_logits, targets, scores)
@@ -134,7 +135,7 @@ class MoSLMHead(nn.Module):
 
     def prior_logits(self, hidden_states: Tensor) -> Tensor:
         """The logits of the prior (..., K) for hidden states (..., D); in its own dtype under autocast too."""
-        hidden_states, scale = hidden_states.to(self.prior.weight.dtype), self.latent_scale
+        hidden_states, scale = in_dtype_of(self.prior, hidden_states), self.latent_scale
         with torch.autocast(hidden_states.device.type, enabled=False):
             # As `scaled`, but not for a bias, which does not depend on the width.
             logits = self.prior(with_gradient(scale * hidden_states, scale**2 * hidden_states))

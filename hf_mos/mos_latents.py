@@ -184,14 +184,15 @@ class Shifted:
     """
 
     @staticmethod
-    def add_modules(head: Any, config: MoSConfig, like: Tensor) -> None:
-        """Adds the modules that compute the latents to the head, with the dtype and device of `like`."""
+    def add_modules(head: Any, config: MoSConfig, dtype: torch.dtype, device: torch.device) -> None:
+        """Adds the modules that compute the latents to the head."""
         D, E, R = head.input_size, head.latent_size, config.latent_rank
         if D != E:
             raise ValueError(f"latent_size: expected {D}, the width of the hidden state that shifts add to, given {E}")
-        head.shift = linear_like(like, D, head.num_mixtures * (R or E), config.latent_bias)
+        head.shift = nn.Linear(D, head.num_mixtures * (R or E), config.latent_bias, dtype=dtype, device=device)
         if R is not None:
-            basis = torch.empty(E, R, dtype=like.dtype, device=like.device)
+            # No checkpoint fills a buffer on the meta device that it does not hold.
+            basis = torch.empty(E, R, dtype=dtype, device=None if device.type == "meta" else device)
             head.register_buffer("basis", basis, persistent=False)
 
     @staticmethod
@@ -244,8 +245,9 @@ class Projected(Shifted):
     """
 
     @staticmethod
-    def add_modules(head: Any, config: MoSConfig, like: Tensor) -> None:
-        head.latent = linear_like(like, head.input_size, head.num_mixtures * head.latent_size, config.latent_bias)
+    def add_modules(head: Any, config: MoSConfig, dtype: torch.dtype, device: torch.device) -> None:
+        outputs = head.num_mixtures * head.latent_size
+        head.latent = nn.Linear(head.input_size, outputs, config.latent_bias, dtype=dtype, device=device)
 
     @staticmethod
     def reset_parameters(head: Any) -> None:
@@ -277,8 +279,9 @@ def activate(head: Any, layer: nn.Linear, hidden_states: Tensor) -> Tensor:
 
 
 def in_dtype_of(layer: nn.Linear, hidden_states: Tensor) -> Tensor:
-    # A quantizer's weight has the dtype of its codes.
-    return hidden_states.to(layer.weight.dtype) if layer.weight.is_floating_point() else hidden_states
+    # A quantizer's weight has the dtype of its codes, or is no tensor.
+    is_plain = isinstance(layer.weight, Tensor) and layer.weight.is_floating_point()
+    return hidden_states.to(layer.weight.dtype) if is_plain else hidden_states
 
 
 def scaled(function: Callable[[Tensor], Tensor], hidden_states: Tensor, scale: float) -> Tensor:
@@ -314,10 +317,6 @@ def per_token(form: str) -> tuple[bool, ...]:
 def as_latents(latents: Tensor | Latents) -> Latents:
     """Wraps a bare tensor (..., K, E) as full latents."""
     return Latents(latents) if isinstance(latents, Tensor) else latents
-
-
-def linear_like(like: Tensor, input_size: int, output_size: int, bias: bool) -> nn.Linear:
-    return nn.Linear(input_size, output_size, bias=bias, dtype=like.dtype, device=like.device)
 
 
 def cosine_directions(size: int, count: int) -> Tensor:

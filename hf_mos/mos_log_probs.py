@@ -31,6 +31,7 @@ def mos_log_probs(
     *,
     decoder_bias: Tensor | None = None,
     softcap: float | None = None,
+    add_log_partition: bool = False,
 ) -> Tensor:
     """Equivalent to: `log(sum_k softmax(prior_logits)_k * softmax(latents_k @ decoder_weight.T + decoder_bias))`.
 
@@ -42,6 +43,7 @@ def mos_log_probs(
         decoder_weight: (V, E), the vocabulary projection that all components share.
         decoder_bias: (V,), or `None`.
         softcap: each component's logits become `softcap * tanh(logits / softcap)`; `None` for none.
+        add_log_partition: as in `mix_log_probs`.
 
     Returns:
         (..., V), natural log-probabilities in fp32 (fp64 for fp64). Differentiable.
@@ -54,22 +56,34 @@ def mos_log_probs(
     log_weights, component_logits = latents.components(
         lambda latents: F.linear(latents, decoder_weight, decoder_bias), prior_logits, softcap
     )
-    return mix_log_probs(component_logits, log_weights)
+    return mix_log_probs(component_logits, log_weights, add_log_partition)
 
 
-def mix_log_probs(component_logits: Tensor, prior_logits: Tensor) -> Tensor:
+def mix_log_probs(component_logits: Tensor, prior_logits: Tensor, add_log_partition: bool = False) -> Tensor:
     """Equivalent to: `log(sum_k softmax(prior_logits)_k * softmax(component_logits_k))`.
 
     Args:
         component_logits: (..., K, V), any float dtype.
         prior_logits: (..., K), any float dtype.
+        add_log_partition: add `sum_k softmax(prior_logits)_k * logsumexp(component_logits_k)`, one number for all
+            classes. Where all components are one softmax, the result is that softmax's logits.
 
     Returns:
         (..., V), natural log-probabilities in fp32 (fp64 for fp64); their exponentials sum to one.
     """
     log_prior = F.log_softmax(widen(prior_logits), dim=-1)
-    component_log_probs = F.log_softmax(widen(component_logits), dim=-1)
-    return torch.logsumexp(log_prior.unsqueeze(-1) + component_log_probs, dim=-2)
+    component_logits = widen(component_logits)
+    component_log_probs = F.log_softmax(component_logits, dim=-1)
+    log_probs = torch.logsumexp(log_prior.unsqueeze(-1) + component_log_probs, dim=-2)
+    if not add_log_partition:
+        return log_probs
+    return log_probs + mean_log_partition(log_prior, component_logits, component_log_probs).unsqueeze(-1)
+
+
+def mean_log_partition(log_weights: Tensor, component_logits: Tensor, component_log_probs: Tensor) -> Tensor:
+    """The mean (...) of the components' log-partitions, each the difference of any logit and its log-probability."""
+    log_partition = (component_logits[..., 0] - component_log_probs[..., 0]).nan_to_num()  # class 0 may be at -inf
+    return (log_weights.exp() * log_partition).sum(-1)
 
 
 @torch.no_grad()
@@ -80,6 +94,7 @@ def infer_log_probs(
     *,
     decoder_bias: Tensor | None = None,
     softcap: float | None = None,
+    add_log_partition: bool = False,
 ) -> Tensor:
     """Equivalent to: `mos_log_probs` for latents of (N, K, E) in the decoder's dtype, chunk by chunk, no gradients."""
     N, V, device = prior_logits.shape[0], decoder_weight.shape[0], decoder_weight.device
@@ -93,8 +108,12 @@ def infer_log_probs(
     size = tokens_per_chunk(log_weights.shape[1], V, 3 * dtype.itemsize, device)
     for start in range(0, N, size):
         tokens = slice(start, start + size)
-        component_log_probs = F.log_softmax(projection.component_logits(tokens), dim=-1)
+        component_logits = projection.component_logits(tokens)
+        component_log_probs = F.log_softmax(component_logits, dim=-1)
         log_probs[tokens] = torch.logsumexp(log_weights[tokens].unsqueeze(-1) + component_log_probs, dim=-2)
+        if add_log_partition:
+            log_partition = mean_log_partition(log_weights[tokens], component_logits, component_log_probs)
+            log_probs[tokens] += log_partition.unsqueeze(-1)
     return log_probs
 
 
@@ -108,9 +127,9 @@ def divisor(counts: Tensor, reduction: str) -> Tensor | int:
     return 1 if reduction == "sum" else counts.sum().clamp(min=1)
 
 
-def count_items(targets: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-    """The divisor of a batch's summed loss: the number given, else the number of targets that are not -100."""
-    num_items = divisor(targets != -100, "mean") if num_items_in_batch is None else num_items_in_batch
+def count_items(targets: Tensor, num_items_in_batch: Tensor | int | None, ignore_index: int = -100) -> Tensor:
+    """The divisor of a batch's summed loss: the number given, else the number of targets that are not ignored."""
+    num_items = divisor(targets != ignore_index, "mean") if num_items_in_batch is None else num_items_in_batch
     return torch.as_tensor(num_items, device=targets.device).clamp(min=1)
 
 

@@ -332,6 +332,7 @@ def _save_for_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.save_for_backward(targets, *tensors, *latents, *output[1])
 
 
+@differentiable_once
 def _backward_of_operator(ctx: Any, grad_output: Tensor, _: list[Tensor]) -> tuple[Any, ...]:
     targets, *saved = ctx.saved_tensors
     tensors, gradients = saved[: len(ctx.wanted)], saved[len(ctx.wanted) :]

@@ -7,6 +7,9 @@ from typing import TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 FEW_ROWS = 16
 TILE = 1024  # classes at a time, so that a tile of logits stays in the cache until it is copied to its place
@@ -47,10 +50,35 @@ def project(projection: nn.Linear, hidden_states: Tensor) -> Tensor:
 def may_read(projection: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether the module computes `F.linear` of its weight, so that the weight may be read in place of a call.
 
-    An adapter, a quantizer, an offloading hook or a sharded tensor changes the result or the weight.
+    An adapter, a quantizer, an offloading hook or a sharded tensor changes the result or the weight, and whoever
+    registered a hook waits for the call.
     """
-    hooked = projection._forward_hooks or projection._forward_pre_hooks or hasattr(projection, "_hf_hook")
-    return type(projection) is nn.Linear and type(projection.weight) in (nn.Parameter, Tensor) and not hooked
+    plain = type(projection) is nn.Linear and type(projection.weight) in (nn.Parameter, Tensor)
+    return plain and not is_hooked(projection) and "forward" not in vars(projection)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a hook of any kind, its own or one of all modules, is called with the module."""
+    return _has_any_global_hook() or any(
+        (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+            hasattr(module, "_hf_hook"),  # accelerate's
+        )
+    )
+
+
+def is_transformed() -> bool:
+    """Whether something follows every operation: torch.func, forward-mode derivatives, or `torch.jit.trace`.
+
+    Code with gradients of its own, or with loops over the tokens, would be followed wrongly.
+    """
+    in_function_transform = torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling():
+        return in_function_transform
+    return in_function_transform or forward_ad._current_level >= 0 or torch.jit.is_tracing()
 
 
 def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -63,6 +91,8 @@ def _suits_onednn(*matrices: Tensor) -> bool:
         torch.backends.mkldnn.is_available()
         and (_mkl_is_slow() or matrices[0].shape[0] <= FEW_ROWS)
         and not torch.is_autocast_enabled("cpu")
+        and not is_transformed()
+        and (torch.compiler.is_compiling() or _get_current_dispatch_mode() is None)  # FlopCounterMode knows torch's alone
         and all(
             matrix.device.type == "cpu"
             and matrix.dtype == torch.float32

@@ -311,4 +311,4 @@ def test_config_answers_for_the_backbone(name: str) -> None:
 def test_decoder_is_the_backbones(name: str) -> None:
     model = tiny_mos(name)
     assert model.get_decoder() is model.backbone.get_decoder()
-    assert model.base_model is model.backbone
+    assert model.base_model is model.backbone.base_model

@@ -181,7 +181,8 @@ def test_scores_and_logits(name: str) -> None:
     assert len(outputs.scores) == len(outputs.logits) == NEW
     with torch.no_grad():
         log_probs = model(input_ids=outputs.sequences).logits[:, tokens.shape[1] - 1 : -1]
-    torch.testing.assert_close(torch.stack(outputs.logits, dim=1), log_probs, atol=1e-4, rtol=1e-4)
+    generated = torch.stack(outputs.logits, dim=1).log_softmax(-1)
+    torch.testing.assert_close(generated, log_probs, atol=1e-4, rtol=1e-4)
     transitions = model.compute_transition_scores(outputs.sequences, outputs.scores, normalize_logits=True)
     chosen = outputs.sequences[:, tokens.shape[1] :].unsqueeze(-1)
     torch.testing.assert_close(transitions, log_probs.gather(-1, chosen).squeeze(-1), atol=1e-4, rtol=1e-4)
@@ -218,32 +219,52 @@ def test_temperature_acts_on_the_mixture() -> None:
         output_logits=True,
     )
     torch.testing.assert_close(outputs.scores[0], outputs.logits[0] / 0.5)
-    torch.testing.assert_close(outputs.logits[0].exp().sum(-1), torch.ones(1))
+    with torch.no_grad():
+        log_probs = model(input_ids=tokens).logits[:, -1]
+    torch.testing.assert_close(outputs.logits[0].log_softmax(-1), log_probs)
 
 
-def test_repetition_penalty_acts_on_log_probabilities() -> None:
+@pytest.mark.parametrize("options", [{}, {"latent_rank": 4}, {"shortlist_size": 5}, {"prior_bias": True}], ids=str)
+@pytest.mark.parametrize("name", BACKBONES)
+def test_logits_processors_see_the_softmaxs_logits(name: str, options: dict[str, Any]) -> None:
+    """A repetition penalty multiplies logits, so that their scale decides what it does."""
+    softmax = tiny_causal_lm(name)
+    model = MoSForCausalLM.from_causal_lm(softmax, **options)
+    tokens = random_tokens()
+    outputs = [
+        greedy(
+            m, tokens, NEW, repetition_penalty=1.7, return_dict_in_generate=True, output_scores=True, output_logits=True
+        )
+        for m in (softmax, model)
+    ]
+    assert outputs[0].sequences.equal(outputs[1].sequences)
+    for name in ("logits", "scores"):
+        expected, given = (torch.stack(getattr(output, name)) for output in outputs)
+        torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_logits_of_generation_are_log_probabilities_and_the_mean_log_partition() -> None:
     model = tiny_mos()
-    tokens = random_tokens(1)
-    outputs = greedy(
-        model, tokens, 1, repetition_penalty=1.5, return_dict_in_generate=True, output_scores=True, output_logits=True
-    )
-    expected = outputs.logits[0].clone()
-    expected[:, tokens[0]] *= 1.5
-    torch.testing.assert_close(outputs.scores[0], expected)
+    tokens = random_tokens()
+    head = model.lm_head
+    with torch.no_grad():
+        hidden_states = model.backbone(input_ids=tokens).logits
+        logits = model(input_ids=tokens, add_log_partition=True).logits
+        log_probs = model(input_ids=tokens).logits
+        partitions = head.decoder(head.latents(hidden_states).dense()).logsumexp(-1)
+        weights = head.prior_logits(hidden_states).softmax(-1)
+    torch.testing.assert_close(logits, log_probs + (weights * partitions).sum(-1, keepdim=True))
+    with torch.enable_grad():
+        torch.testing.assert_close(model(input_ids=tokens, add_log_partition=True).logits, logits)
 
 
-def test_logits_processors_see_log_probabilities() -> None:
-    model = tiny_mos()
-    seen = []
-
+def test_logits_processors_can_forbid_tokens() -> None:
     def forbid_even(input_ids: Tensor, scores: Tensor) -> Tensor:
-        seen.append(scores.exp().sum(-1))
         return scores.masked_fill(torch.arange(scores.shape[-1]) % 2 == 0, -torch.inf)
 
     tokens = random_tokens()
-    generated = greedy(model, tokens, NEW, logits_processor=LogitsProcessorList([forbid_even]))
+    generated = greedy(tiny_mos(), tokens, NEW, logits_processor=LogitsProcessorList([forbid_even]))
     assert (generated[:, tokens.shape[1] :] % 2 == 1).all()
-    torch.testing.assert_close(torch.stack(seen), torch.ones(NEW, 2))
 
 
 @pytest.fixture(scope="module")
