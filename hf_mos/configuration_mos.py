@@ -189,6 +189,10 @@ class MoSConfig(PreTrainedConfig):
         self._check_fields()
         self.text_config.validate()
 
+    def _get_generation_parameters(self) -> dict[str, Any]:
+        own = {name: value for name, value in super()._get_generation_parameters().items() if name in vars(self)}
+        return self.text_config._get_generation_parameters() | own
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         return self.text_config.get_text_config(decoder=decoder, encoder=encoder)
 

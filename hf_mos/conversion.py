@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import inspect
 import os
+import warnings
 from typing import Any, NoReturn
 
 import torch
@@ -53,6 +54,9 @@ def convert_causal_lm(
         raise ValueError(f"model: expected a path, a Hub id or a causal LM, given {type(model).__name__}.{advice}")
     projection = output_projection(backbone)
     refuse_changed_weights(backbone)
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):  # of a GGUF file, or of what was dequantised
+        vars(backbone).pop(name, None)
+    vars(backbone.config).pop("quantization_config", None)
     device_map = device_map_of(backbone, projection)
     config = _config_for(config_class, backbone, projection, num_mixtures, options)
     module: Any
@@ -95,11 +99,12 @@ def refuse_changed_weights(model: PreTrainedModel) -> None:
     quantised = next((name for name, weight in model.named_parameters() if is_quantised(weight)), None)
     if quantised is not None:
         advice = (
-            "Convert the model as it was before, or what its dequantize() returns; save the mixture, and load that with "
+            "Convert the model as it was before, or what its dequantize() returns; save the mixture, and load it with "
             "quantization_config."
         )
         refuse("weights that are not quantized", f"{quantised} that is", advice)
-    with torch.device("meta"), init.no_init_weights():
+    with torch.device("meta"), init.no_init_weights(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the config's values: the model itself has given them
         fresh = type(model)._from_config(copy.deepcopy(model.config))
     expected, given = ({name: tuple(weight.shape) for name, weight in weights_of(m).items()} for m in (fresh, model))
     for name in [*expected, *given]:

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import importlib
 import inspect
-import operator
 import os
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -249,6 +249,7 @@ class MoSForCausalLM(AnswersAsBackbone, FusedHeadMixin, PreTrainedModel, Generat
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         ignore_index: int = -100,
+        hidden_states: Tensor | None = None,
         skip_logits: bool | None = None,
         add_log_partition: bool = False,
         **kwargs: Any,
@@ -264,6 +265,8 @@ class MoSForCausalLM(AnswersAsBackbone, FusedHeadMixin, PreTrainedModel, Generat
             return_dict: `False` returns a tuple.
             num_items_in_batch: the divisor of the summed loss. `None`: the number of labels that are not ignored.
             ignore_index: the label of positions that are ignored.
+            hidden_states: (batch, sequence, D), the backbone's result of an earlier call, as
+                `hf_mos.training.hidden_states` keeps it. The backbone is then not run, and takes no other input.
             skip_logits: return `logits=None`, for example by a data collator in an evaluation that needs only the
                 loss. `None`: in training mode with labels, leave the logits out as `skip_logits_in_training` says;
                 who then reads `logits` gets a RuntimeError that says how to ask for them.
@@ -290,36 +293,39 @@ class MoSForCausalLM(AnswersAsBackbone, FusedHeadMixin, PreTrainedModel, Generat
         has_labels = targets is not None
         leaves_out = has_labels and self.training and self.config.skip_logits_in_training
         skips = leaves_out if skip_logits is None else skip_logits
+        if hidden_states is not None and (input_ids is not None or kwargs.get("inputs_embeds") is not None):
+            raise ValueError("hidden_states: expected no input_ids and no inputs_embeds with it, given one of them")
         if has_labels and self.training and use_cache is None and kwargs.get("past_key_values") is None:
             use_cache = False  # nobody would read the cache, and gradient checkpointing forbids one
         arguments = {"input_ids": input_ids, **kwargs}
         if "use_cache" in self._backbone_arguments:
             arguments["use_cache"] = use_cache
-        slices_itself = "logits_to_keep" in self._backbone_arguments and not has_labels
+        runs = hidden_states is None
+        slices_itself = runs and "logits_to_keep" in self._backbone_arguments and not has_labels
         if slices_itself:
             arguments["logits_to_keep"] = logits_to_keep
         arguments = {name: value for name, value in arguments.items() if value is not None}
-        outputs = self.backbone(**arguments, return_dict=True)
-        hidden_states, aux_loss = outputs.logits, getattr(outputs, "aux_loss", None)
+        outputs = self.backbone(**arguments, return_dict=True) if runs else CausalLMOutput(logits=hidden_states)
+        states, aux_loss = outputs.logits, getattr(outputs, "aux_loss", None)
         if has_labels and input_ids is not None:
-            hidden_states = hidden_states[:, -input_ids.shape[1] :]  # without the image that the backbone prepends
+            states = states[:, -input_ids.shape[1] :]  # without the image that the backbone prepends
         if returns_scores:
             scored = slice(-1 if shift_labels is None else None)  # the last position has no target in the batch
-            return self.token_scores(hidden_states[:, scored], targets[:, scored], num_items_in_batch, aux_loss)
+            return self.token_scores(states[:, scored], targets[:, scored], num_items_in_batch, aux_loss)
 
-        kept = hidden_states if slices_itself else keep_positions(hidden_states, logits_to_keep)
+        kept = states if slices_itself else keep_positions(states, logits_to_keep)
         logits = None if skips else self.lm_head(kept, add_log_partition=add_log_partition)
         loss = None
         if has_labels:
-            targets = targets.to(hidden_states.device)
+            targets = targets.to(states.device)
             if self.loss_function is not ForCausalLMLoss:
-                whole = logits if logits is not None and kept is hidden_states else self.lm_head(hidden_states)
+                whole = logits if logits is not None and kept is states else self.lm_head(states)
                 options = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
                 options = {name: value for name, value in options.items() if value is not None}
                 loss = self.loss_function(logits=whole, labels=labels, vocab_size=whole.shape[-1], **options, **kwargs)
             else:
-                if logits is None or kept is not hidden_states or add_log_partition or torch.is_grad_enabled():
-                    total = self.lm_head(hidden_states, targets=targets, reduction="sum", ignore_index=ignore_index)
+                if logits is None or kept is not states or add_log_partition or torch.is_grad_enabled():
+                    total = self.lm_head(states, targets=targets, reduction="sum", ignore_index=ignore_index)
                 else:
                     flat = logits.flatten(0, -2)
                     total = F.nll_loss(flat, targets.flatten(), reduction="sum", ignore_index=ignore_index)
@@ -343,7 +349,8 @@ class MoSForCausalLM(AnswersAsBackbone, FusedHeadMixin, PreTrainedModel, Generat
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As the backbone does it, and asks for logits on the softmax's scale (see `forward`)."""
-        return {**self.backbone.prepare_inputs_for_generation(*args, **kwargs), "add_log_partition": True}
+        backbone: Any = self.backbone
+        return backbone.prepare_inputs_for_generation(*args, **kwargs) | {"add_log_partition": True}
 
 
 class LogitsLeftOut(tuple):
@@ -360,12 +367,21 @@ class LogitsLeftOut(tuple):
             "config, to read them in training mode with labels; they are left out to save memory"
         )
 
-    __getitem__ = __getattr__ = __array__ = _refuse  # type: ignore[assignment]
-    __add__ = __mul__ = __sub__ = __truediv__ = __matmul__ = __neg__ = _refuse  # type: ignore[assignment]
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # as in the question whether it is a named tuple
+            raise AttributeError(name)
+        self._refuse()
+
+    __getitem__ = __array__ = _refuse  # type: ignore[assignment]
+    __add__ = __sub__ = __mul__ = __truediv__ = __matmul__ = __neg__ = _refuse  # type: ignore[assignment]
+    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rmatmul__ = _refuse  # type: ignore[assignment]
 
     @classmethod
     def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
         return LEFT_OUT._refuse()
+
+    def __repr__(self) -> str:
+        return "LogitsLeftOut()"
 
 
 LEFT_OUT = LogitsLeftOut()

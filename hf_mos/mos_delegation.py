@@ -62,12 +62,14 @@ class AnswersAsBackbone(nn.Module):
 
     def bind_forward(self) -> None:
         """Gives this instance a `forward` with the backbone's signature. The class cannot have it."""
-        function = with_parameters_of(type(self.backbone), type(self).forward)
-        super().__setattr__("forward", MethodType(function, self))
+        vars(self)["forward"] = MethodType(self._forward_function(), self)
+
+    def _forward_function(self) -> Callable[..., Any]:
+        backbone_class: Any = type(self.backbone)
+        return with_parameters_of(backbone_class, type(self).forward)
 
     def _has_bound_forward(self) -> bool:
-        function = with_parameters_of(type(self.backbone), type(self).forward)
-        return getattr(vars(self).get("forward"), "__func__", None) is function
+        return getattr(vars(self).get("forward"), "__func__", None) is self._forward_function()
 
     def __getstate__(self) -> dict[str, Any]:  # of copies and pickles, which must not hold this instance's method
         return {k: value for k, value in vars(self).items() if k != "forward" or not self._has_bound_forward()}

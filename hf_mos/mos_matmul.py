@@ -8,9 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as all_modules
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+GLOBAL_HOOKS = (
+    all_modules._global_forward_hooks,
+    all_modules._global_forward_pre_hooks,
+    all_modules._global_backward_hooks,
+    all_modules._global_backward_pre_hooks,
+)
+MODULE_TRACKER = "torch.utils.module_tracker"  # FlopCounterMode's: it notes which module runs, and reads no tensor
 FEW_ROWS = 16
 TILE = 1024  # classes at a time, so that a tile of logits stays in the cache until it is copied to its place
 
@@ -59,14 +67,11 @@ def may_read(projection: nn.Module) -> TypeGuard[nn.Linear]:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a hook of any kind, its own or one of all modules, is called with the module."""
-    return _has_any_global_hook() or any(
-        (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-            hasattr(module, "_hf_hook"),  # accelerate's
-        )
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(own) or hasattr(module, "_hf_hook"):  # the latter is accelerate's
+        return True
+    return _has_any_global_hook() and any(
+        getattr(hook, "__module__", None) != MODULE_TRACKER for hooks in GLOBAL_HOOKS for hook in hooks.values()
     )
 
 
@@ -92,7 +97,9 @@ def _suits_onednn(*matrices: Tensor) -> bool:
         and (_mkl_is_slow() or matrices[0].shape[0] <= FEW_ROWS)
         and not torch.is_autocast_enabled("cpu")
         and not is_transformed()
-        and (torch.compiler.is_compiling() or _get_current_dispatch_mode() is None)  # FlopCounterMode knows torch's alone
+        and (
+            torch.compiler.is_compiling() or _get_current_dispatch_mode() is None
+        )  # FlopCounterMode knows torch's alone
         and all(
             matrix.device.type == "cpu"
             and matrix.dtype == torch.float32

@@ -179,7 +179,7 @@ def through_basis(
 ) -> Tensor | None:
     """The gradient of the basis from that of `weight @ basis` (V, R); adds that of the weight to `d_weight`."""
     if d_weight is not None:
-        d_weight.addmm_(d_narrow, basis.t().to(d_narrow.dtype))
+        torch.addmm(d_weight, d_narrow, basis.t().to(d_narrow.dtype), out=d_weight)
     return weight.t().to(d_narrow.dtype) @ d_narrow if wants_basis else None
 
 
@@ -194,7 +194,8 @@ class Accumulator:
         if self.total is None:
             return
         if left.dtype == self.total.dtype:
-            self.total.addmm_(left, right, beta=0 if self.is_empty else 1)
+            # As addmm_, which FlopCounterMode does not know.
+            torch.addmm(self.total, left, right, beta=0 if self.is_empty else 1, out=self.total)
         elif self.is_empty:
             self.total.copy_(torch.mm(left, right))
         else:

@@ -233,7 +233,13 @@ def test_logits_processors_see_the_softmaxs_logits(name: str, options: dict[str,
     tokens = random_tokens()
     outputs = [
         greedy(
-            m, tokens, NEW, repetition_penalty=1.7, return_dict_in_generate=True, output_scores=True, output_logits=True
+            m,
+            tokens,
+            NEW,
+            repetition_penalty=1.7,
+            return_dict_in_generate=True,
+            output_scores=True,
+            output_logits=True,
         )
         for m in (softmax, model)
     ]

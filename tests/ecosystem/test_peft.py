@@ -339,3 +339,32 @@ def test_an_adapter_on_a_freshly_converted_base(tmp_path: Path) -> None:
     torch.manual_seed(7)  # the prior is drawn anew
     converted = MoSForCausalLM.from_causal_lm(tmp_path / "softmax", num_mixtures=3)
     assert_same(PeftModel.from_pretrained(converted, tmp_path / "adapter").eval(), expected)
+
+
+def test_a_model_with_an_adapter_is_not_converted(tmp_path: Path) -> None:
+    """It could be saved, but not loaded; merged first, it can."""
+    softmax = tiny_causal_lm()
+    softmax.save_pretrained(tmp_path / "softmax")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "softmax")
+    adapted = get_peft_model(base, lora(target_modules=["q_proj", "v_proj"]))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight += 0.1
+    adapted.save_pretrained(tmp_path / "adapter")
+    advice = r"expected .*given .*Merge it first: PeftModel.merge_and_unload\(\)"
+    for given in (adapted, base, str(tmp_path / "adapter")):
+        with pytest.raises(ValueError, match=advice):
+            MoSForCausalLM.from_causal_lm(given)
+    with torch.no_grad():
+        expected = adapted(input_ids=TOKENS).logits.log_softmax(-1)
+        model = MoSForCausalLM.from_causal_lm(adapted.merge_and_unload())
+        torch.testing.assert_close(model(input_ids=TOKENS).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_without_targets_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="target_modules"):
+        get_peft_model(tiny_mos(), LoraConfig())
+    model = get_peft_model(tiny_mos(), LoraConfig(target_modules="all-linear"))
+    targets = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    assert {"q_proj", "v_proj", "shift"} <= targets

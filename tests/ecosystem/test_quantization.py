@@ -12,7 +12,7 @@ from helpers import greedy, random_tokens, tiny_causal_lm, tiny_mos
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig, quantize_
-from transformers import BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from hf_mos import MoSForCausalLM
@@ -156,3 +156,28 @@ def test_bitsandbytes_on_the_cpu(bits: int, options: dict, tmp_path: Path) -> No
     for name, weight in kept.lm_head.named_parameters():
         assert weight.equal(whole.lm_head.get_parameter(name))
     assert kept.backbone.model.layers[0].self_attn.q_proj.__class__.__name__ == layer
+
+
+def refuses(model: Any, **options: Any) -> None:
+    with pytest.raises(ValueError, match=r"model: expected weights that are not quantized, given .*\.weight"):
+        MoSForCausalLM.from_causal_lm(model, **options)
+
+
+@pytest.mark.parametrize(
+    "config", [BitsAndBytesConfig(load_in_8bit=True), BitsAndBytesConfig(load_in_4bit=True), TorchAoConfig(INT8)]
+)
+def test_a_quantised_model_is_not_converted(config: Any, tmp_path: Path) -> None:
+    """It could be saved, but not loaded; converted first and then quantised, it can."""
+    softmax = tiny_causal_lm("llama", hidden_size=64, intermediate_size=64, head_dim=16)
+    softmax.save_pretrained(tmp_path / "softmax")
+    quantised = AutoModelForCausalLM.from_pretrained(tmp_path / "softmax", quantization_config=config)
+    refuses(quantised)
+    refuses(str(tmp_path / "softmax"), quantization_config=config)
+    quantised.save_pretrained(tmp_path / "quantised")
+    refuses(str(tmp_path / "quantised"))
+    by_hand = copy.deepcopy(softmax)
+    quantize_(by_hand, INT8)
+    refuses(by_hand)
+    MoSForCausalLM.from_causal_lm(softmax).save_pretrained(tmp_path / "mixture")
+    mixture = MoSForCausalLM.from_pretrained(tmp_path / "mixture", quantization_config=config)
+    assert abs(float(predictions(mixture)[1] - predictions(MoSForCausalLM.from_causal_lm(softmax))[1])) < 0.5
