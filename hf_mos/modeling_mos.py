@@ -305,7 +305,7 @@ class MoSForCausalLM(AnswersAsBackbone, FusedHeadMixin, PreTrainedModel, Generat
         if slices_itself:
             arguments["logits_to_keep"] = logits_to_keep
         arguments = {name: value for name, value in arguments.items() if value is not None}
-        outputs = self.backbone(**arguments, return_dict=True) if runs else CausalLMOutput(logits=hidden_states)
+        outputs: Any = self.backbone(**arguments, return_dict=True) if runs else CausalLMOutput(logits=hidden_states)
         states, aux_loss = outputs.logits, getattr(outputs, "aux_loss", None)
         if has_labels and input_ids is not None:
             states = states[:, -input_ids.shape[1] :]  # without the image that the backbone prepends

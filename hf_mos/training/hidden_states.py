@@ -60,7 +60,8 @@ def dropout_rates(backbone: Any) -> Iterator[tuple[str, float]]:
             yield name, module.p
     config = backbone.config.get_text_config()
     for name, value in vars(config).items():
-        if ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0:
+        of_text = ("drop" in name or "jitter" in name) and not name.startswith(("summary_", "classifier_"))
+        if of_text and isinstance(value, float) and value > 0:
             yield name, value
 
 
@@ -133,7 +134,7 @@ def keep_hidden_states(
         data_file.unlink(missing_ok=True)
         free = shutil.disk_usage(folder).free
         if free < needed:
-            raise ValueError(f"{folder}: expected {needed / 1e6:.0f} MB of free space, given {free / 1e6:.0f} MB")
+            raise ValueError(f"{folder}: expected {needed:,} bytes of free space, given {free:,}")
     states = torch.from_file(str(data_file), shared=True, size=sum(lengths) * D, dtype=dtype).view(-1, D)
     kept = HiddenStateRows(states, [torch.as_tensor(row["labels"]) for row in rows])
 
