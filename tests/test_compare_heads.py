@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "compare_heads.py"
 def start(out: Path, *options: str) -> subprocess.Popen[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(out.parent / "home")}
     return subprocess.Popen(
-        [sys.executable, "-W", "error", str(SCRIPT), "--out", str(out), "--max-documents", "300", *options],
+        [sys.executable, "-W", "error", str(SCRIPT), "--tiny", "--out", str(out), "--max-documents", "300", *options],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Checks training of the head alone: the same as with a frozen backbone that runs, and refused where it would not be."""
+"""Checks training of the head alone: it is as with a frozen backbone that runs, and refused where it would not be."""
 
 import copy
 import json

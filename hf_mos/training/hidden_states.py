@@ -168,8 +168,11 @@ def batches_of(lengths: list[int], start: int, batch_size: int) -> list[range]:
 
 
 def fingerprint(model: MoSForCausalLM, rows: Sequence[Row]) -> str:
-    """A hash of all that decides the hidden states: the tokens, the backbone's config and its weights."""
+    """A hash of all that decides the hidden states: tokens, the backbone's config and weights, and autocast."""
     found = hashlib.sha256(model.backbone.config.to_json_string().encode())
+    device_type = model.device.type
+    if torch.is_autocast_enabled(device_type):
+        found.update(str(torch.get_autocast_dtype(device_type)).encode())
     for name, weight in model.backbone.named_parameters():
         found.update(f"{name} {weight.dtype} {weight.double().sum()} {weight.double().square().sum()}".encode())
     for row in rows:

@@ -1,0 +1,348 @@
+"""A small Llama of the documentation inside Python, fine-tuned with a mixture and with its own head.
+
+`compare_heads.py --tiny` runs it; it downloads nothing. The text is the docstrings of the standard library and pydoc's
+topics. It trains a BPE tokenizer and a small Llama on it: the checkpoint. It fine-tunes the checkpoint with its own
+head and with a mixture of softmaxes, for the same steps on the same data in the same order, and once more with its own
+head for the seconds that the mixture took.
+"""
+
+import argparse
+import json
+import math
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fresh_process import (
+    RESULTS_FILE,
+    PeakMemory,
+    generate_paragraph,
+    in_fresh_process,
+    machine,
+    markdown_table,
+)
+from python_documentation import python_documentation
+from rich.console import Console
+from rich.table import Table
+from tokenizers import ByteLevelBPETokenizer
+
+END_OF_TEXT = "<|endoftext|>"
+PROMPT = "Return a new"
+STEPS = 800
+HEADS = {"softmax": "its own head", "mixture": "mixture of softmaxes"}
+LONGER = "softmax for the seconds of the mixture"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a run, the same for both heads."""
+
+    steps: int  # of each training: the checkpoint's, and each fine-tuning
+    num_mixtures: int
+    seed: int
+    vocab_size: int = 2048
+    block_size: int = 64  # tokens
+    batch_size: int = 32  # blocks
+    checkpoint_learning_rate: float = 5e-3
+    learning_rate: float = 2e-2  # of both fine-tunings: near the best for the softmax
+    hidden_size: int = 32
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 2
+    validation_share: int = 20  # every 20th document
+
+
+@dataclass
+class Run:
+    """The cost of one training, and the perplexity of the validation text after it."""
+
+    name: str
+    num_steps: int
+    perplexity: float
+    seconds: float
+    peak_memory_mb: float  # above that of the process before the model was loaded
+    parameters: int
+    steps: list[int]
+    losses: list[float]  # nats per token, the mean over the steps since the one before
+
+
+def make_everything(work: Path, arguments: argparse.Namespace, console: Console) -> Path:
+    """Runs the whole experiment in `work`, and returns the folder of its result."""
+    started = time.perf_counter()
+    steps = arguments.steps or STEPS
+    settings = Settings(steps=steps, num_mixtures=arguments.num_mixtures, seed=arguments.seed)
+    console.rule("The documentation inside this Python")
+    documents = python_documentation(arguments.max_documents)
+    train_blocks, validation_blocks = tokenize(documents, work, settings)
+    print(
+        f"{len(documents):,} texts, {sum(map(len, documents)) / 1e6:.1f} million characters; "
+        f"{train_blocks.size:,} tokens to train on, {validation_blocks.size:,} to validate"
+    )
+    console.rule("The checkpoint: a small Llama")
+    checkpoint = in_fresh_process(train_checkpoint, work, settings)
+    print(f"validation perplexity {checkpoint.perplexity:.2f}")
+    runs = {}
+    for head, title in HEADS.items():
+        console.rule(f"The checkpoint fine-tuned with {title}")
+        runs[head] = in_fresh_process(finetune, work, settings, head)
+        print(f"validation perplexity {runs[head].perplexity:.2f}")
+    longer = replace(settings, steps=steps_of_equal_seconds(runs))
+    console.rule(f"And with {HEADS['softmax']} for the seconds of the mixture: {longer.steps} steps")
+    runs[LONGER] = in_fresh_process(finetune, work, longer, "softmax")
+    print(f"validation perplexity {runs[LONGER].perplexity:.2f}")
+    result = work / "mixture"
+    console.rule("Loaded in a fresh process through AutoModelForCausalLM")
+    paragraph = generate_paragraph(result, PROMPT)
+    print(paragraph)
+    console.rule("Results")
+    console.print(results_table(runs, settings))
+    plot_losses(runs, result / "loss.png")
+    write_results(result, settings, checkpoint, runs, paragraph, time.perf_counter() - started)
+    write_card(result, settings, checkpoint, runs, command_line(settings, arguments))
+    return result
+
+
+def steps_of_equal_seconds(runs: dict[str, Run]) -> int:
+    """The number of steps that the softmax takes in the seconds of the mixture."""
+    softmax, mixture = runs["softmax"], runs["mixture"]
+    return max(1, round(softmax.num_steps * mixture.seconds / softmax.seconds))
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+
+
+def tokenize(documents: list[str], work: Path, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    """Trains the tokenizer on the training texts and writes both sets as blocks of tokens, (blocks, block_size)."""
+    from transformers import PreTrainedTokenizerFast
+
+    validation = documents[:: settings.validation_share]
+    train = [text for i, text in enumerate(documents) if i % settings.validation_share]
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        train, vocab_size=settings.vocab_size, special_tokens=[END_OF_TEXT], show_progress=sys.stderr.isatty()
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+    tokenizer.save_pretrained(work / "tokenizer")
+
+    def pack(texts: list[str], name: str) -> np.ndarray:
+        end = [tokenizer.eos_token_id]
+        tokens = [token for ids in tokenizer(texts).input_ids for token in ids + end]
+        whole = len(tokens) // settings.block_size * settings.block_size
+        blocks = np.array(tokens[:whole]).reshape(-1, settings.block_size)
+        np.save(work / f"{name}.npy", blocks)
+        return blocks
+
+    return pack(train, "train"), pack(validation, "validation")
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def train_checkpoint(work: Path, settings: Settings) -> Run:
+    """A Llama with random weights, trained and saved as any checkpoint is."""
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+    with PeakMemory() as memory:
+        set_seed(settings.seed)
+        config = LlamaConfig(
+            vocab_size=settings.vocab_size,
+            hidden_size=settings.hidden_size,
+            intermediate_size=3 * settings.hidden_size,
+            num_hidden_layers=settings.num_hidden_layers,
+            num_attention_heads=settings.num_attention_heads,
+            num_key_value_heads=settings.num_attention_heads,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+        model = LlamaForCausalLM(config)
+        return train("checkpoint", model, work, settings, settings.checkpoint_learning_rate, memory)
+
+
+def finetune(work: Path, settings: Settings, head: str) -> Run:
+    """The checkpoint with its own head, or with a mixture in its place; all else is the same."""
+    from transformers import AutoModelForCausalLM, set_seed
+
+    from hf_mos import MoSForCausalLM
+
+    with PeakMemory() as memory:
+        set_seed(settings.seed)
+        checkpoint = str(work / "checkpoint")
+        if head == "mixture":
+            model = MoSForCausalLM.from_causal_lm(checkpoint, num_mixtures=settings.num_mixtures)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(checkpoint)
+        return train(head, model, work, settings, settings.learning_rate, memory)
+
+
+def train(name: str, model: Any, work: Path, settings: Settings, learning_rate: float, memory: "PeakMemory") -> Run:
+    """Trains the model with the Trainer, measures it on the validation text, saves it with its tokenizer as `name`."""
+    from transformers import AutoTokenizer, ProgressCallback, Trainer, TrainingArguments
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # hides the bars of loading and saving, not the Trainer's
+
+    class Progress(ProgressCallback):
+        """A bar without log lines, which would break it; they are in results.json and loss.png."""
+
+        def on_log(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+    training_arguments = TrainingArguments(
+        output_dir=str(work / f"{name}-trainer"),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        learning_rate=learning_rate,
+        warmup_steps=max(1, settings.steps // 20),
+        lr_scheduler_type="cosine",
+        weight_decay=0.01,
+        seed=settings.seed,
+        logging_steps=max(1, settings.steps // 50),
+        save_strategy="no",
+        report_to="none",
+        prediction_loss_only=True,
+        use_cpu=True,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
+    trainer = Trainer(
+        model=model,
+        args=training_arguments,
+        train_dataset=load_blocks(work / "train.npy"),
+        eval_dataset=load_blocks(work / "validation.npy"),
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Progress)
+    started = time.perf_counter()
+    trainer.train()
+    seconds, peak_memory_mb = time.perf_counter() - started, memory.peak_mb()
+    nats_per_token = trainer.evaluate()["eval_loss"]
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    model.save_pretrained(work / name)
+    tokenizer.save_pretrained(work / name)
+    return Run(
+        name=name,
+        num_steps=settings.steps,
+        perplexity=math.exp(nats_per_token),
+        seconds=seconds,
+        peak_memory_mb=peak_memory_mb,
+        parameters=model.num_parameters(),
+        steps=[entry["step"] for entry in logs],
+        losses=[entry["loss"] for entry in logs],
+    )
+
+
+def load_blocks(path: Path) -> list[dict[str, np.ndarray]]:
+    return [{"input_ids": block, "labels": block} for block in np.load(path)]
+
+
+# ------------------------------------------------------------------------------------------------------------ results
+
+
+COLUMNS = ("head", "validation perplexity", "seconds", "peak memory, MB", "parameters")
+
+
+def table_rows(runs: dict[str, Run], settings: Settings) -> list[tuple[str, ...]]:
+    titles = {
+        "softmax": "softmax",
+        "mixture": f"mixture of {settings.num_mixtures}",
+        LONGER: f"softmax, {runs[LONGER].num_steps} steps",
+    }
+    return [
+        (
+            titles[name],
+            f"{run.perplexity:.2f}",
+            f"{run.seconds:.0f}",
+            f"{run.peak_memory_mb:.0f}",
+            f"{run.parameters:,}",
+        )
+        for name, run in runs.items()
+    ]
+
+
+def results_table(runs: dict[str, Run], settings: Settings) -> Table:
+    table = Table(title=f"The same checkpoint fine-tuned for {settings.steps} steps, seed {settings.seed}")
+    for i, column in enumerate(COLUMNS):
+        table.add_column(column, justify="right" if i else "left")
+    for row in table_rows(runs, settings):
+        table.add_row(*row)
+    return table
+
+
+def plot_losses(runs: dict[str, Run], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for head, run in runs.items():
+        label = f"{HEADS.get(head, head)} (validation perplexity {run.perplexity:.1f})"
+        axes.plot(run.steps, run.losses, label=label)
+    axes.set(xlabel="fine-tuning step", ylabel="training loss, nats per token", title="Same checkpoint and data")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def write_results(
+    result: Path, settings: Settings, checkpoint: Run, runs: dict[str, Run], paragraph: str, seconds: float
+) -> None:
+    content = {
+        "settings": asdict(settings),
+        "machine": machine(),
+        "checkpoint": asdict(checkpoint),
+        "runs": {name: asdict(run) for name, run in runs.items()},
+        "paragraph": paragraph,
+        "total_seconds": seconds,
+    }
+    (result / RESULTS_FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_card(result: Path, settings: Settings, checkpoint: Run, runs: dict[str, Run], command: str) -> None:
+    from huggingface_hub import EvalResult
+
+    from hf_mos import MoSForCausalLM
+    from hf_mos.tools.card import model_card
+
+    python = platform.python_version()
+    measured = EvalResult(
+        task_type="text-generation",
+        dataset_type="python-documentation",
+        dataset_name=f"Docstrings and pydoc topics of Python {python}",
+        dataset_split="validation",
+        metric_type="perplexity",
+        metric_name="perplexity per token",
+        metric_value=round(runs["mixture"].perplexity, 2),
+    )
+    tokens = settings.steps * settings.batch_size * settings.block_size
+    card = model_card(
+        MoSForCausalLM.from_pretrained(result),
+        model_id="quickstart-out",
+        eval_results=[measured],
+        command=command,
+        machine=machine(),
+        comparison=markdown_table(COLUMNS, table_rows(runs, settings)),
+        description=(
+            f"A small Llama was trained for {tokens:,} tokens on the documentation inside Python {python} (validation "
+            f"perplexity {checkpoint.perplexity:.2f}), then fine-tuned for as many with its own head and with this "
+            "one, on the same data in the same order, and once more with its own head for the seconds that this one "
+            "took. Peak memory is what the process held above its start."
+        ),
+        limits=["It is a demonstration: a small model of a small text, good for nothing else."],
+        prompt=PROMPT,
+        language="en",
+    )
+    card.save(result / "README.md")
+
+
+def command_line(settings: Settings, arguments: argparse.Namespace) -> str:
+    options = [f"--steps {settings.steps}", f"--num-mixtures {settings.num_mixtures}", f"--seed {settings.seed}"]
+    if arguments.max_documents:
+        options.append(f"--max-documents {arguments.max_documents}")
+    return " ".join(["python examples/compare_heads.py --tiny", *options])
