@@ -123,8 +123,10 @@ class MoSConfig(PreTrainedConfig):
         for field in ("latent_size", "latent_rank", "shortlist_size"):
             value = getattr(self, field)
             require(field, value is None or is_count(value), "an int of at least 1, or None")
-        size = self.latent_size
+        size, width = self.latent_size, embedding_size(self.text_config)
         if self.latent_rank:
+            fits = width is None or self.latent_rank <= width
+            require("latent_rank", fits, f"at most D = {width}, the width of the hidden state")
             require("latent_size", size is None, "None with latent_rank, whose latents have the width of the input,")
         scale = self.latent_scale
         require("latent_scale", is_number(scale, lambda x: x > 0), "a finite number above 0, or None")
@@ -140,7 +142,6 @@ class MoSConfig(PreTrainedConfig):
         balance, cap = self.balance_coefficient, self.softcap
         require("balance_coefficient", is_number(balance, lambda x: x >= 0), "a finite number of at least 0")
         require("softcap", cap is None or is_number(cap, lambda x: x > 0), "a finite number above 0, or None")
-        width = embedding_size(self.text_config)
         fits = not self.tie_word_embeddings or None in (size, width) or size == width
         require("latent_size", fits, f"{width}, the width of the tied embedding, or tie_word_embeddings=False,")
 

@@ -4,9 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..configuration_mos import MoSConfig
+from ..conversion import refuse_other_models
 
 
 def load_model(
@@ -33,9 +41,22 @@ def load_model(
     check_exists(model)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype: expected 'auto' or a dtype of torch such as 'bfloat16', given {dtype!r}")
-    return AutoModelForCausalLM.from_pretrained(
-        model, dtype=dtype, device_map=choose_device(device), **hub_options(revision, trust_remote_code)
-    ).eval()
+    hub = hub_options(revision, trust_remote_code)
+    load_config(model, **hub)
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=choose_device(device), **hub).eval()
+
+
+def load_config(model: str | Path, **hub: Any) -> PreTrainedConfig:
+    """Equivalent to: `AutoConfig.from_pretrained(model, ...)`, but only for a causal LM, mixture or not.
+
+    Raises:
+        OSError: there is no such model.
+        ValueError: it is no causal LM.
+    """
+    check_exists(model)
+    config = AutoConfig.from_pretrained(model, **hub)
+    refuse_other_models(config, repr(str(model)))
+    return config
 
 
 def load_tokenizer(
