@@ -223,7 +223,7 @@ def test_the_path_of_a_mixture_is_refused(tmp_path: Path) -> None:
 def test_a_rank_is_judged_by_the_width_of_the_model_at_the_path(tmp_path: Path) -> None:
     tiny_causal_lm("llama", hidden_size=576, num_attention_heads=8, head_dim=72).save_pretrained(tmp_path)
     assert MoSForCausalLM.from_causal_lm(tmp_path, latent_rank=576).lm_head.latent_rank == 576
-    with pytest.raises(ValueError, match="latent_rank: expected at most D = 576, .*, given 577"):
+    with pytest.raises(ValueError, match=r"latent_rank: expected at most D = 576, .*, given 577"):
         MoSForCausalLM.from_causal_lm(tmp_path, latent_rank=577)
 
 

@@ -16,12 +16,13 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"hf-mos: expected {error.name}, which is not installed: pip install 'hf_mos[cli]'")
 
+from .exit_codes import DONE, FAILED, INTERRUPTED, REFUSED, OptionError, before_work
 from .head_options import with_head_options
 
 app = typer.Typer(
     name="hf-mos",
     help="Put a mixture of softmaxes on any causal language model, train it, measure it, share it.",
-    epilog="Exit codes: 0 done, 1 failed, 2 the command line is wrong.",
+    epilog="Exit codes: 0 done, 1 the work failed, 2 an argument or option was refused before any work.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -59,18 +60,18 @@ def run() -> NoReturn:
     for argument in sys.argv[1:]:
         if (old := argument.partition("=")[0]) in RENAMED:
             errors.print(f"[bold red]error:[/] {old}: expected {RENAMED[old]}, given an old name", soft_wrap=True)
-            sys.exit(2)
+            sys.exit(REFUSED)
     try:
         with aside:
             app()
     except KeyboardInterrupt:
         errors.print("interrupted")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if sys.argv[1:2] == ["--debug"]:
             raise
-        fail(message_of(error))
-    sys.exit(0)
+        fail(message_of(error), REFUSED if isinstance(error, OptionError) else FAILED)
+    sys.exit(DONE)
 
 
 def message_of(error: Exception) -> str:
@@ -83,9 +84,9 @@ def message_of(error: Exception) -> str:
     return f"{type(error).__name__}: {text}\n--debug before the command shows where"
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str, code: int = FAILED) -> NoReturn:
     errors.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
-    sys.exit(1)
+    sys.exit(code)
 
 
 def print_version(asked: bool) -> None:
@@ -211,14 +212,18 @@ def evaluate_command(
 
     $ hf-mos evaluate gpt2 --dataset-name Salesforce/wikitext --dataset-config-name wikitext-2-raw-v1 --join-rows
     """
-    from .evaluate import evaluate
-    from .loading import load_model, load_tokenizer
+    from .evaluate import choose_window, evaluate
+    from .loading import check_options, load_model, load_tokenizer
     from .provenance import describe_machine, own_command
-    from .texts import read_dataset, read_texts
+    from .texts import check_file, read_dataset, read_texts
 
     if (validation_file is None) == (dataset_name is None):
         given = "neither" if validation_file is None else "both"
         raise typer.BadParameter(f"expected --validation-file or --dataset-name, one of the two, given {given}")
+    with before_work():
+        check_file(validation_file)
+        config = check_options(model, tokenizer, revision, dtype, device, trust_remote_code)
+        choose_window(config, window, stride)
     if validation_file is not None:
         texts = read_texts(validation_file, text_column)
     else:
@@ -312,20 +317,26 @@ def inspect_command(
 
     $ hf-mos inspect gpt2-mos --validation-file book.txt --max-tokens 20000 --html mixture.html
     """
-    from .inspection.inspect_mixture import inspect_mixture
-    from .loading import load_model, load_tokenizer
-    from .texts import read_texts
+    from .evaluate import choose_window
+    from .inspection.inspect_mixture import inspect_mixture, refuse_softmax
+    from .loading import check_options, load_model, load_tokenizer
+    from .texts import check_file, read_texts
 
     if text is None and validation_file is None:
         raise typer.BadParameter("expected --text or --validation-file, given neither")
+    with before_work():
+        check_file(validation_file)
+        config = check_options(model, tokenizer, revision, dtype, device, trust_remote_code)
+        refuse_softmax(config, model)
+        choose_window(config, window, stride)
+        if html is not None:
+            from .inspection.page import check_target, save_page
+
+            check_target(html)
     corpus = None if validation_file is None else read_texts(validation_file, text_column)
     if text is None and html is not None:
         assert corpus is not None
         text = next((entry[:PAGE_CHARACTERS] for entry in corpus if entry.strip()), None)
-    if html is not None:
-        from .inspection.page import check_target, save_page
-
-        check_target(html)
     own_tokenizer = {} if tokenizer is not None else {"revision": revision}
     inspection = inspect_mixture(
         load_model(model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code),
@@ -359,12 +370,11 @@ def train_command(context: typer.Context) -> None:
 
     $ hf-mos train --model gpt2 --num-mixtures 4 --train-file book.txt --output-dir gpt2-mos
     """
-    from .train import parse_options, train
+    from .train_options import parse_options
 
-    try:
-        options = parse_options(context.args, prog=context.command_path)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    options = parse_options(context.args, prog=context.command_path)
+    from .train import train  # the help needs less
+
     train(*options)
 
 
@@ -409,11 +419,16 @@ def card_command(
 
     $ hf-mos card gpt2-mos --model-id user/gpt2-mos --results results.json --base-model gpt2 --license mit
     """
-    from .card import CARD_FILE, card_of_folder
+    from .card import CARD_FILE, card_of_folder, check_checkpoint
+    from .texts import check_file
 
-    target = folder / CARD_FILE
-    if target.exists() and not force:
-        fail(f"{target}: expected none, or --force, given one that is there")
+    with before_work():
+        check_checkpoint(folder)
+        for file in results or []:
+            check_file(file)
+        target = folder / CARD_FILE
+        if target.exists() and not force:
+            raise ValueError(f"{target}: expected none, or --force, given one that is there")
     card = card_of_folder(
         folder,
         model_id=model_id,
@@ -459,10 +474,12 @@ def push_command(
 
     $ hf-mos push gpt2-mos user/gpt2-mos --private
     """
-    from .card import CARD_FILE, card_of_folder
+    from .card import CARD_FILE, card_of_folder, check_checkpoint
     from .push import push
 
-    if folder.is_dir() and not (folder / CARD_FILE).exists():
+    with before_work():
+        check_checkpoint(folder)
+    if not (folder / CARD_FILE).exists():
         card_of_folder(folder, model_id=repo).save(folder / CARD_FILE)
     pushed = push(folder, repo, branch=revision, private=private, message=message, token=token, pin=pin)
     if as_json:

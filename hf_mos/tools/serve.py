@@ -9,6 +9,8 @@ import typer
 from transformers.cli.serve import Serve
 
 from ..modeling_mos import MoSForCausalLM
+from .exit_codes import before_work
+from .loading import check_exists
 
 HELP = """Serve a model, mixture or softmax, with transformers' own OpenAI-compatible server.
 
@@ -33,6 +35,9 @@ def serve(arguments: list[str], prog: str) -> None:
         ImportError: the server's packages are not installed.
         OSError: there is no such model.
     """
+    if arguments and not arguments[0].startswith("-"):
+        with before_work():
+            check_exists(arguments[0])
     transformers.MoSForCausalLM = MoSForCausalLM  # type: ignore[attr-defined]
     app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
     app.command(help=HELP)(Serve)

@@ -13,8 +13,7 @@ def read_texts(file: Path, text_column: str = "text") -> list[str]:
     Raises:
         ValueError: there is no such file, it is no UTF-8, it has no such column, or it is empty.
     """
-    if not file.is_file():
-        raise ValueError(f"file: expected a file, given {str(file)!r}, which is none")
+    check_file(file)
     if file.stat().st_size == 0:
         raise ValueError(f"file: expected some text, given {str(file)!r}, which is empty")
     reader = FILE_READERS.get(file.suffix, "text")
@@ -26,6 +25,12 @@ def read_texts(file: Path, text_column: str = "text") -> list[str]:
         return [file.read_bytes().decode()]  # as bytes, to keep its line ends
     except UnicodeDecodeError as error:
         raise ValueError(f"file: expected UTF-8, given {str(file)!r}: {error}") from error
+
+
+def check_file(file: Path | None) -> None:
+    """Raises a ValueError where there is no such file."""
+    if file is not None and not file.is_file():
+        raise ValueError(f"file: expected a file, given {str(file)!r}, which is none")
 
 
 def read_dataset(

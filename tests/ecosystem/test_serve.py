@@ -100,7 +100,7 @@ def test_continuous_batching(mixture: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
-    process = run_command("serve", "./none", cache=tmp_path, code=1)
+    process = run_command("serve", "./none", cache=tmp_path, code=2)
     assert "Traceback" not in process.stderr
     assert "./none" in process.stderr
 

@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ...configuration_mos import MoSConfig
 from ...mos_vocabulary import cap_logits, widen
 from ...training.mixture_statistics import MixturePredictions, StatisticsSum, entropy, predict_in_chunks
-from ..evaluate import Window, check_tokens, choose_window, tokenize, windows_of
-from ..loading import is_mixture
+from ..evaluate import Window, check_tokens, choose_window, prefix_of, tokenize, windows_of
 from ..rank import log_prob_rank
 from .token_texts import TokenTexts
 
@@ -215,7 +215,7 @@ def inspect_mixture(
         raise ValueError(f"max_tokens: expected at least 1, given {max_tokens}")
     if rank_contexts < 0:
         raise ValueError(f"rank_contexts: expected at least 0, given {rank_contexts}")
-    inspector = Inspector(model, tokenizer, top, *choose_window(model, window, stride))
+    inspector = Inspector(model, tokenizer, top, *choose_window(model.config, window, stride))
     return Inspection(
         model=describe(model),
         text=None if text is None else inspector.inspect_text(text),
@@ -224,12 +224,16 @@ def inspect_mixture(
 
 
 def check_mixture(model: PreTrainedModel) -> None:
-    if not is_mixture(model):
-        raise ValueError(
-            f"model: expected a mixture of softmaxes, given {type(model).__name__}; hf-mos convert makes one of it"
-        )
+    """Raises a ValueError for a model that is no mixture in evaluation mode."""
+    refuse_softmax(model.config, type(model).__name__)
     if model.training:
         raise ValueError("model: expected one in evaluation mode, given one in training mode; call model.eval()")
+
+
+def refuse_softmax(config: PreTrainedConfig, given: str) -> None:
+    """Raises a ValueError for the config of a model that is no mixture."""
+    if config.model_type != MoSConfig.model_type:
+        raise ValueError(f"model: expected a mixture of softmaxes, given {given}; hf-mos convert makes one of it")
 
 
 def describe(model: Any) -> ModelInspection:
@@ -264,8 +268,7 @@ class Inspector:
         self.head = model.lm_head
         self.top = min(top, self.head.decoder.out_features)
         self.window, self.stride = window, stride
-        specials = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-        self.prefix = [id for id in specials if id is not None][:1]
+        self.prefix = prefix_of(tokenizer)
 
     def windows_of(self, token_ids: list[int]) -> list[Window]:
         """The windows of a text; each token that can be predicted is predicted once."""
@@ -273,15 +276,15 @@ class Inspector:
 
     def window_after(self, token_ids: list[int]) -> Window:
         """The window that predicts the token after a text."""
-        return Window([*self.prefix, *token_ids][-self.window :], [UNKNOWN_TARGET])
+        return Window(torch.tensor([*self.prefix, *token_ids][-self.window :]), torch.tensor([UNKNOWN_TARGET]))
 
     @torch.inference_mode()
     def chunks(self, window: Window) -> Iterator[Chunk]:
-        input_ids = torch.tensor([window.inputs], device=self.model.device)
+        input_ids = window.inputs[None].to(self.model.device, torch.long)
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         outputs = self.model.backbone(**inputs, return_dict=True)  # hidden states, as the backbone has no head
         hidden_states = outputs.logits[0, -len(window.targets) :]
-        targets = torch.tensor(window.targets, device=hidden_states.device)
+        targets = window.targets.to(hidden_states.device, torch.long)
         for tokens, mixture in predict_in_chunks(self.head, hidden_states):
             log_probs = mixture.log_probs()
             if not log_probs.amax(-1).isfinite().all():  # amax passes NaN on; a class may have zero probability
