@@ -62,7 +62,7 @@ class CardTrainer(Trainer):
 
     def __init__(
         self,
-        *args: Any,
+        *,
         validation: ValidationSet | None,
         validation_text: ValidationText | None,
         base_model: str | None,
@@ -70,7 +70,6 @@ class CardTrainer(Trainer):
     ) -> None:
         self.validation, self.validation_text, self.base_model = validation, validation_text, base_model
         super().__init__(
-            *args,
             eval_dataset=None if validation is None else validation.windows,
             data_collator=collate_either,
             compute_metrics=mean_nats,
@@ -180,7 +179,7 @@ def train(model_options: ModelOptions, data_options: DataOptions, training_argum
         callbacks=[StopOnNonFiniteLoss()],
     )
     if isinstance(model, MoSForCausalLM):
-        MixtureUsage().add_to(trainer)
+        MixtureUsage(model_options.log_components, remedy="--balance-coefficient 0.01").add_to(trainer)
     if resume_from is not None and trainer.is_world_process_zero():
         print(f"resuming from {resume_from}", file=sys.stderr)
     try:

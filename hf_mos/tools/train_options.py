@@ -46,6 +46,7 @@ TRAINING_HELP = {
     "bf16": "Train in mixed precision.",
     "seed": "Of the weights that are drawn and of the order of the blocks.",
     "logging_steps": "Print the loss every so many steps.",
+    "log_components": "Log the share of each component and the divergence of each two, for a tracker.",
     "eval_strategy": "Evaluate during training too: no, steps or epoch.",
     "eval_steps": "With --eval-strategy steps: evaluate every so many steps; else as often as the loss is printed.",
     "eval_on_start": "Evaluate before the first step too.",
@@ -85,6 +86,7 @@ class ModelOptions:
     )
     revision: str | None = field(default=None, metadata={"help": "Commit, branch or tag of the model."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the model repository's own code."})
+    log_components: bool = field(default=False, metadata={"help": TRAINING_HELP["log_components"]})
     force: bool = field(default=False, metadata={"help": TRAINING_HELP["force"]})
 
     head_options: dict[str, Any] = field(default_factory=dict, init=False)  # the fields of MoSConfig that were given
@@ -259,7 +261,7 @@ class Parser(HfArgumentParser):
 
 
 class HelpAll(argparse.Action):
-    def __call__(self, parser: Any, *arguments: Any, **options: Any) -> NoReturn:
+    def __call__(self, parser: Any, *arguments: Any, **options: Any) -> None:
         print(parser.format_help(whole=True), end="")
         parser.exit()
 
