@@ -22,11 +22,20 @@ NEW_TOKENS = 12
 
 
 @contextmanager
-def server(folder: Path, cache: Path, *options: str) -> Iterator[OpenAI]:
+def server(folder: Path | None, cache: Path, *options: str) -> Iterator[OpenAI]:
     """`hf-mos serve` on a free port, and a client of it."""
-    (cache / "hub").mkdir(exist_ok=True)  # the server lists it
     environment = os.environ | {"HF_HOME": str(cache), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "hf_mos.tools.cli", "serve", str(folder), "--port", "0", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "hf_mos.tools.cli",
+        "serve",
+        *([] if folder is None else [str(folder)]),
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+    ]
     process = subprocess.Popen(
         [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=cache
     )
@@ -83,6 +92,15 @@ def test_a_prompt_is_completed(client: OpenAI, mixture: Path) -> None:
     completion = client.completions.create(model=str(mixture), prompt=PROMPT, max_tokens=NEW_TOKENS, temperature=0)
     tokens = AutoTokenizer.from_pretrained(mixture)(PROMPT, return_tensors="pt").input_ids
     assert completion.choices[0].text == generated(mixture, tokens)
+
+
+def test_the_model_is_listed_where_there_is_no_hub_cache(client: OpenAI, mixture: Path) -> None:
+    assert [(model.id, model.object) for model in client.models.list()] == [(str(mixture), "model")]
+
+
+def test_without_a_model_those_of_the_cache_are_listed(tmp_path: Path) -> None:
+    with server(None, tmp_path) as client:
+        assert list(client.models.list()) == []
 
 
 def test_continuous_batching(mixture: Path, tmp_path: Path) -> None:
