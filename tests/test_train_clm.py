@@ -93,7 +93,7 @@ def test_help_names_the_options(tmp_path: Path) -> None:
     assert not any("_" in word for word in words if word.startswith("--"))
     assert "default: None" not in printed
     assert "(default: 4)" in printed  # of num_mixtures
-    assert printed.count("\n") < 150
+    assert printed.count("\n") < 170
     whole = run_script(tmp_path, [sys.executable], "--help-all")
     every = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(TrainingArguments) if field.init}
     assert every <= set(re.findall(r"^  (--[\w-]+)", whole, flags=re.MULTILINE))
@@ -187,7 +187,7 @@ def test_rows_of_a_dataset_end_with_the_end_token(tmp_path: Path, base: Path, ru
     options = DataOptions(dataset_name=str(folder), text_column="passage")
     tokenizer = AutoTokenizer.from_pretrained(base)
     rows, validation = load_text(options)
-    assert (validation.texts, validation.split) == (SENTENCES[300:], "validation")
+    assert (validation.rows, validation.split) == (SENTENCES[300:], "validation")
     blocks = pack(rows, tokenizer, 16, options)
     tokens = [token for row in blocks["input_ids"] for token in row]
     assert tokenizer.decode(tokens).startswith(END.join(SENTENCES[:20]))
@@ -240,7 +240,7 @@ def test_a_column_that_is_not_there_is_named(
     tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None]
 ) -> None:
     options = ["--model", base, "--train-file", text_file, "--text-column", "words", "--output-dir", tmp_path / "out"]
-    with pytest.raises(ValueError, match=r"--text-column: expected one of \['text'\]"):
+    with pytest.raises(ValueError, match=r"text_column: expected one of \['text'\]"):
         run(*options)
 
 

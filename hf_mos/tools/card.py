@@ -158,6 +158,7 @@ def read_results(file: Path) -> dict[str, Any]:
 
 def eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
     how = f"window {evaluation['window']}, stride {evaluation['stride']}"
+    how += ", the assistant's turns alone" if evaluation.get("assistant_only") else ""
     measures = (("perplexity", f"perplexity per token, {how}", 3), ("bits_per_byte", f"bits per byte, {how}", 4))
     return [
         EvalResult(

@@ -18,6 +18,7 @@ except ModuleNotFoundError as error:
 
 from .exit_codes import DONE, FAILED, INTERRUPTED, REFUSED, OptionError, before_work
 from .head_options import with_head_options
+from .texts import ASSISTANT_ONLY_HELP, TEXT_COLUMN, TEXT_COLUMN_HELP
 
 app = typer.Typer(
     name="hf-mos",
@@ -45,6 +46,7 @@ PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of a causal LM.", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Commit, branch or tag of the model.", show_default=False)]
+TextColumn = Annotated[str, typer.Option(help=TEXT_COLUMN_HELP)]
 Dtype = Annotated[str, typer.Option(help="Of the weights: auto (as saved), float32, bfloat16, float16.")]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, mps, or auto to spread the model.", show_default="the fastest")
@@ -181,7 +183,8 @@ def evaluate_command(
         str | None, typer.Option(help="Configuration of the dataset.", show_default=False)
     ] = None,
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
-    text_column: Annotated[str, typer.Option(help="Column of the text, in rows.")] = "text",
+    text_column: TextColumn = TEXT_COLUMN,
+    assistant_only: Annotated[bool, typer.Option("--assistant-only", help=ASSISTANT_ONLY_HELP)] = False,
     join_rows: Annotated[
         bool, typer.Option("--join-rows", help="Take all rows as one text, as the lines of WikiText are.")
     ] = False,
@@ -212,6 +215,7 @@ def evaluate_command(
 
     $ hf-mos evaluate gpt2 --dataset-name Salesforce/wikitext --dataset-config-name wikitext-2-raw-v1 --join-rows
     """
+    from .chat import join, render
     from .evaluate import choose_window, evaluate
     from .loading import check_options, load_model, load_tokenizer
     from .provenance import describe_machine, own_command
@@ -225,14 +229,15 @@ def evaluate_command(
         config = check_options(model, tokenizer, revision, dtype, device, trust_remote_code)
         choose_window(config, window, stride)
     if validation_file is not None:
-        texts = read_texts(validation_file, text_column)
+        rows = read_texts(validation_file, text_column)
     else:
         assert dataset_name is not None
-        texts = read_dataset(dataset_name, dataset_config_name, split, text_column)
-    if join_rows:
-        texts = ["".join(texts)]
+        rows = read_dataset(dataset_name, dataset_config_name, split, text_column)
     own_tokenizer = {} if tokenizer is not None else {"revision": revision}
     loaded_tokenizer = load_tokenizer(tokenizer or model, trust_remote_code=trust_remote_code, **own_tokenizer)
+    texts = render(loaded_tokenizer, rows, assistant_only)
+    if join_rows:
+        texts = [join(texts)]
     loaded = load_model(model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     result = evaluate(
         loaded,
@@ -249,6 +254,7 @@ def evaluate_command(
     if as_json:
         machine = {"dtype": str(loaded.dtype).removeprefix("torch."), "machine": describe_machine(loaded.device)}
         measured = {"model": model, "revision": revision, **data, **result.to_dict(), **machine}
+        measured["assistant_only"] = assistant_only
         print_json(measured | {"command": own_command()})
         return
     print_table(
@@ -274,7 +280,7 @@ def inspect_command(
             help="Text, or rows of .json, .jsonl, .csv, .parquet, to inspect on average.", show_default=False
         ),
     ] = None,
-    text_column: Annotated[str, typer.Option(help="Column of the text, in rows.")] = "text",
+    text_column: TextColumn = TEXT_COLUMN,
     html: Annotated[
         Path | None,
         typer.Option(
@@ -317,6 +323,7 @@ def inspect_command(
 
     $ hf-mos inspect gpt2-mos --validation-file book.txt --max-tokens 20000 --html mixture.html
     """
+    from .chat import Text, beginning, render
     from .evaluate import choose_window
     from .inspection.inspect_mixture import inspect_mixture, refuse_softmax
     from .loading import check_options, load_model, load_tokenizer
@@ -333,15 +340,17 @@ def inspect_command(
             from .inspection.page import check_target, save_page
 
             check_target(html)
-    corpus = None if validation_file is None else read_texts(validation_file, text_column)
-    if text is None and html is not None:
-        assert corpus is not None
-        text = next((entry[:PAGE_CHARACTERS] for entry in corpus if entry.strip()), None)
+    rows = None if validation_file is None else read_texts(validation_file, text_column)
     own_tokenizer = {} if tokenizer is not None else {"revision": revision}
+    loaded_tokenizer = load_tokenizer(tokenizer or model, trust_remote_code=trust_remote_code, **own_tokenizer)
+    corpus = None if rows is None else render(loaded_tokenizer, rows, assistant_only=False)
+    shown: Text | None = text
+    if text is None and html is not None and corpus is not None:
+        shown = next((beginning(entry, PAGE_CHARACTERS) for entry in corpus if entry), None)
     inspection = inspect_mixture(
         load_model(model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code),
-        load_tokenizer(tokenizer or model, trust_remote_code=trust_remote_code, **own_tokenizer),
-        text=text,
+        loaded_tokenizer,
+        text=shown,
         corpus=corpus,
         top=top,
         window=window,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .chat import Chat, Text
 from .loading import is_mixture
 
 LONGEST_DEFAULT_WINDOW = 2048
@@ -29,7 +30,7 @@ class Evaluation:
 
     nats: float  # the sum over tokens
     num_tokens: int
-    num_bytes: int  # of the given texts in UTF-8
+    num_bytes: int  # of the texts in UTF-8, or of what counts of them
     num_texts: int
     window: int
     stride: int
@@ -56,13 +57,13 @@ class Window(NamedTuple):
     """A row of a batch: the tokens that the model reads, and the targets of the last of them."""
 
     inputs: Tensor  # (n,)
-    targets: Tensor  # (m,), the successors of the last m inputs
+    targets: Tensor  # (m,), the successors of the last m inputs; -100 where one does not count
 
 
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
+    texts: Iterable[Text],
     *,
     window: int | None = None,
     stride: int | None = None,
@@ -82,7 +83,8 @@ def evaluate(
     Args:
         model: in evaluation mode.
         tokenizer: the model's own.
-        texts: each a text by itself. Text that is empty is left out.
+        texts: each a text by itself, or a [`Chat`], of which the assistant's turns count if they were searched. Text
+            that is empty is left out.
         window: tokens that the model reads at a time. `None`: its positions, at most 2048.
         stride: how far the window slides, in [1, window]. `None`: half of the window.
         batch_size: windows at a time.
@@ -102,7 +104,7 @@ def evaluate(
     texts = [text for text in texts if text]
     if not texts:
         raise ValueError("texts: expected some text, given none")
-    windows = [w for text in texts for w in windows_of([prefix, *tokenize(tokenizer, text)], window, stride)]
+    windows = [w for text in texts for w in windows_of(*sequence_of(tokenizer, text, [prefix]), window, stride)]
     if not windows:
         raise ValueError("texts: expected at least one token, given text of which the tokenizer makes none")
     check_tokens(model, windows)
@@ -119,8 +121,8 @@ def evaluate(
         nats += loss
     return Evaluation(
         nats=nats,
-        num_tokens=sum(len(w.targets) for w in windows),
-        num_bytes=sum(len(text.encode()) for text in texts),
+        num_tokens=count_targets(windows),
+        num_bytes=count_bytes(texts),
         num_texts=len(texts),
         window=window,
         stride=stride,
@@ -161,13 +163,42 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
-def windows_of(token_ids: list[int], window: int, stride: int) -> Iterator[Window]:
-    """Yields windows over a prefix token and a text. Each token of the text is a target once."""
+def encode(tokenizer: PreTrainedTokenizerBase, text: Text) -> tuple[list[int], list[bool]]:
+    """The tokens of a text, and whether each counts: all, or those that begin in a turn of the assistant."""
+    if isinstance(text, str) or text.turns is None:
+        token_ids = tokenize(tokenizer, text if isinstance(text, str) else text.text)
+        return token_ids, [True] * len(token_ids)
+    encoded = tokenizer(text.text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    turns = text.turns
+    return encoded.input_ids, [any(a <= start < b for a, b in turns) for start, _ in encoded.offset_mapping]
+
+
+def sequence_of(tokenizer: PreTrainedTokenizerBase, text: Text, prefix: list[int]) -> tuple[list[int], list[bool]]:
+    """The tokens of a text behind a prefix token, and whether each counts; a chat may begin with that token itself."""
+    token_ids, counts = encode(tokenizer, text)
+    if isinstance(text, Chat) and token_ids[:1] == prefix:
+        prefix = []
+    return [*prefix, *token_ids], [False] * len(prefix) + counts
+
+
+def windows_of(token_ids: list[int], counts: list[bool], window: int, stride: int) -> Iterator[Window]:
+    """Yields windows over a prefix token and a text. Each token of the text that counts is a target once."""
     tokens = torch.tensor(token_ids, dtype=torch.int32)  # windows are views of it
+    targets = tokens.masked_fill(~torch.tensor(counts, dtype=torch.bool), IGNORED)
     counted, end = 0, min(window, len(tokens) - 1)
     while counted < end:
-        yield Window(tokens[max(end - window, 0) : end], tokens[counted + 1 : end + 1])
+        if any(counts[counted + 1 : end + 1]):
+            yield Window(tokens[max(end - window, 0) : end], targets[counted + 1 : end + 1])
         counted, end = end, min(end + stride, len(tokens) - 1)
+
+
+def count_targets(windows: Iterable[Window]) -> int:
+    return sum(int((w.targets != IGNORED).sum()) for w in windows)
+
+
+def count_bytes(texts: Iterable[Text]) -> int:
+    """The bytes in UTF-8 of what counts."""
+    return sum(len((text if isinstance(text, str) else text.counted_text()).encode()) for text in texts)
 
 
 def check_tokens(model: PreTrainedModel, windows: list[Window]) -> None:

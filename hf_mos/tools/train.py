@@ -57,6 +57,7 @@ class CardTrainer(Trainer):
 
     Args:
         validation: the windows to evaluate on, and `validation_text` their text; `None`: no evaluation.
+        assistant_only: the windows count the assistant's turns alone.
         base_model: the Hub id of the model that was converted.
     """
 
@@ -65,10 +66,12 @@ class CardTrainer(Trainer):
         *,
         validation: ValidationSet | None,
         validation_text: ValidationText | None,
+        assistant_only: bool,
         base_model: str | None,
         **kwargs: Any,
     ) -> None:
-        self.validation, self.validation_text, self.base_model = validation, validation_text, base_model
+        self.validation, self.validation_text = validation, validation_text
+        self.assistant_only, self.base_model = assistant_only, base_model
         super().__init__(
             eval_dataset=None if validation is None else validation.windows,
             data_collator=collate_either,
@@ -108,6 +111,7 @@ class CardTrainer(Trainer):
             {
                 "data": self.validation_text.data,
                 "split": self.validation_text.split,
+                "assistant_only": self.assistant_only,
                 "window": self.validation.window,
                 "stride": self.validation.stride,
                 "perplexity": math.exp(losses[-1]),
@@ -162,7 +166,9 @@ def train(model_options: ModelOptions, data_options: DataOptions, training_argum
     with training_arguments.main_process_first(desc="reading the text"):
         rows, validation_text = load_text(data_options)
         blocks = pack(rows, tokenizer, block_size, data_options)
-    validation = None if validation_text is None else cut_windows(validation_text, tokenizer, window, stride)
+    validation = None
+    if validation_text is not None:
+        validation = cut_windows(validation_text, tokenizer, data_options.assistant_only, window, stride)
     model = model_to_train(model_options, config, tokenizer)
     if validation is not None:
         check_tokens(model, validation.windows)
@@ -174,6 +180,7 @@ def train(model_options: ModelOptions, data_options: DataOptions, training_argum
         train_dataset=blocks,
         validation=validation,
         validation_text=validation_text,
+        assistant_only=data_options.assistant_only,
         base_model=model_options.model if is_hub_id else None,
         processing_class=tokenizer,
         callbacks=[StopOnNonFiniteLoss()],

@@ -12,7 +12,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from .exit_codes import OptionError, before_work
 from .head_options import add_head_options, check_head_options, head_fields
-from .texts import FILE_READERS
+from .texts import ASSISTANT_ONLY_HELP, FILE_READERS, TEXT_COLUMN, TEXT_COLUMN_HELP
 
 LONGEST_DEFAULT_BLOCK = 1024
 SHOWN_CHOICES = 4
@@ -117,7 +117,8 @@ class DataOptions:
         default=None, metadata={"help": "Hub id, or a folder that load_dataset reads, in place of files."}
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    text_column: str = field(default="text", metadata={"help": "Column of the text, in rows."})
+    text_column: str = field(default=TEXT_COLUMN, metadata={"help": TEXT_COLUMN_HELP})
+    assistant_only: bool = field(default=False, metadata={"help": ASSISTANT_ONLY_HELP})
     validation_share: float = field(
         default=0.05,
         metadata={

@@ -26,7 +26,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ...configuration_mos import MoSConfig
 from ...mos_vocabulary import cap_logits, widen
 from ...training.mixture_statistics import MixturePredictions, StatisticsSum, entropy, predict_in_chunks
-from ..evaluate import Window, check_tokens, choose_window, prefix_of, tokenize, windows_of
+from ..chat import Text
+from ..evaluate import Window, check_tokens, choose_window, prefix_of, sequence_of, windows_of
 from ..rank import log_prob_rank
 from .token_texts import TokenTexts
 
@@ -174,8 +175,8 @@ def inspect_mixture(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    text: str | None = None,
-    corpus: Sequence[str] | None = None,
+    text: Text | None = None,
+    corpus: Sequence[Text] | None = None,
     top: int = 5,
     window: int | None = None,
     stride: int | None = None,
@@ -192,8 +193,8 @@ def inspect_mixture(
     Args:
         model: a mixture of softmaxes in evaluation mode, of the installed hf_mos or of the code beside a checkpoint.
         tokenizer: the model's own.
-        text: looked at token by token.
-        corpus: texts, looked at on average.
+        text: looked at token by token, a [`Chat`] too.
+        corpus: texts, looked at on average, [`Chat`]s too.
         top: how many candidates and tokens are listed.
         window: tokens that the model reads at a time. `None`: its positions, at most 2048.
         stride: how far the window slides, in [1, window]. `None`: half of the window.
@@ -270,13 +271,13 @@ class Inspector:
         self.window, self.stride = window, stride
         self.prefix = prefix_of(tokenizer)
 
-    def windows_of(self, token_ids: list[int]) -> list[Window]:
-        """The windows of a text; each token that can be predicted is predicted once."""
-        return list(windows_of([*self.prefix, *token_ids], self.window, self.stride))
+    def windows_of(self, sequence: list[int]) -> list[Window]:
+        """The windows of a text behind its prefix; each token that can be predicted is predicted once."""
+        return list(windows_of(sequence, [True] * len(sequence), self.window, self.stride))
 
-    def window_after(self, token_ids: list[int]) -> Window:
+    def window_after(self, sequence: list[int]) -> Window:
         """The window that predicts the token after a text."""
-        return Window(torch.tensor([*self.prefix, *token_ids][-self.window :]), torch.tensor([UNKNOWN_TARGET]))
+        return Window(torch.tensor(sequence[-self.window :]), torch.tensor([UNKNOWN_TARGET]))
 
     @torch.inference_mode()
     def chunks(self, window: Window) -> Iterator[Chunk]:
@@ -294,11 +295,13 @@ class Inspector:
             softmax = softmax_log_probs(self.head, hidden_states[tokens])
             yield Chunk(targets[tokens], hidden_states[tokens], mixture, log_probs, softmax)
 
-    def inspect_text(self, text: str) -> TextInspection:
-        token_ids = tokenize(self.tokenizer, text)
+    def inspect_text(self, text: Text) -> TextInspection:
+        sequence, counts = sequence_of(self.tokenizer, text, self.prefix)
+        prefix = sequence[: len(sequence) - sum(counts)]
+        token_ids = sequence[len(prefix) :]
         if not token_ids:
             raise ValueError(f"text: expected at least one token, given {text!r}, of which the tokenizer makes none")
-        windows = [*self.windows_of(token_ids), self.window_after(token_ids)]
+        windows = [*self.windows_of(sequence), self.window_after(sequence)]
         check_tokens(self.model, windows)
         predictions = [p for window in windows for chunk in self.chunks(window) for p in self.predictions(chunk)]
         following = predictions.pop()
@@ -306,7 +309,8 @@ class Inspector:
         names = self.tokenizer.convert_ids_to_tokens(token_ids)
         texts = self.texts.of_text(token_ids)
         tokens = [Token(*fields) for fields in zip(token_ids, names, texts, [*unpredicted, *predictions], strict=True)]
-        return TextInspection(text, self.prefix[0] if self.prefix else None, tokens, following)
+        written = text if isinstance(text, str) else text.text
+        return TextInspection(written, prefix[0] if prefix else None, tokens, following)
 
     def predictions(self, chunk: Chunk) -> Iterator[Prediction]:
         log_prior, component_log_probs, _ = chunk.mixture
@@ -350,7 +354,7 @@ class Inspector:
         return name(top_ids.tolist(), top_log_probs.exp().tolist())
 
     def inspect_corpus(
-        self, corpus: Sequence[str], max_tokens: int | None, rank_contexts: int, track: Track
+        self, corpus: Sequence[Text], max_tokens: int | None, rank_contexts: int, track: Track
     ) -> CorpusInspection:
         windows, num_texts = self.corpus_windows(corpus, max_tokens)
         num_tokens = sum(len(window.targets) for window in windows)
@@ -387,17 +391,18 @@ class Inspector:
             rank=measure_rank(self.head, torch.cat(total.sample)) if total.sample else None,
         )
 
-    def corpus_windows(self, corpus: Sequence[str], max_tokens: int | None) -> tuple[list[Window], int]:
+    def corpus_windows(self, corpus: Sequence[Text], max_tokens: int | None) -> tuple[list[Window], int]:
         windows: list[Window] = []
         num_texts = 0
         remaining = max_tokens
         for text in corpus:
-            token_ids = tokenize(self.tokenizer, text)[:remaining]
-            if token_ids:
-                windows.extend(self.windows_of(token_ids))
+            sequence, counts = sequence_of(self.tokenizer, text, self.prefix)
+            num_read = sum(counts) if remaining is None else min(sum(counts), remaining)
+            if num_read:
+                windows.extend(self.windows_of(sequence[: len(sequence) - sum(counts) + num_read]))
                 num_texts += 1
             if remaining is not None:
-                remaining -= len(token_ids)
+                remaining -= num_read
                 if not remaining:
                     break
         return windows, num_texts
