@@ -20,6 +20,10 @@ SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_so
 # Replaces a softcap that may not be None: `tanh(h / 2^64) * 2^64` is h, to the bit, in fp32 and in bf16.
 NO_SOFTCAP = 2.0**64
 
+# The config of no model type that AutoTokenizer reads where it may not run the code of this one: it finds one in a
+# config.json, and warns of the type of the model where it finds none.
+TOKENIZER_CONFIG = "tokenizer_without_code"
+
 # Attributes that live in the backbone's text config; absent here where they are absent there.
 DELEGATED = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -156,6 +160,9 @@ class MoSConfig(PreTrainedConfig):
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         return self.text_config.get_text_config(decoder=decoder, encoder=encoder)
 
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {TOKENIZER_CONFIG: {"model_type": ""}}
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         model_type = config_dict.get("model_type")
@@ -164,6 +171,7 @@ class MoSConfig(PreTrainedConfig):
                 f"model_type: expected {cls.model_type!r}, given {model_type!r}. To put a mixture head on that model, "
                 "call MoSForCausalLM.from_causal_lm(...) with its path."
             )
+        config_dict = {name: value for name, value in config_dict.items() if name != TOKENIZER_CONFIG}
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
         if config.adds_shifts and config_dict.get("latent_scale") is None:
