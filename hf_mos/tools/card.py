@@ -135,13 +135,16 @@ def card_of_folder(
     return model_card(model, model_id=model_id or folder.resolve().name, emissions=emissions, **fields)
 
 
-def check_checkpoint(folder: Path) -> None:
-    """Raises a ValueError where the folder holds no checkpoint of a mixture."""
+def check_checkpoint(folder: Path) -> dict[str, Any]:
+    """The `config.json` of the mixture in a folder; raises a ValueError where there is none."""
     if not folder.is_dir():
-        raise ValueError(f"folder: expected a folder with a checkpoint, given {str(folder)!r}: no such folder")
+        raise ValueError(f"{folder}: expected a folder with a checkpoint, given none: no such folder")
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"{folder}: expected a folder with a checkpoint, given one without {CONFIG_FILE}")
-    MoSConfig.from_pretrained(folder)
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    if config.get("model_type") != MoSConfig.model_type:
+        raise ValueError(f"{folder}: expected a mixture of softmaxes, given a {config.get('model_type')!r}")
+    return config
 
 
 def read_results(file: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ card and its metrics.
 """
 
 import math
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -131,7 +132,7 @@ def mean_nats(prediction: EvalPrediction) -> dict[str, float]:
         np.asarray(part, dtype=np.float64).sum() for part in (prediction.predictions, prediction.label_ids)
     )
     loss = float(nats / counts)
-    return {"loss": loss, "perplexity": math.exp(loss)}
+    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
 
 
 def main() -> None:
@@ -151,8 +152,10 @@ def train(model_options: ModelOptions, data_options: DataOptions, training_argum
     """
     with before_work():
         resume_from = checkpoint_to_resume(training_arguments)
-        if resume_from is None and not model_options.force:
-            check_output(Path(str(training_arguments.output_dir)))
+        output = Path(str(training_arguments.output_dir))
+        goes_on = resume_from is not None and Path(resume_from).resolve().parent == output.resolve()
+        if not goes_on and not model_options.force:
+            check_output(output)
         config = read_config(model_options)
         block_size = choose_block_size(data_options.block_size, config)
         window, stride = choose_window(config, block_size, None)
@@ -189,6 +192,9 @@ def train(model_options: ModelOptions, data_options: DataOptions, training_argum
         MixtureUsage(model_options.log_components, remedy="--balance-coefficient 0.01").add_to(trainer)
     if resume_from is not None and trainer.is_world_process_zero():
         print(f"resuming from {resume_from}", file=sys.stderr)
+    if model_options.force and not goes_on:
+        with training_arguments.main_process_first(local=False, desc="deleting the checkpoints of another run"):
+            delete_checkpoints(output, kept=resume_from)
     try:
         metrics = trainer.train(resume_from_checkpoint=resume_from).metrics
     except KeyboardInterrupt:
@@ -220,6 +226,13 @@ def check_output(folder: Path) -> None:
             f"--output-dir: expected a folder without a run{resume} or --force, given {str(folder)!r}, "
             f"which holds {', '.join(held)}"
         )
+
+
+def delete_checkpoints(folder: Path, kept: str | None) -> None:
+    """Deletes the checkpoints of another run, which would be taken for those of the new one."""
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if path.is_dir() and (kept is None or path.resolve() != Path(kept).resolve()):
+            shutil.rmtree(path)
 
 
 def how_to_resume(trainer: Trainer) -> str:

@@ -98,7 +98,7 @@ def test_help_of_a_command_has_an_example(run: Callable[..., Printed], command: 
         ("train --model BASE --train-file TEXT", 2, "--output-dir"),
         ("evaluate BASE --file TEXT", 2, "--file: expected --validation-file"),
         ("convert BASE OUT --untie", 2, "--untie: expected --no-tie-word-embeddings"),
-        ("card BASE", 2, "expected 'mos', given 'llama'"),
+        ("card BASE", 2, "expected a mixture of softmaxes, given a 'llama'"),
         ("card OUT", 2, "no such folder"),
         ("card EMPTY", 2, "no such folder"),
         ("card MIXTURE --results TEXT", 1, "expected JSON"),
@@ -545,6 +545,7 @@ def test_train_keeps_what_a_folder_holds(
     assert f"resuming from {out}/checkpoint-2" in resumed.err
     assert "checkpoint-4 is skipped: optimizer.pt is cut short" in caplog.text
     assert run("train", *options, "--max-steps", 1, "--force").code == 0
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]  # none of the other run
     assert "An edited card." not in (out / "README.md").read_text()
 
 
