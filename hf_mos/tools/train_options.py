@@ -31,7 +31,7 @@ Examples:
 The text is packed into blocks of --block-size tokens. The perplexity of the validation text is that of hf-mos
 evaluate: each token counts once, with the tokens before it."""
 
-# The options of TrainingArguments that --help explains, in other words than transformers'.
+# The options that --help explains in other words than transformers'.
 TRAINING_HELP = {
     "output_dir": "Folder for the model, its tokenizer, its card and its metrics. Required.",
     "force": "Replace the model, the card and the checkpoints that the output folder holds.",
@@ -58,6 +58,7 @@ TRAINING_HELP = {
     "push_to_hub": "Push the model, its code, its tokenizer and its card to the Hub.",
     "hub_model_id": "user/name on the Hub; the name of the output folder if not given.",
     "use_cpu": "Use no accelerator.",
+    "help": "Show this help.",
 }
 
 
@@ -241,11 +242,11 @@ class Parser(HfArgumentParser):
     def sections(self, whole: bool) -> Iterator[tuple[str, list[argparse.Action]]]:
         actions = {action.dest: action for action in reversed(self._actions)}  # the first of an option and its --no-
         sections = {
+            "help": ["help", "help_all"],
             "the training": TRAINING_HELP,
             "the model": ModelOptions.__annotations__,
             "the mixture": [field.name for field in head_fields()],
             "the text": DataOptions.__annotations__,
-            "help": ["help", "help_all"],
         }
         found = {title: [actions.pop(name) for name in names if name in actions] for title, names in sections.items()}
         if whole:
@@ -269,6 +270,9 @@ class HelpAll(argparse.Action):
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """One spelling of each option, and its default where it has one."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if isinstance(action, argparse.BooleanOptionalAction):
