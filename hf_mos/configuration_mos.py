@@ -20,6 +20,10 @@ SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_so
 # Replaces a softcap that may not be None: `tanh(h / 2^64) * 2^64` is h, to the bit, in fp32 and in bf16.
 NO_SOFTCAP = 2.0**64
 
+# The config of no model type that AutoTokenizer reads where it may not run the code of this one: it finds one in a
+# config.json, and warns of the type of the model where it finds none.
+TOKENIZER_CONFIG = "tokenizer_without_code"
+
 # A field that MoSConfig does not define is the backbone's. So are the fields of transformers' base config, except for
 # those that describe this checkpoint or what the mixture returns.
 OWN_BASE_FIELDS = ("architectures", "dtype", "return_dict", "transformers_version")
@@ -160,8 +164,10 @@ class MoSConfig(PreTrainedConfig):
         for field in ("latent_size", "latent_rank", "shortlist_size"):
             value = getattr(self, field)
             require(field, value is None or is_count(value), "an int of at least 1, or None")
-        size = self.latent_size
+        size, width = self.latent_size, embedding_size(self.text_config)
         if self.latent_rank:
+            fits = width is None or self.latent_rank <= width
+            require("latent_rank", fits, f"at most D = {width}, the width of the hidden state")
             require("latent_size", size is None, "None with latent_rank, whose latents have the width of the input,")
         scale = self.latent_scale
         require("latent_scale", is_number(scale, lambda x: x > 0), "a finite number above 0, or None")
@@ -177,7 +183,6 @@ class MoSConfig(PreTrainedConfig):
         balance, cap = self.balance_coefficient, self.softcap
         require("balance_coefficient", is_number(balance, lambda x: x >= 0), "a finite number of at least 0")
         require("softcap", cap is None or is_number(cap, lambda x: x > 0), "a finite number above 0, or None")
-        width = embedding_size(self.text_config)
         fits = not self.tie_word_embeddings or None in (size, width) or size == width
         require("latent_size", fits, f"{width}, the width of the tied embedding, or tie_word_embeddings=False,")
 
@@ -196,6 +201,9 @@ class MoSConfig(PreTrainedConfig):
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         return self.text_config.get_text_config(decoder=decoder, encoder=encoder)
 
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {TOKENIZER_CONFIG: {"model_type": ""}}
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         model_type = config_dict.get("model_type")
@@ -204,6 +212,7 @@ class MoSConfig(PreTrainedConfig):
                 f"model_type: expected {cls.model_type!r}, given {model_type!r}. To put a mixture head on that model, "
                 "call MoSForCausalLM.from_causal_lm(...) with its path."
             )
+        config_dict = {name: value for name, value in config_dict.items() if name != TOKENIZER_CONFIG}
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
         if config.adds_shifts and config_dict.get("latent_scale") is None:

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import inspect
 import os
+import re
 import warnings
 from typing import Any, NoReturn
 
@@ -41,13 +42,18 @@ def convert_causal_lm(
         refuse_mixture(model.config, type(model).__name__)
         backbone = share_weights(model)
     elif isinstance(model, (str, os.PathLike)):
-        config_class(text_config={"model_type": "llama"}, num_mixtures=num_mixtures, **options)  # fail before loading
+        wide = {"model_type": "llama", "hidden_size": 2**20}  # of no width that could refuse a rank
+        config_class(text_config=wide, num_mixtures=num_mixtures, **options)  # fail before loading
         if kwargs.get("output_loading_info"):
             raise ValueError("output_loading_info: expected False, as a model alone is returned, given True")
         try:
             backbone = AutoModelForCausalLM.from_pretrained(model, **kwargs)
         except TypeError as error:  # from_pretrained hands unknown arguments to the model's constructor
             raise ValueError(f"expected {known_options} or of from_pretrained: {error}") from error
+        except ValueError as error:
+            if other := re.match(r"Unrecognized configuration class <class '.*?(\w+)'>", str(error)):
+                raise ValueError(not_causal(other[1], repr(str(model)))) from error  # without a list of all classes
+            raise
         refuse_mixture(backbone.config, repr(str(model)))
     else:
         advice = " Merge it first: PeftModel.merge_and_unload()." if hasattr(model, "peft_config") else ""
@@ -128,6 +134,17 @@ def refuse_mixture(config: PreTrainedConfig, given: str) -> None:
     """Raises a ValueError for the config of a mixture, also of the class in the code beside a checkpoint."""
     if config.model_type == MoSConfig.model_type:
         raise ValueError(f"model: expected a causal LM with a softmax head, given {given}, a mixture already")
+
+
+def refuse_other_models(config: PreTrainedConfig, given: str) -> None:
+    """Raises a ValueError for the config of a model that `AutoModelForCausalLM` does not load."""
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    if type(config) not in mapping and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
+        raise ValueError(not_causal(type(config).__name__, given))
+
+
+def not_causal(config_class: str, given: str) -> str:
+    return f"model: expected a causal LM, given {given}, a {config_class}, which is not one"
 
 
 def _config_for(

@@ -11,7 +11,7 @@ from .configuration_mos import MoSConfig
 from .mos_decoder import Reduction, device_of, use_of
 from .mos_latents import Latents, in_dtype_of, kind_of, with_gradient
 from .mos_log_probs import divisor, reduce
-from .mos_token_scores import ScoreOptions, Scores
+from .mos_token_scores import SCORES, ScoreOptions, Scores
 
 ACTIVATIONS = {"identity": nn.Identity, "tanh": nn.Tanh}
 
@@ -124,6 +124,10 @@ class MoSLMHead(nn.Module):
         if targets is None:
             return decoder.log_probs(latents, prior_logits, add_log_partition).unflatten(0, leading)
         targets = targets.flatten()
+        if scores == ScoreOptions() and not torch.is_grad_enabled():  # the loss makes no distribution
+            options = Reduction(reduction="none", ignore_index=ignore_index, chunk_size=chunk_size)
+            nll = decoder.loss(latents, prior_logits, targets, **options)
+            return (-nll, *(None,) * (len(SCORES) - 1))
         if scores is not None:
             return decoder.scores(latents, prior_logits, targets, scores)
         loss = decoder.loss(

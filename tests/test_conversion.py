@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import BACKBONES, VOCAB_SIZE, greedy, log_prob_gap, random_tokens, tiny_causal_lm
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, T5Config, T5ForConditionalGeneration
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from hf_mos import MoSConfig, MoSForCausalLM
@@ -195,6 +195,7 @@ def test_mode_is_kept(training: bool) -> None:
         ({"latent_dropout": "a"}, "latent_dropout"),
         ({"latent_activation": "relu"}, "latent_activation"),
         ({"latent_size": 7}, "latent_size"),
+        ({"latent_rank": 33}, "latent_rank: expected at most D = 32, the width of the hidden state, given 33"),
         ({"softcap": 30.0}, "softcap"),
         ({"softcap": -1.0}, "softcap"),
         ({"decoder_bias": True}, "decoder_bias"),
@@ -217,6 +218,20 @@ def test_the_path_of_a_mixture_is_refused(tmp_path: Path) -> None:
         MoSForCausalLM.from_causal_lm(tmp_path)
     with pytest.raises(ValueError, match="a mixture already"):
         MoSForCausalLM.from_causal_lm(MoSForCausalLM.from_pretrained(tmp_path))
+
+
+def test_a_rank_is_judged_by_the_width_of_the_model_at_the_path(tmp_path: Path) -> None:
+    tiny_causal_lm("llama", hidden_size=576, num_attention_heads=8, head_dim=72).save_pretrained(tmp_path)
+    assert MoSForCausalLM.from_causal_lm(tmp_path, latent_rank=576).lm_head.latent_rank == 576
+    with pytest.raises(ValueError, match=r"latent_rank: expected at most D = 576, .*, given 577"):
+        MoSForCausalLM.from_causal_lm(tmp_path, latent_rank=577)
+
+
+def test_a_model_that_is_no_causal_lm_is_refused_in_one_line(tmp_path: Path) -> None:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 50}
+    T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^model: expected a causal LM, given .*, a T5Config, which is not one$"):
+        MoSForCausalLM.from_causal_lm(tmp_path)
 
 
 def test_unknown_options_are_refused_with_a_path(tmp_path: Path) -> None:

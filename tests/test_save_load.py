@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers import BACKBONES, greedy, log_prob_gap, random_tokens, run_python, tiny_causal_lm, tiny_mos
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import hf_mos
 from hf_mos import MoSConfig, MoSForCausalLM
@@ -116,6 +117,29 @@ def test_loads_generates_trains_and_saves_without_hf_mos(tmp_path: Path) -> None
         assert run_python(WITHOUT_HF_MOS, tmp_path, source, target, cache=cache).splitlines() == expected
     for name in ("llama", "llama-tied"):
         assert_same_weights(tiny_mos(name), AutoModelForCausalLM.from_pretrained(tmp_path / "third" / name))
+
+
+def test_the_tokenizer_beside_a_checkpoint_needs_no_code(tmp_path: Path) -> None:
+    """It is loaded without a word where the code of the checkpoint may not run."""
+    folder, cache = tmp_path / "model", tmp_path / "cache"
+    cache.mkdir()
+    tiny_mos().save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "b": 2}, unk_token="<s>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<s>").save_pretrained(folder)
+    code = """
+import logging
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+said = []
+handler = logging.Handler()
+handler.emit = lambda record: said.append(record.getMessage())
+transformers_logging.add_handler(handler)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)
+print(tokenizer("b a").input_ids, said, [name for name in sys.modules if name.startswith("transformers_modules")])
+"""
+    assert run_python(code, folder, cache=cache) == "[2, 1] [] []\n"
+    assert "tokenizer_without_code" not in vars(MoSConfig.from_pretrained(folder))
 
 
 def test_needs_no_trust_where_hf_mos_is_imported(tmp_path: Path) -> None:

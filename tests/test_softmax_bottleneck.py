@@ -183,9 +183,9 @@ def test_retrofit_by_its_command(tmp_path, data_dir):
     from models import mixture
 
     arguments = ["--data-dir", data_dir, *TINY, "--checkpoint-steps", "60", "--seeds", "1", "--out", tmp_path / "out"]
-    printed = run("retrofit.py", *arguments)
+    printed = run("retrofit.py", *arguments, "--latent-ranks", 2, "--latent-ranks", 4)
     results = (tmp_path / "out" / "retrofit.json").read_text()
-    assert "| mixture K=4 R=16 |" in printed
+    assert "| mixture K=4 R=4 |" in printed
     assert str(data_dir.parent) not in results
     assert (tmp_path / "out" / "retrofit.png").stat().st_size > 0
     assert re.search(r"^\| softmax, hidden size \d+ \| 60 \|", printed, flags=re.MULTILINE)

@@ -68,6 +68,20 @@ def test_scores_and_their_gradients(options: dict, temperature: float, hooked: b
             torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("options", [{}, {"latent_rank": 4}, {"name": "gemma2"}, {"shortlist_size": 5}], ids=str)
+def test_log_probs_alone_without_gradients_make_no_distribution(options: dict, hooked: bool) -> None:
+    model = trained_mos(**options)
+    if hooked:
+        model.lm_head.decoder.register_forward_hook(lambda module, inputs, output: 0.5 * output)
+    hidden_states, targets = torch.randn(7, 32), torch.arange(7)
+    with torch.no_grad():
+        scores = model.lm_head(hidden_states, targets=targets, scores=ScoreOptions())
+        expected = model.lm_head(hidden_states).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(scores[0], expected, atol=1e-5, rtol=1e-5)
+    assert scores[1:] == (None,) * 4
+
+
 def test_the_loss_of_the_scores_is_the_models_own() -> None:
     model = tiny_mos("mixtral").train()
     tokens = random_tokens()

@@ -1,14 +1,15 @@
 """Runs `examples/train_clm.py` from the command line and checks its results."""
 
+import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import datasets
@@ -17,10 +18,21 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
 
 from hf_mos import MoSForCausalLM
 from hf_mos.tools import train
+from hf_mos.tools.blocks import load_text, pack
+from hf_mos.tools.evaluate import evaluate
+from hf_mos.tools.exit_codes import OptionError
+from hf_mos.tools.train_options import DataOptions, parse_options
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_clm.py"
 END = "<|end|>"
@@ -51,19 +63,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def train_clm() -> ModuleType:
-    return train
-
-
 @pytest.fixture
-def run(train_clm: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Calls the script's main in this process."""
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Does in this process what the script does."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
     def run(*options: Any) -> None:
         monkeypatch.setattr(sys, "argv", ["train_clm.py", *QUICK, *map(str, options)])
-        train_clm.main()
+        train.train(*parse_options())
 
     return run
 
@@ -78,9 +85,27 @@ def run_script(tmp_path: Path, launcher: list[str], *options: Any) -> str:
 
 def test_help_names_the_options(tmp_path: Path) -> None:
     printed = run_script(tmp_path, [sys.executable], "--help")
-    assert {"--num-mixtures", "--train-file", "--dataset-name", "--push-to-hub"} <= set(
-        printed.replace(",", " ").split()
-    )
+    words = printed.replace(",", " ").split()
+    assert {"--num-mixtures", "--train-file", "--dataset-name", "--push-to-hub", "--output-dir"} <= set(words)
+    assert printed.index("Examples:") < printed.index("the model:")
+    options = re.findall(r"^  (--[\w-]+)", printed, flags=re.MULTILINE)
+    assert len(options) == len(set(options))  # each once
+    assert not any("_" in word for word in words if word.startswith("--"))
+    assert "default: None" not in printed
+    assert "(default: 4)" in printed  # of num_mixtures
+    assert printed.count("\n") < 170
+    whole = run_script(tmp_path, [sys.executable], "--help-all")
+    every = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(TrainingArguments) if field.init}
+    assert every <= set(re.findall(r"^  (--[\w-]+)", whole, flags=re.MULTILINE))
+
+
+def test_a_wrong_option_is_exit_code_2(tmp_path: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, str(SCRIPT), "--model", "x", "--train-file", "none.txt", "--output-dir", "out"],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert process.returncode == 2
+    assert process.stderr.strip().endswith("--train-file: expected a file, given 'none.txt', which is none")
 
 
 @pytest.mark.parametrize(
@@ -103,14 +128,16 @@ def test_trains_evaluates_and_saves(tmp_path: Path, base: Path, text_file: Path,
     metrics = json.loads((out / "all_results.json").read_text())
     assert metrics["perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]))
     validation = "\n".join(SENTENCES[-20:])  # the last twentieth of the lines
-    tokenizer = AutoTokenizer.from_pretrained(out)
-    tokens = tokenizer(validation).input_ids
-    blocks = torch.tensor(tokens[: len(tokens) // 32 * 32]).view(-1, 32)
-    with torch.no_grad():
-        loss = model(input_ids=blocks, labels=blocks).loss.item()
-    assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    expected = evaluate(model, AutoTokenizer.from_pretrained(out), [validation], window=32, stride=16)
+    assert metrics["eval_loss"] == pytest.approx(expected.nats_per_token, rel=1e-5)
     card = ModelCard.load(out / "README.md")
-    assert card.data.eval_results[0].metric_value == round(metrics["perplexity"], 3)
+    perplexity, bits = card.data.eval_results
+    assert perplexity.metric_value == round(metrics["perplexity"], 3)
+    assert perplexity.metric_name == "perplexity per token, window 32, stride 16"
+    assert (perplexity.dataset_name, perplexity.dataset_split) == (
+        "sentences.txt", "the last 5 % of the training text",
+    )  # fmt: skip
+    assert bits.metric_value == pytest.approx(expected.bits_per_byte, abs=1e-4)
     assert "--num-mixtures 3" in card.text
 
 
@@ -128,7 +155,7 @@ def test_resumes_bit_for_bit(tmp_path: Path, base: Path, text_file: Path, run: C
 
 
 def test_trains_a_mixture_on(tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None]) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
+    first, second, third = tmp_path / "first", tmp_path / "second", tmp_path / "third"
     data = ["--train-file", text_file, "--max-steps", 3]
     run("--model", base, "--num-mixtures", 2, "--latent-rank", 4, "--output-dir", first, *data)
     run("--model", first, "--output-dir", second, *data)
@@ -137,7 +164,9 @@ def test_trains_a_mixture_on(tmp_path: Path, base: Path, text_file: Path, run: C
     losses = [json.loads((out / "eval_results.json").read_text())["eval_loss"] for out in (first, second)]
     assert losses[1] < losses[0]
     with pytest.raises(ValueError, match="--num-mixtures: the model has 2, given 5"):
-        run("--model", first, "--num-mixtures", 5, "--output-dir", second, *data)
+        run("--model", first, "--num-mixtures", 5, "--output-dir", third, *data)
+    run("--model", first, "--balance-coefficient", 0.25, "--output-dir", third, *data)  # of the training alone
+    assert AutoModelForCausalLM.from_pretrained(third).config.balance_coefficient == 0.25
 
 
 def test_new_weights_and_the_softmax_to_compare(
@@ -149,20 +178,20 @@ def test_new_weights_and_the_softmax_to_compare(
         assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / head), kind)
 
 
-def test_rows_of_a_dataset_end_with_the_end_token(
-    tmp_path: Path, base: Path, train_clm: ModuleType, run: Callable[..., None]
-) -> None:
+def test_rows_of_a_dataset_end_with_the_end_token(tmp_path: Path, base: Path, run: Callable[..., None]) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     for split, texts in (("train", SENTENCES[:300]), ("validation", SENTENCES[300:])):
         rows = [json.dumps({"passage": text, "source": "arithmetic"}) for text in texts]
         (folder / f"{split}.jsonl").write_text("\n".join(rows))
-    options = train_clm.DataOptions(dataset_name=str(folder), text_column="passage")
+    options = DataOptions(dataset_name=str(folder), text_column="passage")
     tokenizer = AutoTokenizer.from_pretrained(base)
-    blocks = train_clm.pack(train_clm.load_text(options), tokenizer, 16, options)
-    tokens = [token for row in blocks["train"]["input_ids"] for token in row]
+    rows, validation = load_text(options)
+    assert (validation.rows, validation.split) == (SENTENCES[300:], "validation")
+    blocks = pack(rows, tokenizer, 16, options)
+    tokens = [token for row in blocks["input_ids"] for token in row]
     assert tokenizer.decode(tokens).startswith(END.join(SENTENCES[:20]))
-    assert blocks["train"]["labels"][:3] == blocks["train"]["input_ids"][:3]
+    assert blocks["labels"][:3] == blocks["input_ids"][:3]
     data = ["--dataset-name", folder, "--text-column", "passage"]
     run("--model", base, *data, "--output-dir", tmp_path / "out", "--max-steps", 1)
 
@@ -178,29 +207,46 @@ def test_rows_of_a_dataset_end_with_the_end_token(
         ("--model BASE --train-file TEXT --block-size 65", "--block-size: expected at most the model's 64 positions"),
         ("--model BASE --train-file TEXT --block-size 1", "--block-size: expected at least 2 tokens, given 1"),
         ("--model BASE --train-file TEXT --num-mixtures 0", "num_mixtures: expected an int of at least 1, given 0"),
+        ("--model BASE --train-file TEXT --latent-rank 33", "latent_rank: expected at most D = 32"),
+        ("--model BASE --train-file TEXT --learning-rat 1", r"--learning-rat: expected .*closest is --learning-rate"),
+        ("--model ./none --train-file TEXT", "model: expected a folder or a Hub id, given './none', which is neither"),
         ("--model BASE --train-file TEXT --tp-size 2", "--tp-size, --fsdp-size: expected a --model that has a"),
         ("--model BASE --train-file TEXT --validation-share 2", r"--validation-share: expected a number in \[0, 1\)"),
-        ("--model BASE --train-file TEXT --text-column words", r"--text-column: expected one of \['text'\]"),
         ("--model BASE --train-file TEXT --head softmax --num-mixtures 2", "--head softmax: expected no options"),
-        ("--from-scratch BASE --train-file TEXT", "--tokenizer: expected a path or Hub id with --from-scratch"),
+        ("--from-scratch BASE --train-file TEXT", "--tokenizer: expected a folder or Hub id with --from-scratch"),
         ("--model BASE --train-file TEXT --resume-from-checkpoint last", "expected a whole checkpoint in .*, found"),
     ],
 )
-def test_bad_input_is_named(
-    tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None], options: str, message: str
+def test_bad_options_are_named_before_the_text_is_read(
+    tmp_path: Path,
+    base: Path,
+    text_file: Path,
+    run: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    options: str,
+    message: str,
 ) -> None:
     places = {"BASE": str(base), "TEXT": str(text_file)}
     words = options.split()
     for name, place in places.items():
         words = [word.replace(name, place) for word in words]
-    with pytest.raises(ValueError, match=message):
+    monkeypatch.setattr(train, "load_text", lambda options: pytest.fail("the text was read before the options"))
+    with pytest.raises(OptionError, match=message):
         run("--output-dir", tmp_path / "out", *words)
-    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_column_that_is_not_there_is_named(
+    tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None]
+) -> None:
+    options = ["--model", base, "--train-file", text_file, "--text-column", "words", "--output-dir", tmp_path / "out"]
+    with pytest.raises(ValueError, match=r"text_column: expected one of \['text'\]"):
+        run(*options)
 
 
 def test_too_little_text_is_named(tmp_path: Path, base: Path, run: Callable[..., None]) -> None:
     short = tmp_path / "short.txt"
     short.write_text("Two words.\n")
     data = ["--train-file", short, "--validation-share", 0]
-    with pytest.raises(ValueError, match=r"expected at least 32 tokens \(--block-size\) in the train set"):
+    with pytest.raises(ValueError, match=r"expected at least 32 tokens \(--block-size\) in the training set"):
         run("--model", base, *data, "--output-dir", tmp_path / "out")

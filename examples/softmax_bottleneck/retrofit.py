@@ -33,10 +33,10 @@ from text import (
 )
 from training import checkpoint_recipe
 
-FULL, CHEAP = mixture(4), mixture(4, latent_rank=16)
+FULL = mixture(4)
 # A latent alone, and mixed before one softmax: what is gained by them is not gained by mixing softmaxes.
 CONTROLS = [mixture(1), contexts(4)]
-GRID = [mixture(K, latent_rank=R) for K in (4, 8, 16) for R in (8, 16, 32)]
+RANKS = [8, 16, 32]  # of the grid
 # One component on a shortlist is one softmax whose likeliest classes are scored again: the control of the others.
 SHORTLISTS = [
     mixture(1, shortlist_size=64),
@@ -47,11 +47,11 @@ LONGER = [2, 4]  # times the steps, for the old head
 WIDE_RATE, SCRATCH_HEAD_RATE = 1e-2, 5e-3  # from scratch: of the widened softmax; of the mixture's prior and shifts
 
 
-def configurations(base: Experiment, tries: slice) -> Configurations:
+def configurations(base: Experiment, cheap: Head, tries: slice) -> Configurations:
     """The softmax, the softmax trained for longer, and the mixtures, each with its best learning rates."""
     softmax = base.tuned(SOFTMAX, RATES[tries])
     found: Configurations = {"softmax": (softmax, SOFTMAX)}
-    found |= {head.name: (base.tuned(head, RATES[tries]), head) for head in (*CONTROLS, FULL, CHEAP)}
+    found |= {head.name: (base.tuned(head, RATES[tries]), head) for head in (*CONTROLS, FULL, cheap)}
     for factor in LONGER:
         longer = base.with_recipe(steps=factor * base.recipe.steps)
         found[f"softmax, {factor} x steps"] = (longer.tuned(SOFTMAX, RATES[tries]), SOFTMAX)
@@ -96,15 +96,21 @@ def main(
     steps: Annotated[int, typer.Option(help="Steps of each fine-tuning.")] = 1000,
     checkpoint_steps: Annotated[int, typer.Option(help="Steps of the checkpoint, at most.")] = 40000,
     seeds: Seeds = 3,
+    latent_ranks: Annotated[
+        list[int] | None, typer.Option(help=f"Ranks of the grid, {RANKS} by default; at most the hidden size.")
+    ] = None,
     grid_seeds: Annotated[int, typer.Option(min=1, help="Runs of the mixtures of the two grids.")] = 1,
     out: Out = DEFAULT_OUT,
     quick: Quick = False,
 ) -> None:
     start()
-    tries, grid, rounds = slice(None), GRID + SHORTLISTS, 4
+    ranks = latent_ranks or RANKS
+    cheap = mixture(4, latent_rank=ranks[len(ranks) // 2])
+    subspaces = [mixture(K, latent_rank=R) for K in (4, 8, 16) for R in ranks]
+    tries, grid, rounds = slice(None), subspaces + SHORTLISTS, 4
     if quick:
         vocab_size, hidden_size, num_layers, steps, checkpoint_steps, seeds = 512, 16, 1, 60, 400, 1
-        tries, grid, rounds = slice(1, 2), [CHEAP, mixture(4, shortlist_size=16)], 2
+        tries, grid, rounds = slice(1, 2), [cheap, mixture(4, shortlist_size=16)], 2
     text = load_text(
         Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size, words
     )
@@ -117,8 +123,8 @@ def main(
         f"{perplexities([checkpoint])[0]:.2f} (validation) and {perplexities([checkpoint], 'test')[0]:.2f} (test)"
     )
     whole = base.with_recipe(steps=steps, to_convergence=False)
-    found = configurations(whole, tries)
-    others = {head.name: (whole.tuned(head, RATES[tries]), head) for head in grid if head != CHEAP}
+    found = configurations(whole, cheap, tries)
+    others = {head.name: (whole.tuned(head, RATES[tries]), head) for head in grid if head != cheap}
     seconds = whole.seconds({name: entry for name, entry in (found | others).items() if "steps" not in name}, rounds)
     rows = compare(found, seconds, seeds)
     show(f"The whole model on {text.name}, perplexity", rows)

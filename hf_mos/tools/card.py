@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_mos import MoSConfig
 from ..modeling_mos import MoSForCausalLM
+from ..mos_checkpoint import CONFIG_FILE
 
 CARD_FILE = "README.md"
 EMISSIONS_FILE = "emissions.csv"  # written by the Trainer's CodeCarbon callback
@@ -119,9 +120,9 @@ def card_of_folder(
         fields: further arguments of [`model_card`].
 
     Raises:
-        OSError: there is no checkpoint in the folder.
-        ValueError: it is none of a mixture, or a file of results is none.
+        ValueError: there is no checkpoint of a mixture in the folder, or a file of results is none.
     """
+    check_checkpoint(folder)
     config = MoSConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = MoSForCausalLM(config)
@@ -132,6 +133,18 @@ def card_of_folder(
         fields["machine"] = ", ".join(dict.fromkeys(evaluation["machine"] for evaluation in measured))
     emissions = read_emissions(folder / EMISSIONS_FILE) if (folder / EMISSIONS_FILE).is_file() else None
     return model_card(model, model_id=model_id or folder.resolve().name, emissions=emissions, **fields)
+
+
+def check_checkpoint(folder: Path) -> dict[str, Any]:
+    """The `config.json` of the mixture in a folder; raises a ValueError where there is none."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder with a checkpoint, given none: no such folder")
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"{folder}: expected a folder with a checkpoint, given one without {CONFIG_FILE}")
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    if config.get("model_type") != MoSConfig.model_type:
+        raise ValueError(f"{folder}: expected a mixture of softmaxes, given a {config.get('model_type')!r}")
+    return config
 
 
 def read_results(file: Path) -> dict[str, Any]:
@@ -148,6 +161,7 @@ def read_results(file: Path) -> dict[str, Any]:
 
 def eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
     how = f"window {evaluation['window']}, stride {evaluation['stride']}"
+    how += ", the assistant's turns alone" if evaluation.get("assistant_only") else ""
     measures = (("perplexity", f"perplexity per token, {how}", 3), ("bits_per_byte", f"bits per byte, {how}", 4))
     return [
         EvalResult(

@@ -16,12 +16,14 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"hf-mos: expected {error.name}, which is not installed: pip install 'hf_mos[cli]'")
 
+from .exit_codes import DONE, FAILED, INTERRUPTED, REFUSED, OptionError, before_work
 from .head_options import with_head_options
+from .texts import ASSISTANT_ONLY_HELP, TEXT_COLUMN, TEXT_COLUMN_HELP
 
 app = typer.Typer(
     name="hf-mos",
     help="Put a mixture of softmaxes on any causal language model, train it, measure it, share it.",
-    epilog="Exit codes: 0 done, 1 failed, 2 the command line is wrong.",
+    epilog="Exit codes: 0 done, 1 the work failed, 2 an argument or option was refused before any work.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -44,6 +46,7 @@ PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of a causal LM.", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Commit, branch or tag of the model.", show_default=False)]
+TextColumn = Annotated[str, typer.Option(help=TEXT_COLUMN_HELP)]
 Dtype = Annotated[str, typer.Option(help="Of the weights: auto (as saved), float32, bfloat16, float16.")]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, mps, or auto to spread the model.", show_default="the fastest")
@@ -59,18 +62,18 @@ def run() -> NoReturn:
     for argument in sys.argv[1:]:
         if (old := argument.partition("=")[0]) in RENAMED:
             errors.print(f"[bold red]error:[/] {old}: expected {RENAMED[old]}, given an old name", soft_wrap=True)
-            sys.exit(2)
+            sys.exit(REFUSED)
     try:
         with aside:
             app()
     except KeyboardInterrupt:
         errors.print("interrupted")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if sys.argv[1:2] == ["--debug"]:
             raise
-        fail(message_of(error))
-    sys.exit(0)
+        fail(message_of(error), REFUSED if isinstance(error, OptionError) else FAILED)
+    sys.exit(DONE)
 
 
 def message_of(error: Exception) -> str:
@@ -83,9 +86,9 @@ def message_of(error: Exception) -> str:
     return f"{type(error).__name__}: {text}\n--debug before the command shows where"
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str, code: int = FAILED) -> NoReturn:
     errors.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
-    sys.exit(1)
+    sys.exit(code)
 
 
 def print_version(asked: bool) -> None:
@@ -180,7 +183,8 @@ def evaluate_command(
         str | None, typer.Option(help="Configuration of the dataset.", show_default=False)
     ] = None,
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
-    text_column: Annotated[str, typer.Option(help="Column of the text, in rows.")] = "text",
+    text_column: TextColumn = TEXT_COLUMN,
+    assistant_only: Annotated[bool, typer.Option("--assistant-only", help=ASSISTANT_ONLY_HELP)] = False,
     join_rows: Annotated[
         bool, typer.Option("--join-rows", help="Take all rows as one text, as the lines of WikiText are.")
     ] = False,
@@ -211,23 +215,29 @@ def evaluate_command(
 
     $ hf-mos evaluate gpt2 --dataset-name Salesforce/wikitext --dataset-config-name wikitext-2-raw-v1 --join-rows
     """
-    from .evaluate import evaluate
-    from .loading import load_model, load_tokenizer
+    from .chat import join, render
+    from .evaluate import choose_window, evaluate
+    from .loading import check_options, load_model, load_tokenizer
     from .provenance import describe_machine, own_command
-    from .texts import read_dataset, read_texts
+    from .texts import check_file, read_dataset, read_texts
 
     if (validation_file is None) == (dataset_name is None):
         given = "neither" if validation_file is None else "both"
         raise typer.BadParameter(f"expected --validation-file or --dataset-name, one of the two, given {given}")
+    with before_work():
+        check_file(validation_file)
+        config = check_options(model, tokenizer, revision, dtype, device, trust_remote_code)
+        choose_window(config, window, stride)
     if validation_file is not None:
-        texts = read_texts(validation_file, text_column)
+        rows = read_texts(validation_file, text_column)
     else:
         assert dataset_name is not None
-        texts = read_dataset(dataset_name, dataset_config_name, split, text_column)
-    if join_rows:
-        texts = ["".join(texts)]
+        rows = read_dataset(dataset_name, dataset_config_name, split, text_column)
     own_tokenizer = {} if tokenizer is not None else {"revision": revision}
     loaded_tokenizer = load_tokenizer(tokenizer or model, trust_remote_code=trust_remote_code, **own_tokenizer)
+    texts = render(loaded_tokenizer, rows, assistant_only)
+    if join_rows:
+        texts = [join(texts)]
     loaded = load_model(model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     result = evaluate(
         loaded,
@@ -244,6 +254,7 @@ def evaluate_command(
     if as_json:
         machine = {"dtype": str(loaded.dtype).removeprefix("torch."), "machine": describe_machine(loaded.device)}
         measured = {"model": model, "revision": revision, **data, **result.to_dict(), **machine}
+        measured["assistant_only"] = assistant_only
         print_json(measured | {"command": own_command()})
         return
     print_table(
@@ -269,7 +280,7 @@ def inspect_command(
             help="Text, or rows of .json, .jsonl, .csv, .parquet, to inspect on average.", show_default=False
         ),
     ] = None,
-    text_column: Annotated[str, typer.Option(help="Column of the text, in rows.")] = "text",
+    text_column: TextColumn = TEXT_COLUMN,
     html: Annotated[
         Path | None,
         typer.Option(
@@ -312,25 +323,34 @@ def inspect_command(
 
     $ hf-mos inspect gpt2-mos --validation-file book.txt --max-tokens 20000 --html mixture.html
     """
-    from .inspection.inspect_mixture import inspect_mixture
-    from .loading import load_model, load_tokenizer
-    from .texts import read_texts
+    from .chat import Text, beginning, render
+    from .evaluate import choose_window
+    from .inspection.inspect_mixture import inspect_mixture, refuse_softmax
+    from .loading import check_options, load_model, load_tokenizer
+    from .texts import check_file, read_texts
 
     if text is None and validation_file is None:
         raise typer.BadParameter("expected --text or --validation-file, given neither")
-    corpus = None if validation_file is None else read_texts(validation_file, text_column)
-    if text is None and html is not None:
-        assert corpus is not None
-        text = next((entry[:PAGE_CHARACTERS] for entry in corpus if entry.strip()), None)
-    if html is not None:
-        from .inspection.page import check_target, save_page
+    with before_work():
+        check_file(validation_file)
+        config = check_options(model, tokenizer, revision, dtype, device, trust_remote_code)
+        refuse_softmax(config, model)
+        choose_window(config, window, stride)
+        if html is not None:
+            from .inspection.page import check_target, save_page
 
-        check_target(html)
+            check_target(html)
+    rows = None if validation_file is None else read_texts(validation_file, text_column)
     own_tokenizer = {} if tokenizer is not None else {"revision": revision}
+    loaded_tokenizer = load_tokenizer(tokenizer or model, trust_remote_code=trust_remote_code, **own_tokenizer)
+    corpus = None if rows is None else render(loaded_tokenizer, rows, assistant_only=False)
+    shown: Text | None = text
+    if text is None and html is not None and corpus is not None:
+        shown = next((beginning(entry, PAGE_CHARACTERS) for entry in corpus if entry), None)
     inspection = inspect_mixture(
         load_model(model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code),
-        load_tokenizer(tokenizer or model, trust_remote_code=trust_remote_code, **own_tokenizer),
-        text=text,
+        loaded_tokenizer,
+        text=shown,
         corpus=corpus,
         top=top,
         window=window,
@@ -359,12 +379,11 @@ def train_command(context: typer.Context) -> None:
 
     $ hf-mos train --model gpt2 --num-mixtures 4 --train-file book.txt --output-dir gpt2-mos
     """
-    from .train import parse_options, train
+    from .train_options import parse_options
 
-    try:
-        options = parse_options(context.args, prog=context.command_path)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    options = parse_options(context.args, prog=context.command_path)
+    from .train import train  # the help needs less
+
     train(*options)
 
 
@@ -409,11 +428,16 @@ def card_command(
 
     $ hf-mos card gpt2-mos --model-id user/gpt2-mos --results results.json --base-model gpt2 --license mit
     """
-    from .card import CARD_FILE, card_of_folder
+    from .card import CARD_FILE, card_of_folder, check_checkpoint
+    from .texts import check_file
 
-    target = folder / CARD_FILE
-    if target.exists() and not force:
-        fail(f"{target}: expected none, or --force, given one that is there")
+    with before_work():
+        check_checkpoint(folder)
+        for file in results or []:
+            check_file(file)
+        target = folder / CARD_FILE
+        if target.exists() and not force:
+            raise ValueError(f"{target}: expected none, or --force, given one that is there")
     card = card_of_folder(
         folder,
         model_id=model_id,
@@ -459,10 +483,12 @@ def push_command(
 
     $ hf-mos push gpt2-mos user/gpt2-mos --private
     """
-    from .card import CARD_FILE, card_of_folder
+    from .card import CARD_FILE, card_of_folder, check_checkpoint
     from .push import push
 
-    if folder.is_dir() and not (folder / CARD_FILE).exists():
+    with before_work():
+        check_checkpoint(folder)
+    if not (folder / CARD_FILE).exists():
         card_of_folder(folder, model_id=repo).save(folder / CARD_FILE)
     pushed = push(folder, repo, branch=revision, private=private, message=message, token=token, pin=pin)
     if as_json:

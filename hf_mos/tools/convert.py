@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..configuration_mos import MoSConfig
 from ..conversion import refuse_mixture
 from ..modeling_mos import MoSForCausalLM
 from ..mos_log_probs import mix_log_probs
 from ..mos_vocabulary import cap_logits
-from .loading import check_device, check_exists, hub_options, load_model, load_tokenizer
+from .exit_codes import before_work
+from .head_options import check_head_options
+from .loading import check_options, load_model, load_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -78,13 +79,11 @@ def convert(
         OSError: there is no such model, or the folder cannot be written.
         ValueError: an option is unknown or out of range, the folder is not empty, or the model cannot be converted.
     """
-    check_folder(folder, model, overwrite)
-    check_exists(model)
-    if device not in (None, "auto"):
-        check_device(device)
-    config = AutoConfig.from_pretrained(model, **hub_options(revision, trust_remote_code))
-    refuse_mixture(config, repr(str(model)))
-    MoSConfig(text_config=config, num_mixtures=num_mixtures, **head_options)  # fail before loading weights
+    with before_work():
+        check_folder(folder, model, overwrite)
+        config = check_options(str(model), None, revision, dtype, device, trust_remote_code)
+        refuse_mixture(config, repr(str(model)))
+        check_head_options({"num_mixtures": num_mixtures, **head_options}, config)
     tokenizer = find_tokenizer(model, revision, trust_remote_code)
 
     softmax = load_model(model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .chat import Chat, Text
 from .loading import is_mixture
 
 LONGEST_DEFAULT_WINDOW = 2048
+IGNORED = -100  # in place of a target
 ROWS_AT_A_TIME = 256  # rows of a softmax's logits that are widened to fp32 at a time
 
 
@@ -28,7 +30,7 @@ class Evaluation:
 
     nats: float  # the sum over tokens
     num_tokens: int
-    num_bytes: int  # of the given texts in UTF-8
+    num_bytes: int  # of the texts in UTF-8, or of what counts of them
     num_texts: int
     window: int
     stride: int
@@ -54,14 +56,14 @@ class Evaluation:
 class Window(NamedTuple):
     """A row of a batch: the tokens that the model reads, and the targets of the last of them."""
 
-    inputs: list[int]
-    targets: list[int]  # the successors of the last len(targets) inputs
+    inputs: Tensor  # (n,)
+    targets: Tensor  # (m,), the successors of the last m inputs; -100 where one does not count
 
 
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
+    texts: Iterable[Text],
     *,
     window: int | None = None,
     stride: int | None = None,
@@ -81,7 +83,8 @@ def evaluate(
     Args:
         model: in evaluation mode.
         tokenizer: the model's own.
-        texts: each a text by itself. Text that is empty is left out.
+        texts: each a text by itself, or a [`Chat`], of which the assistant's turns count if they were searched. Text
+            that is empty is left out.
         window: tokens that the model reads at a time. `None`: its positions, at most 2048.
         stride: how far the window slides, in [1, window]. `None`: half of the window.
         batch_size: windows at a time.
@@ -96,12 +99,12 @@ def evaluate(
         raise ValueError("model: expected one in evaluation mode, given one in training mode; call model.eval()")
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, given {batch_size}")
-    window, stride = choose_window(model, window, stride)
+    window, stride = choose_window(model.config, window, stride)
     prefix = choose_prefix(tokenizer, prefix_token_id)
     texts = [text for text in texts if text]
     if not texts:
         raise ValueError("texts: expected some text, given none")
-    windows = [w for text in texts for w in windows_of([prefix, *tokenize(tokenizer, text)], window, stride)]
+    windows = [w for text in texts for w in windows_of(*sequence_of(tokenizer, text, [prefix]), window, stride)]
     if not windows:
         raise ValueError("texts: expected at least one token, given text of which the tokenizer makes none")
     check_tokens(model, windows)
@@ -111,14 +114,15 @@ def evaluate(
     batches = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
     nats = 0.0
     for batch in track(batches):
-        loss = float(batch_nll(model, batch).double().sum())
+        inputs = {name: tensor.to(model.device) for name, tensor in collate(batch).items()}
+        loss = float(target_nll(model, **inputs).cpu().double().sum())
         if not math.isfinite(loss):
             raise FloatingPointError(f"expected a finite loss, given {loss}; weights of dtype {model.dtype}")
         nats += loss
     return Evaluation(
         nats=nats,
-        num_tokens=sum(len(w.targets) for w in windows),
-        num_bytes=sum(len(text.encode()) for text in texts),
+        num_tokens=count_targets(windows),
+        num_bytes=count_bytes(texts),
         num_texts=len(texts),
         window=window,
         stride=stride,
@@ -126,8 +130,8 @@ def evaluate(
     )
 
 
-def choose_window(model: PreTrainedModel, window: int | None, stride: int | None) -> tuple[int, int]:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def choose_window(config: PreTrainedConfig, window: int | None, stride: int | None) -> tuple[int, int]:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if window is None:
         window = min(positions or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
     if window < 1 or (positions is not None and window > positions):
@@ -141,7 +145,7 @@ def choose_window(model: PreTrainedModel, window: int | None, stride: int | None
 
 
 def choose_prefix(tokenizer: PreTrainedTokenizerBase, prefix_token_id: int | None) -> int:
-    for token in (prefix_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id):
+    for token in (prefix_token_id, *prefix_of(tokenizer)):
         if token is not None:
             return token
     raise ValueError(
@@ -150,48 +154,88 @@ def choose_prefix(tokenizer: PreTrainedTokenizerBase, prefix_token_id: int | Non
     )
 
 
+def prefix_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token for the beginning of a text, else for its end, in a list; an empty list where there is neither."""
+    return [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None][:1]
+
+
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
-def windows_of(tokens: list[int], window: int, stride: int) -> Iterator[Window]:
-    """Yields windows over a prefix token and a text. Each token of the text is a target once."""
+def encode(tokenizer: PreTrainedTokenizerBase, text: Text) -> tuple[list[int], list[bool]]:
+    """The tokens of a text, and whether each counts: all, or those that begin in a turn of the assistant."""
+    if isinstance(text, str) or text.turns is None:
+        token_ids = tokenize(tokenizer, text if isinstance(text, str) else text.text)
+        return token_ids, [True] * len(token_ids)
+    encoded = tokenizer(text.text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    turns = text.turns
+    return encoded.input_ids, [any(a <= start < b for a, b in turns) for start, _ in encoded.offset_mapping]
+
+
+def sequence_of(tokenizer: PreTrainedTokenizerBase, text: Text, prefix: list[int]) -> tuple[list[int], list[bool]]:
+    """The tokens of a text behind a prefix token, and whether each counts; a chat may begin with that token itself."""
+    token_ids, counts = encode(tokenizer, text)
+    if isinstance(text, Chat) and token_ids[:1] == prefix:
+        prefix = []
+    return [*prefix, *token_ids], [False] * len(prefix) + counts
+
+
+def windows_of(token_ids: list[int], counts: list[bool], window: int, stride: int) -> Iterator[Window]:
+    """Yields windows over a prefix token and a text. Each token of the text that counts is a target once."""
+    tokens = torch.tensor(token_ids, dtype=torch.int32)  # windows are views of it
+    targets = tokens.masked_fill(~torch.tensor(counts, dtype=torch.bool), IGNORED)
     counted, end = 0, min(window, len(tokens) - 1)
     while counted < end:
-        yield Window(tokens[max(end - window, 0) : end], tokens[counted + 1 : end + 1])
+        if any(counts[counted + 1 : end + 1]):
+            yield Window(tokens[max(end - window, 0) : end], targets[counted + 1 : end + 1])
         counted, end = end, min(end + stride, len(tokens) - 1)
+
+
+def count_targets(windows: Iterable[Window]) -> int:
+    return sum(int((w.targets != IGNORED).sum()) for w in windows)
+
+
+def count_bytes(texts: Iterable[Text]) -> int:
+    """The bytes in UTF-8 of what counts."""
+    return sum(len((text if isinstance(text, str) else text.counted_text()).encode()) for text in texts)
 
 
 def check_tokens(model: PreTrainedModel, windows: list[Window]) -> None:
     embeddings: Any = model.get_input_embeddings()
-    rows = embeddings.weight.shape[0]
-    largest = max(max(*w.inputs, *w.targets) for w in windows)
+    rows = embeddings.num_embeddings  # the weight may be sharded
+    largest = max(int(part.max()) for w in windows for part in w)
     if largest >= rows:
         raise ValueError(
             f"tokenizer: expected tokens below the model's {rows}, given {largest}; is it the model's own?"
         )
 
 
-@torch.inference_mode()
-def batch_nll(model: PreTrainedModel, batch: list[Window]) -> Tensor:
-    """The nll of each target in a batch of windows (N,), in nats, fp32."""
-    longest = max(len(w.inputs) for w in batch)
-    shape = (len(batch), longest)
+def collate(windows: Sequence[Window]) -> dict[str, Tensor]:
+    """Makes a batch of windows: `input_ids`, `attention_mask` and `targets`, -100 where none, of (rows, longest)."""
+    shape = (len(windows), max(len(w.inputs) for w in windows))
     input_ids, attention_mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    targets = torch.full(shape, -100)
-    for row, w in enumerate(batch):
+    targets = torch.full(shape, IGNORED)
+    for row, w in enumerate(windows):
         end = len(w.inputs)
-        input_ids[row, :end] = torch.tensor(w.inputs)
+        input_ids[row, :end] = w.inputs
         attention_mask[row, :end] = 1
-        targets[row, end - len(w.targets) : end] = torch.tensor(w.targets)
-    inputs = {"input_ids": input_ids.to(model.device), "attention_mask": attention_mask.to(model.device)}
-    counts = targets != -100
+        targets[row, end - len(w.targets) : end] = w.targets
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "targets": targets}
+
+
+@torch.no_grad()
+def target_nll(model: Any, input_ids: Tensor, attention_mask: Tensor, targets: Tensor) -> Tensor:
+    """The nll of each target (rows, tokens), in nats, fp32; zero where there is none.
+
+    It calls the model's own forward, whose hooks gather weights that are sharded.
+    """
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     if is_mixture(model):
-        mixture: Any = model
-        hidden_states = mixture.backbone(**inputs).logits  # hidden states, as the backbone has no head
-        hidden_states = hidden_states[counts.to(hidden_states.device)]
-        return mixture.lm_head(hidden_states, targets=targets[counts].to(hidden_states.device), reduction="none")
+        return -model(**inputs, shift_labels=targets, fused_lm_head=True).log_probs
     logits = model(**inputs).logits
-    logits = logits[counts.to(logits.device)]
-    parts = zip(logits.split(ROWS_AT_A_TIME), targets[counts].to(logits.device).split(ROWS_AT_A_TIME), strict=True)
-    return torch.cat([F.cross_entropy(rows.float(), row_targets, reduction="none") for rows, row_targets in parts])
+    targets = targets.to(logits.device)
+    counts = targets != IGNORED
+    parts = zip(logits[counts].split(ROWS_AT_A_TIME), targets[counts].split(ROWS_AT_A_TIME), strict=True)
+    nll = [F.cross_entropy(rows.float(), row_targets, reduction="none") for rows, row_targets in parts]
+    return torch.zeros(counts.shape, device=logits.device).masked_scatter(counts, torch.cat(nll))

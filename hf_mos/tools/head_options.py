@@ -12,9 +12,11 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args
 
 import typer
+from transformers import PreTrainedConfig
 
 from ..configuration_mos import LATENT_ACTIVATIONS, MoSConfig
 
+WIDER_THAN_ANY = 2**20  # hidden sizes
 CHOICES = {"latent_activation": LATENT_ACTIVATIONS}
 
 
@@ -23,9 +25,14 @@ def head_fields() -> list[dataclasses.Field]:
     return [field for field in dataclasses.fields(MoSConfig) if field.metadata.get("as_flag")]
 
 
-def check_head_options(options: dict[str, Any]) -> None:
-    """Raises a ValueError where an option is out of range, before a model is loaded."""
-    MoSConfig(text_config={"model_type": "llama", "tie_word_embeddings": True}, **options)
+def check_head_options(options: dict[str, Any], config: PreTrainedConfig | None = None) -> None:
+    """Raises a ValueError where an option is out of range, before a model is loaded.
+
+    Args:
+        config: of the model; `None`: not known yet, so any width passes.
+    """
+    any_model = {"model_type": "llama", "hidden_size": WIDER_THAN_ANY, "tie_word_embeddings": True}
+    MoSConfig(text_config=any_model if config is None else config, **options)
 
 
 def with_head_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -4,9 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..configuration_mos import MoSConfig
+from ..conversion import refuse_other_models
 
 
 def load_model(
@@ -30,12 +38,36 @@ def load_model(
         OSError: there is no such model.
         ValueError: an option is unknown, or the model is none that loads.
     """
-    check_exists(model)
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"dtype: expected 'auto' or a dtype of torch such as 'bfloat16', given {dtype!r}")
-    return AutoModelForCausalLM.from_pretrained(
-        model, dtype=dtype, device_map=choose_device(device), **hub_options(revision, trust_remote_code)
-    ).eval()
+    check_dtype(dtype)
+    hub = hub_options(revision, trust_remote_code)
+    load_config(model, **hub)
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=choose_device(device), **hub).eval()
+
+
+def check_options(
+    model: str, tokenizer: str | None, revision: str | None, dtype: str, device: str | None, trust_remote_code: bool
+) -> PreTrainedConfig:
+    """Returns the model's config; raises a ValueError for an option of [`load_model`] that is refused."""
+    check_dtype(dtype)
+    if device not in (None, "auto"):
+        check_device(str(device))
+    if tokenizer is not None:
+        check_exists(tokenizer)
+    return load_config(model, **hub_options(revision, trust_remote_code))
+
+
+def load_config(model: str | Path, **hub: Any) -> PreTrainedConfig:
+    """Equivalent to: `AutoConfig.from_pretrained(model, ...)`, but only for a causal LM, mixture or not.
+
+    Raises:
+        OSError: there is no such model.
+        ValueError: it is no causal LM.
+    """
+    if not Path(model).is_file():  # a config may be a file
+        check_exists(model)
+    config = AutoConfig.from_pretrained(model, **hub)
+    refuse_other_models(config, repr(str(model)))
+    return config
 
 
 def load_tokenizer(
@@ -74,6 +106,11 @@ def choose_device(device: str | None) -> str:
         return device
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return "cpu" if accelerator is None else accelerator.type
+
+
+def check_dtype(dtype: str) -> None:
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype: expected 'auto' or a dtype of torch such as 'bfloat16', given {dtype!r}")
 
 
 def check_device(device: str) -> None:

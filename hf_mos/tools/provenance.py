@@ -2,13 +2,18 @@
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 
-def own_command() -> str:
-    """The command that started this process, without the folders of this machine."""
+def own_command(without: Sequence[str] = ()) -> str:
+    """The command that started this process, without the folders of this machine.
+
+    Args:
+        without: options that are left out, with their values.
+    """
     script = Path(sys.argv[0])
     module = getattr(sys.modules["__main__"], "__spec__", None)
     if module is not None:  # python -m
@@ -17,7 +22,13 @@ def own_command() -> str:
         launcher = ["python", script.name if script.is_absolute() else str(script)]
     else:
         launcher = [script.name]
-    return shlex.join([*launcher, *sys.argv[1:]])
+    words, is_left_out = [], False
+    for word in sys.argv[1:]:
+        if word.startswith("--"):
+            is_left_out = word.partition("=")[0] in without
+        if not is_left_out:
+            words.append(word)
+    return shlex.join([*launcher, *words])
 
 
 def describe_machine(device: torch.device) -> str:

@@ -5,7 +5,6 @@ push(Path("gpt2-mos"), "user/gpt2-mos")
 ```
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import logging
 
-from ..configuration_mos import MoSConfig
-from ..mos_checkpoint import CONFIG_FILE, STAGING_PREFIX, check_files
-from .card import CARD_FILE, address
+from ..mos_checkpoint import STAGING_PREFIX, check_files
+from .card import CARD_FILE, address, check_checkpoint
+from .exit_codes import before_work
 
 logger = logging.get_logger(__name__)
 
@@ -67,7 +66,8 @@ def push(
         ValueError: the folder holds no whole checkpoint of a mixture.
         OSError: a file is broken, or the Hub refuses (`HfHubHTTPError`).
     """
-    files = files_of(folder)
+    with before_work():
+        files = files_of(folder)
     api = HfApi(token=token)
     repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
     if branch is not None:
@@ -116,11 +116,7 @@ def files_of(folder: Path) -> list[str]:
     def refuse(expected: str, given: str) -> NoReturn:
         raise ValueError(f"{folder}: expected {expected}, given {given}")
 
-    if not (folder / CONFIG_FILE).is_file():
-        refuse("a folder with a checkpoint", "none" if not folder.is_dir() else f"one without {CONFIG_FILE}")
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    if config.get("model_type") != MoSConfig.model_type:
-        refuse("a mixture of softmaxes", f"a {config.get('model_type')!r}")
+    config = check_checkpoint(folder)
     if config.get("transformers_weights") is not None or any(folder.glob(f"{STAGING_PREFIX}*")):
         refuse("a checkpoint that was saved to its end", "one that was cut off; load and save it again")
     weights = sorted(check_files(folder, None))

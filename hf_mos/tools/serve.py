@@ -1,14 +1,21 @@
 """Runs transformers' OpenAI-compatible server for a mixture.
 
-It looks a model's class up by name among transformers' own, so the class is put there first. Everything else is
-`transformers serve`.
+It looks a model's class up by name among transformers' own, so the class is put there first. It lists the models of
+the Hub cache, so the one that it serves is listed in their place. Everything else is `transformers serve`.
 """
+
+import time
+from typing import Any
 
 import transformers
 import typer
+from huggingface_hub.errors import CacheNotFound
 from transformers.cli.serve import Serve
+from transformers.cli.serving.model_manager import ModelManager
 
 from ..modeling_mos import MoSForCausalLM
+from .exit_codes import before_work
+from .loading import check_exists
 
 HELP = """Serve a model, mixture or softmax, with transformers' own OpenAI-compatible server.
 
@@ -21,6 +28,18 @@ $ hf-mos serve gpt2-mos --port 8000
 $ curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"model": "gpt2-mos", "prompt": "The"}'
 """
 
+models_of_the_cache = ModelManager.get_gen_models
+
+
+def list_models(manager: ModelManager) -> list[dict[str, Any]]:
+    """The models that a client may ask for: the one that is served, else those of the Hub cache."""
+    if manager.force_model is not None:
+        return [{"id": manager.force_model, "object": "model", "created": int(time.time()), "owned_by": ""}]
+    try:
+        return models_of_the_cache()
+    except CacheNotFound:
+        return []
+
 
 def serve(arguments: list[str], prog: str) -> None:
     """Runs the server until it is interrupted.
@@ -32,8 +51,13 @@ def serve(arguments: list[str], prog: str) -> None:
     Raises:
         ImportError: the server's packages are not installed.
         OSError: there is no such model.
+        OptionError: the model can only be a folder, and there is no such folder.
     """
+    if arguments and not arguments[0].startswith("-"):
+        with before_work():
+            check_exists(arguments[0])
     transformers.MoSForCausalLM = MoSForCausalLM  # type: ignore[attr-defined]
+    ModelManager.get_gen_models = list_models  # type: ignore[assignment,method-assign]
     app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
     app.command(help=HELP)(Serve)
     app(arguments, prog_name=prog, standalone_mode=False)

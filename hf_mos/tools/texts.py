@@ -3,18 +3,24 @@
 from pathlib import Path
 from typing import Any
 
+from .chat import Messages
+
+TEXT_COLUMN, MESSAGES_COLUMN = "text", "messages"
+TEXT_COLUMN_HELP = "Column of the text, in rows, or of a chat's messages; without a column `text`, that of `messages`."
+ASSISTANT_ONLY_HELP = "In rows of messages, count the loss on the assistant's turns alone."
 # The readers of `datasets.load_dataset`.
 FILE_READERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def read_texts(file: Path, text_column: str = "text") -> list[str]:
+def read_texts(file: Path, text_column: str = TEXT_COLUMN) -> list[str] | list[Messages]:
     """Reads the texts of a file: each row of .json, .jsonl, .csv and .parquet, else the file as one text.
+
+    A row is a text, or a list of messages, see [`column`].
 
     Raises:
         ValueError: there is no such file, it is no UTF-8, it has no such column, or it is empty.
     """
-    if not file.is_file():
-        raise ValueError(f"file: expected a file, given {str(file)!r}, which is none")
+    check_file(file)
     if file.stat().st_size == 0:
         raise ValueError(f"file: expected some text, given {str(file)!r}, which is empty")
     reader = FILE_READERS.get(file.suffix, "text")
@@ -28,9 +34,15 @@ def read_texts(file: Path, text_column: str = "text") -> list[str]:
         raise ValueError(f"file: expected UTF-8, given {str(file)!r}: {error}") from error
 
 
+def check_file(file: Path | None) -> None:
+    """Raises a ValueError where there is no such file."""
+    if file is not None and not file.is_file():
+        raise ValueError(f"file: expected a file, given {str(file)!r}, which is none")
+
+
 def read_dataset(
-    name: str, config_name: str | None = None, split: str = "test", text_column: str = "text"
-) -> list[str]:
+    name: str, config_name: str | None = None, split: str = "test", text_column: str = TEXT_COLUMN
+) -> list[str] | list[Messages]:
     """Reads the rows of a dataset of the Hub, or of a folder that `load_dataset` reads.
 
     Raises:
@@ -41,10 +53,23 @@ def read_dataset(
     return column(load_dataset(name, config_name, split=split), text_column)
 
 
-def column(rows: Any, name: str) -> list[str]:
-    if name not in rows.column_names:
-        raise ValueError(f"text_column: expected one of {rows.column_names}, given {name!r}")
+def column(rows: Any, name: str) -> list[str] | list[Messages]:
+    """The texts of a column, or its lists of messages. Rows without the usual column of text may have `messages`."""
+    name = choose_column(rows.column_names, name)
     texts = rows[name][:]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"text_column: expected a column of text, given {name!r}")
+    if not (all(isinstance(text, str) for text in texts) or all(is_messages(text) for text in texts)):
+        raise ValueError(f"text_column: expected a column of text or of messages, given {name!r}")
     return texts
+
+
+def choose_column(names: list[str], name: str) -> str:
+    """The column of the text; `messages` where the rows have no column of the default name."""
+    if name not in names and name == TEXT_COLUMN and MESSAGES_COLUMN in names:
+        return MESSAGES_COLUMN
+    if name not in names:
+        raise ValueError(f"text_column: expected one of {names}, given {name!r}")
+    return name
+
+
+def is_messages(row: Any) -> bool:
+    return isinstance(row, list) and all(isinstance(message, dict) and "role" in message for message in row)

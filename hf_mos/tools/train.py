@@ -5,26 +5,24 @@
         --dataset-name Salesforce/wikitext --dataset-config-name wikitext-103-raw-v1 \\
         --bf16 --learning-rate 1e-4 --per-device-train-batch-size 4 --output-dir out
 
-The text is packed into blocks of `--block-size` tokens. `--head softmax` trains the same model with its own head, to
-compare. A `--model` that has a mixture already is trained on. `--from-scratch` takes a config and draws new weights.
-The output folder holds the model with its tokenizer, its card and its metrics; every option of TrainingArguments works
-(`--push-to-hub`, `--resume-from-checkpoint last`, `--gradient-checkpointing`, ...), and perplexity is exp(nats per
-token).
+`train_options.py` has the options, `blocks.py` the text. The output folder holds the model with its tokenizer, its
+card and its metrics.
 """
 
-import argparse
 import math
-from dataclasses import dataclass, field
+import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from huggingface_hub import CommitInfo, EvalResult, HfApi
+from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    HfArgumentParser,
+    EvalPrediction,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,125 +32,59 @@ from transformers import (
     set_seed,
 )
 from transformers.distributed import DistributedConfig
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..configuration_mos import MoSConfig
 from ..modeling_mos import MoSForCausalLM
+from ..mos_checkpoint import CONFIG_FILE
 from ..training.callbacks import MixtureUsage, StopOnNonFiniteLoss, last_whole_checkpoint
-from .card import CARD_FILE, model_card
-from .head_options import add_head_options, check_head_options
-from .loading import hub_options, load_tokenizer
+from .blocks import ValidationSet, ValidationText, cut_windows, load_text, pack
+from .card import CARD_FILE, eval_results, model_card
+from .evaluate import IGNORED, Window, check_tokens, choose_window, collate, target_nll
+from .exit_codes import REFUSED, OptionError, before_work
+from .head_options import check_head_options
+from .loading import hub_options, load_config, load_tokenizer
 from .provenance import describe_machine, own_command
 from .push import pin_card
-from .texts import FILE_READERS
+from .train_options import LONGEST_DEFAULT_BLOCK, DataOptions, ModelOptions, parse_options
 
-LONGEST_DEFAULT_BLOCK = 1024
-STREAMED_ROWS = 10_000  # rows packed together; the tokens after their last full block are dropped
-
-
-@dataclass
-class ModelOptions:
-    """The model, and whether it gets a mixture. The flags of the mixture are those of `head_options.py`."""
-
-    model: str | None = field(default=None, metadata={"help": "Path or Hub id of a causal LM, mixture or not."})
-    from_scratch: str | None = field(
-        default=None, metadata={"help": "Path or Hub id of a config. The weights are new."}
-    )
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "Path or Hub id of another tokenizer than the model's."}
-    )
-    head: Literal["mixture", "softmax"] = field(
-        default="mixture", metadata={"help": "softmax: keep the model's own head."}
-    )
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
-        default="float32",
-        metadata={"help": "Dtype of the weights. Keep float32, and train in mixed precision with --bf16."},
-    )
-    attn_implementation: str | None = field(default=None, metadata={"help": "As in from_pretrained."})
-    tp_size: int = field(default=1, metadata={"help": "Under torchrun: processes for tensor parallelism."})
-    fsdp_size: int = field(
-        default=1, metadata={"help": "Under torchrun: processes over which FSDP2 shards the weights."}
-    )
-    revision: str | None = field(default=None, metadata={"help": "Commit, branch or tag of the model."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run the model repository's own code."})
-
-    head_options: dict[str, Any] = field(default_factory=dict, init=False)  # the fields of MoSConfig that were given
-
-    def __post_init__(self) -> None:
-        if (self.model is None) == (self.from_scratch is None):
-            raise ValueError("expected --model or --from-scratch, one of the two, given " + given(self, "model"))
-        if self.from_scratch is not None and self.tokenizer is None:
-            raise ValueError("--tokenizer: expected a path or Hub id with --from-scratch, given none")
-
-    @property
-    def source(self) -> str:
-        """The path or id to load: of the model, or of the config."""
-        source = self.from_scratch if self.model is None else self.model
-        assert source is not None
-        return source
-
-
-@dataclass
-class DataOptions:
-    """The text, from files or from a dataset."""
-
-    train_file: str | None = field(default=None, metadata={"help": f"Text for training: {', '.join(FILE_READERS)}."})
-    validation_file: str | None = field(
-        default=None, metadata={"help": "Text for validation, in the formats of --train-file."}
-    )
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, or a folder that load_dataset reads."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    text_column: str = field(default="text", metadata={"help": "Column of the text."})
-    validation_share: float = field(
-        default=0.05,
-        metadata={
-            "help": "Without a validation set: the share of the training set, at its end, to validate on, in [0, 1)."
-        },
-    )
-    block_size: int | None = field(
-        default=None,
-        metadata={"help": f"Tokens in a block. Default: the model's positions, at most {LONGEST_DEFAULT_BLOCK}."},
-    )
-    preprocessing_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
-    streaming: bool = field(
-        default=False,
-        metadata={"help": "Read the dataset during training. Needs --max-steps. Splits no validation set off."},
-    )
-
-    def __post_init__(self) -> None:
-        if (self.train_file is None) == (self.dataset_name is None):
-            raise ValueError(
-                "expected --train-file or --dataset-name, one of the two, given " + given(self, "train_file")
-            )
-        if self.validation_file is not None and self.train_file is None:
-            raise ValueError("--validation-file: expected with --train-file only, given with --dataset-name")
-        for option, file in (("--train-file", self.train_file), ("--validation-file", self.validation_file)):
-            if file is None:
-                continue
-            if not Path(file).is_file():
-                raise ValueError(f"{option}: expected a file, given {file!r}, which is none")
-            if Path(file).suffix not in FILE_READERS:
-                raise ValueError(f"{option}: expected one of {', '.join(FILE_READERS)}, given {file!r}")
-        if not 0 <= self.validation_share < 1:
-            raise ValueError(f"--validation-share: expected a number in [0, 1), given {self.validation_share}")
-        if self.streaming and self.preprocessing_workers is not None:
-            raise ValueError("--preprocessing-workers: expected none with --streaming, which tokenizes in the loader")
-        if self.block_size is not None and self.block_size < 2:
-            raise ValueError(f"--block-size: expected at least 2 tokens, given {self.block_size}")
-
-    @property
-    def name(self) -> str:
-        return self.dataset_name or Path(str(self.train_file)).name
-
-
-def given(options: Any, name: str) -> str:
-    return "both" if getattr(options, name) is not None else "neither"
+CHANGEABLE = ("latent_dropout", "balance_coefficient")  # options of a mixture that act in training alone
+# What a folder of a run holds; other files in the output folder stay.
+RUN_FILES = (CONFIG_FILE, CARD_FILE, "*.safetensors", f"{PREFIX_CHECKPOINT_DIR}-*")
 
 
 class CardTrainer(Trainer):
-    """A Trainer that writes and pushes the model card of a mixture."""
+    """A Trainer that measures the loss as `evaluate` does, and writes and pushes the model card of a mixture.
 
-    dataset_name: str
-    base_model: str | None = None  # a Hub id
+    Args:
+        validation: the windows to evaluate on, and `validation_text` their text; `None`: no evaluation.
+        assistant_only: the windows count the assistant's turns alone.
+        base_model: the Hub id of the model that was converted.
+    """
+
+    def __init__(
+        self,
+        *,
+        validation: ValidationSet | None,
+        validation_text: ValidationText | None,
+        assistant_only: bool,
+        base_model: str | None,
+        **kwargs: Any,
+    ) -> None:
+        self.validation, self.validation_text = validation, validation_text
+        self.assistant_only, self.base_model = assistant_only, base_model
+        super().__init__(
+            eval_dataset=None if validation is None else validation.windows,
+            data_collator=collate_either,
+            compute_metrics=mean_nats,
+            **kwargs,
+        )
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Returns no loss, and the nats and the number of targets of each window."""
+        inputs = self._prepare_inputs(inputs)
+        nats = target_nll(model, **inputs).sum(-1)
+        return None, nats, (inputs["targets"] != IGNORED).sum(-1).to(nats.device)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         model = self.accelerator.unwrap_model(self.model)
@@ -173,59 +105,60 @@ class CardTrainer(Trainer):
         losses = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]
         if not losses:
             return []
-        return [
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=self.dataset_name,
-                dataset_name=self.dataset_name,
-                dataset_split="validation",
-                metric_type="perplexity",
-                metric_name="perplexity per token",
-                metric_value=round(math.exp(losses[-1]), 3),
-            )
-        ]
+        assert self.validation is not None
+        assert self.validation_text is not None
+        nats = losses[-1] * self.validation.num_tokens
+        return eval_results(
+            {
+                "data": self.validation_text.data,
+                "split": self.validation_text.split,
+                "assistant_only": self.assistant_only,
+                "window": self.validation.window,
+                "stride": self.validation.stride,
+                "perplexity": math.exp(losses[-1]),
+                "bits_per_byte": nats / (math.log(2) * self.validation.num_bytes),
+            }
+        )
 
 
-Options = tuple[ModelOptions, DataOptions, TrainingArguments]
+def collate_either(rows: Sequence[Any]) -> dict[str, Tensor]:
+    """The batch of blocks to train on, or of windows to evaluate on."""
+    return collate(rows) if isinstance(rows[0], Window) else default_data_collator(list(rows))
 
 
-def parse_options(arguments: list[str] | None = None, prog: str | None = None) -> Options:
-    """Parses a command line; `None`: that of this process."""
-    description, _, examples = (__doc__ or "").partition("\n\n")
-    parser = HfArgumentParser(
-        [ModelOptions, DataOptions, TrainingArguments],  # type: ignore[list-item]
-        prog=prog,
-        description=description,
-        epilog=examples,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
+def mean_nats(prediction: EvalPrediction) -> dict[str, float]:
+    """The nats per token and the perplexity, of the nats and the number of targets of each window."""
+    nats, counts = (
+        np.asarray(part, dtype=np.float64).sum() for part in (prediction.predictions, prediction.label_ids)
     )
-    add_head_options(parser)
-    # TrainingArguments would train into ./trainer_output.
-    next(action for action in parser._actions if action.dest == "output_dir").required = True
-    model, data, training, *given = parser.parse_args_into_dataclasses(arguments)
-    model.head_options = {name: value for namespace in given for name, value in vars(namespace).items()}
-    if model.head == "softmax" and model.head_options:
-        raise ValueError(f"--head softmax: expected no options of a mixture, given {model.head_options}")
-    check_head_options(model.head_options)
-    return model, data, training
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the examples."""
+    loss = float(nats / counts)
+    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
 
 
 def main() -> None:
-    train(*parse_options())
+    try:
+        train(*parse_options())
+    except OptionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(REFUSED)
 
 
 def train(model_options: ModelOptions, data_options: DataOptions, training_arguments: TrainingArguments) -> None:
-    """Trains and evaluates the model, saves it with its card, and pushes it if asked."""
-    if data_options.streaming and training_arguments.max_steps <= 0:
-        raise ValueError(
-            "--max-steps: expected a number of steps with --streaming, whose length is unknown, given none"
-        )
-    resume_from = checkpoint_to_resume(training_arguments)
+    """Trains and evaluates the model, saves it with its card, and pushes it if asked.
+
+    Raises:
+        OptionError: an option is refused, before any text is read.
+        ValueError: the text has no such column or is too short, or the model and the tokenizer do not fit together.
+    """
+    with before_work():
+        resume_from = checkpoint_to_resume(training_arguments)
+        output = Path(str(training_arguments.output_dir))
+        goes_on = resume_from is not None and Path(resume_from).resolve().parent == output.resolve()
+        if not goes_on and not model_options.force:
+            check_output(output)
+        config = read_config(model_options)
+        block_size = choose_block_size(data_options.block_size, config)
+        window, stride = choose_window(config, block_size, None)
     set_seed(training_arguments.seed)
 
     tokenizer = load_tokenizer(
@@ -233,33 +166,46 @@ def train(model_options: ModelOptions, data_options: DataOptions, training_argum
         revision=model_options.revision if model_options.tokenizer is None else None,
         trust_remote_code=model_options.trust_remote_code,
     )
-    config = load_config(model_options)
-    block_size = choose_block_size(data_options.block_size, config)
     with training_arguments.main_process_first(desc="reading the text"):
-        text = load_text(data_options)
-        blocks = pack(text, tokenizer, block_size, data_options)
+        rows, validation_text = load_text(data_options)
+        blocks = pack(rows, tokenizer, block_size, data_options)
+    validation = None
+    if validation_text is not None:
+        validation = cut_windows(validation_text, tokenizer, data_options.assistant_only, window, stride)
     model = model_to_train(model_options, config, tokenizer)
+    if validation is not None:
+        check_tokens(model, validation.windows)
 
+    is_hub_id = model_options.model is not None and not Path(model_options.model).exists()
     trainer = CardTrainer(
         model=model,
         args=training_arguments,
-        train_dataset=blocks["train"],
-        eval_dataset=blocks.get("validation"),
+        train_dataset=blocks,
+        validation=validation,
+        validation_text=validation_text,
+        assistant_only=data_options.assistant_only,
+        base_model=model_options.model if is_hub_id else None,
         processing_class=tokenizer,
-        data_collator=default_data_collator,
         callbacks=[StopOnNonFiniteLoss()],
     )
     if isinstance(model, MoSForCausalLM):
-        MixtureUsage().add_to(trainer)
-    trainer.dataset_name = data_options.name
-    if model_options.model is not None and not Path(model_options.model).exists():
-        trainer.base_model = model_options.model
-    metrics = trainer.train(resume_from_checkpoint=resume_from).metrics
+        MixtureUsage(model_options.log_components, remedy="--balance-coefficient 0.01").add_to(trainer)
+    if resume_from is not None and trainer.is_world_process_zero():
+        print(f"resuming from {resume_from}", file=sys.stderr)
+    if model_options.force and not goes_on:
+        with training_arguments.main_process_first(local=False, desc="deleting the checkpoints of another run"):
+            delete_checkpoints(output, kept=resume_from)
+    try:
+        metrics = trainer.train(resume_from_checkpoint=resume_from).metrics
+    except KeyboardInterrupt:
+        if trainer.is_world_process_zero():
+            print(how_to_resume(trainer), file=sys.stderr)
+        raise
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
-    if "validation" in blocks:
+    if validation is not None:
         metrics = trainer.evaluate()
-        metrics["perplexity"] = math.exp(metrics["eval_loss"])
+        metrics |= {"perplexity": metrics.pop("eval_perplexity"), "eval_window": window, "eval_stride": stride}
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     trainer.save_model()
@@ -268,6 +214,35 @@ def train(model_options: ModelOptions, data_options: DataOptions, training_argum
         pin(trainer, trainer.push_to_hub())
     else:
         trainer.create_model_card()
+
+
+def check_output(folder: Path) -> None:
+    """Raises a ValueError where the run would overwrite a model, a card or the checkpoints of another run."""
+    held = sorted(path.name for pattern in RUN_FILES for path in folder.glob(pattern))
+    if held:
+        has_checkpoints = any(name.startswith(PREFIX_CHECKPOINT_DIR) for name in held)
+        resume = ", --resume-from-checkpoint last" if has_checkpoints else ""
+        raise ValueError(
+            f"--output-dir: expected a folder without a run{resume} or --force, given {str(folder)!r}, "
+            f"which holds {', '.join(held)}"
+        )
+
+
+def delete_checkpoints(folder: Path, kept: str | None) -> None:
+    """Deletes the checkpoints of another run, which would be taken for those of the new one."""
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if path.is_dir() and (kept is None or path.resolve() != Path(kept).resolve()):
+            shutil.rmtree(path)
+
+
+def how_to_resume(trainer: Trainer) -> str:
+    """The sentence for a run that was interrupted."""
+    at = f"interrupted at step {trainer.state.global_step}"
+    checkpoint = last_whole_checkpoint(str(trainer.args.output_dir))
+    if checkpoint is None:
+        return f"{at}, before a checkpoint was saved; --save-steps {trainer.args.save_steps} saves one that often"
+    words = own_command(without=("--resume-from-checkpoint", "--resume_from_checkpoint", "--force"))
+    return f"{at}. To go on from {checkpoint}:\n{words} --resume-from-checkpoint last"
 
 
 def checkpoint_to_resume(training_arguments: TrainingArguments) -> str | None:
@@ -298,16 +273,24 @@ def pin(trainer: CardTrainer, commit: CommitInfo | None) -> None:
 # -------------------------------------------------------------------------------------------------------------- model
 
 
-def load_config(options: ModelOptions) -> PreTrainedConfig:
-    config = AutoConfig.from_pretrained(options.source, **hub_options(options.revision, options.trust_remote_code))
-    if config.model_type == MoSConfig.model_type:
-        if options.head == "softmax":
-            raise ValueError(f"--head softmax: expected a model without a mixture, given {options.model!r}")
-        for name, value in options.head_options.items():
-            if getattr(config, name) != value:
-                raise ValueError(
-                    f"--{name.replace('_', '-')}: the model has {getattr(config, name)!r}, given {value!r}"
-                )
+def read_config(options: ModelOptions) -> PreTrainedConfig:
+    """Loads the config of the model, and checks the options of the head against it."""
+    config = load_config(options.source, **hub_options(options.revision, options.trust_remote_code))
+    converts = options.head == "mixture" and config.model_type != MoSConfig.model_type
+    if max(options.tp_size, options.fsdp_size) > 1 and (converts or options.from_scratch is not None):
+        raise ValueError(
+            "--tp-size, --fsdp-size: expected a --model that has a mixture already (see hf-mos convert), "
+            f"given {options.source!r}"
+        )
+    if converts:
+        check_head_options(options.head_options, config)
+    if config.model_type != MoSConfig.model_type:
+        return config
+    if options.head == "softmax":
+        raise ValueError(f"--head softmax: expected a model without a mixture, given {options.model!r}")
+    for name, value in options.head_options.items():
+        if name not in CHANGEABLE and getattr(config, name) != value:
+            raise ValueError(f"--{name.replace('_', '-')}: the model has {getattr(config, name)!r}, given {value!r}")
     return config
 
 
@@ -319,109 +302,23 @@ def model_to_train(
     if options.attn_implementation is not None:
         loading["attn_implementation"] = options.attn_implementation
     converts = options.head == "mixture" and config.model_type != MoSConfig.model_type
+    changed = {name: value for name, value in options.head_options.items() if name in CHANGEABLE and not converts}
     if max(options.tp_size, options.fsdp_size) > 1:
-        if converts or options.from_scratch is not None:
-            raise ValueError(
-                "--tp-size, --fsdp-size: expected a --model that has a mixture already (see hf-mos convert), "
-                f"given {options.source!r}"
-            )
         loading["distributed_config"] = DistributedConfig(tp_size=options.tp_size, fsdp_size=options.fsdp_size)
     if options.from_scratch is not None:
-        config.vocab_size = len(tokenizer)
+        for name, value in {**changed, "vocab_size": len(tokenizer)}.items():
+            setattr(config, name, value)
         dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         model = MoSForCausalLM.from_causal_lm(model, **options.head_options) if converts else model
     elif converts:
         model = MoSForCausalLM.from_causal_lm(options.source, **options.head_options, **loading)
     else:
-        model = AutoModelForCausalLM.from_pretrained(options.source, **loading)
+        model = AutoModelForCausalLM.from_pretrained(options.source, **changed, **loading)
     rows = model.get_input_embeddings().num_embeddings  # the weight may be sharded
     if len(tokenizer) > rows:
         raise ValueError(f"--tokenizer: expected at most the model's {rows} tokens, given {len(tokenizer)}")
     return model
-
-
-# --------------------------------------------------------------------------------------------------------------- text
-
-
-def load_text(options: DataOptions) -> DatasetDict | IterableDatasetDict:
-    """The training set, and the validation set: given, or split off where the text is not a stream."""
-    kind = IterableDatasetDict if options.streaming else DatasetDict
-    if options.dataset_name is not None:
-        text = load_dataset(options.dataset_name, options.dataset_config_name, streaming=options.streaming)
-        if "train" not in text:
-            raise ValueError(f"--dataset-name: expected a split named 'train', given {sorted(text)}")
-    else:
-        files = {"train": options.train_file, "validation": options.validation_file}
-        read = {split: read_file(file, options.streaming) for split, file in files.items() if file is not None}
-        text = kind(read)
-    for split in set(text) & {"train", "validation"}:
-        columns = columns_of(text[split])
-        if options.text_column not in columns:
-            raise ValueError(
-                f"--text-column: expected one of {columns} of the {split} set, given {options.text_column!r}"
-            )
-    if "validation" not in text and options.validation_share > 0 and not options.streaming:
-        parts = text["train"].train_test_split(test_size=options.validation_share, shuffle=False)
-        text["train"], text["validation"] = parts["train"], parts["test"]
-    return kind({split: text[split] for split in ("train", "validation") if split in text})
-
-
-def columns_of(rows: Dataset | IterableDataset) -> list[str]:
-    """The names of the columns; a stream may know them only from its first row."""
-    return rows.column_names or list(next(iter(rows), {}))
-
-
-def read_file(file: str, streaming: bool) -> Dataset | IterableDataset:
-    reader = FILE_READERS[Path(file).suffix]
-    options = {"keep_linebreaks": True} if reader == "text" else {}
-    return load_dataset(reader, data_files=file, split="train", streaming=streaming, **options)
-
-
-def pack(
-    text: DatasetDict | IterableDatasetDict, tokenizer: PreTrainedTokenizerBase, block_size: int, options: DataOptions
-) -> dict[str, Dataset | IterableDataset]:
-    """Packs the texts into blocks of tokens, one after the other; drops an incomplete block at the end of a set.
-
-    The rows of a dataset are texts of their own and each ends with the tokenizer's end-of-sequence token; the lines of
-    a text file are one text.
-    """
-    is_lines = options.train_file is not None and FILE_READERS[Path(options.train_file).suffix] == "text"
-    end = [] if is_lines or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-
-    def tokenize(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        ids = tokenizer(rows[options.text_column], add_special_tokens=False, verbose=False).input_ids
-        return {"input_ids": [row + end for row in ids]}
-
-    def cut(rows: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
-        tokens = [token for row in rows["input_ids"] for token in row]
-        whole = len(tokens) // block_size * block_size
-        blocks = [tokens[start : start + block_size] for start in range(0, whole, block_size)]
-        return {"input_ids": blocks, "labels": blocks}
-
-    if options.streaming:
-        return {
-            split: rows.map(tokenize, batched=True, remove_columns=columns_of(rows)).map(
-                cut, batched=True, batch_size=STREAMED_ROWS
-            )
-            for split, rows in text.items()
-        }
-    result = {}
-    for split, rows in text.items():
-        tokens = rows.map(
-            tokenize,
-            batched=True,
-            remove_columns=rows.column_names,
-            num_proc=options.preprocessing_workers,
-            desc=f"tokenizing the {split} set",
-        )
-        # One batch drops tokens only at its end; a large set is cut in several batches.
-        size = min(max(len(tokens), 1), 100_000)
-        blocks = tokens.map(cut, batched=True, batch_size=size, desc=f"packing the {split} set")
-        if len(blocks) == 0:
-            raise ValueError(f"expected at least {block_size} tokens (--block-size) in the {split} set, given fewer")
-        result[split] = blocks
-    return result
 
 
 def choose_block_size(asked: int | None, config: PreTrainedConfig) -> int:

@@ -91,31 +91,46 @@ class StopOnNonFiniteLoss(TrainerCallback):
 
 
 class MixtureUsage(TrainerCallback):
-    """Logs the use of the mixture beside the loss, and warns when a component starves.
+    """Logs the use of the mixture beside the loss, and warns where a component starves.
 
-    The logs are `mixture_entropy` (nats), `smallest_mixture_weight` (the mean over tokens), `responsibility_0` ...
-    (the share of the targets that each component accounts for) and `divergence_0_1` ... (Jensen-Shannon, nats), on a
-    sample of the last batch before the log, of all processes together. `balance_coefficient` of [`MoSConfig`] revives
-    a component that starves.
+    The logs are three numbers, on a sample of the last batch before the log, of all processes together:
+
+    - `mixture_entropy`: of the mixture weights, the mean over tokens; at most log K nats, 0 for one softmax a token;
+    - `smallest_mixture_weight`: the mean weight of the component that is used least; at most 1 / K;
+    - `mixture_divergence`: Jensen-Shannon, the mean over pairs of components; 0 while they are equal, at most log 2.
 
     Args:
+        components: log `responsibility_0` ..., the share of the targets that each component accounts for, and
+            `divergence_0_1` ..., the divergence of each two, too.
         max_tokens: how many tokens are looked at. The cost of a log is `max_tokens` rows of K softmaxes.
         starved_below: the mean weight under which a component starves, as a share of 1 / K.
+        starved_for: warn where a component has starved at each log of so many steps, and at three logs at least.
+        remedy: named in the warning.
 
     Raises:
         ValueError: on training, the model has no mixture.
     """
 
-    def __init__(self, max_tokens: int = 128, starved_below: float = 0.1) -> None:
-        if max_tokens < 1 or not 0 <= starved_below <= 1:
+    def __init__(
+        self,
+        components: bool = False,
+        max_tokens: int = 128,
+        starved_below: float = 0.1,
+        starved_for: int = 50,
+        remedy: str = "MoSConfig(balance_coefficient=0.01)",
+    ) -> None:
+        if max_tokens < 1 or not 0 <= starved_below <= 1 or starved_for < 1:
             raise ValueError(
-                "expected max_tokens of at least 1 and starved_below in [0, 1], "
-                f"given {max_tokens!r} and {starved_below!r}"
+                "expected max_tokens and starved_for of at least 1 and starved_below in [0, 1], "
+                f"given {max_tokens!r}, {starved_for!r} and {starved_below!r}"
             )
-        self.max_tokens, self.starved_below = max_tokens, starved_below
+        self.components, self.max_tokens, self.remedy = components, max_tokens, remedy
+        self.starved_below, self.starved_for = starved_below, starved_for
         self.head: MoSLMHead | None = None
         self.sample: tuple[Tensor, Tensor] | None = None
-        self.starved: set[int] = set()
+        self.starved: dict[
+            int, list[int]
+        ] = {}  # the steps of the logs at which a component has starved, without a gap
 
     def add_to(self, trainer: Trainer) -> None:
         """Inserts this callback before the tracker callbacks, so that they report its numbers."""
@@ -130,7 +145,7 @@ class MixtureUsage(TrainerCallback):
             raise ValueError(f"model: expected a mixture of softmaxes, given {type(model).__name__}")
         self.head = heads[0]
         self.config = model.config
-        self.starved = set()
+        self.starved = {}
         self.hook = self.head.register_forward_pre_hook(self.keep, with_kwargs=True)
 
     def keep(self, head: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> None:
@@ -163,20 +178,21 @@ class MixtureUsage(TrainerCallback):
         if total.count == 0:
             return
         statistics = total.result()
-        entries = usage_logs(statistics)
+        entries = usage_logs(statistics, self.components)
         logs.update(entries)
         state.log_history[-1].update(entries)
         self.warn_of_starved(statistics.mean_weights, state.global_step)
 
     def warn_of_starved(self, mean_weights: Tensor, step: int) -> None:
         threshold = self.starved_below / len(mean_weights)
-        starved = {k for k, weight in enumerate(mean_weights.tolist()) if weight < threshold}
-        for k in sorted(starved - self.starved):
-            logger.warning(
-                f"step {step}: component {k} of the mixture starves: its mean weight is {mean_weights[k]:.2e}, "
-                f"below {threshold:.2e}. MoSConfig(balance_coefficient=0.01) revives it."
-            )
-        self.starved = starved
+        starved = [k for k, weight in enumerate(mean_weights.tolist()) if weight < threshold]
+        before, self.starved = self.starved, {k: [*self.starved.get(k, []), step] for k in starved}
+        for k, steps in self.starved.items():
+            if persists(steps, self.starved_for) and not persists(before.get(k, []), self.starved_for):
+                logger.warning(
+                    f"step {step}: component {k} of the mixture starves since step {steps[0]}: its mean weight is "
+                    f"{mean_weights[k]:.2e}, below {threshold:.2e}. {self.remedy} revives it."
+                )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -204,13 +220,19 @@ def whole_head(head: MoSLMHead, config: Any) -> MoSLMHead:
     return whole
 
 
-def usage_logs(statistics: MixtureStatistics) -> dict[str, float]:
+def persists(steps: list[int], least: int) -> bool:
+    return len(steps) >= 3 and steps[-1] - steps[0] >= least
+
+
+def usage_logs(statistics: MixtureStatistics, components: bool) -> dict[str, float]:
     K = len(statistics.mean_weights)
+    divergences = {f"divergence_{j}_{k}": float(statistics.divergence[j, k]) for k in range(K) for j in range(k)}
+    responsibilities = {f"responsibility_{k}": float(statistics.responsibilities[k]) for k in range(K)}
     return {
         "mixture_entropy": statistics.entropy,
         "smallest_mixture_weight": float(statistics.mean_weights.min()),
-        **{f"responsibility_{k}": float(statistics.responsibilities[k]) for k in range(K)},
-        **{f"divergence_{j}_{k}": float(statistics.divergence[j, k]) for k in range(K) for j in range(k)},
+        "mixture_divergence": sum(divergences.values()) / max(len(divergences), 1),
+        **(responsibilities | divergences if components else {}),
     }
 
 

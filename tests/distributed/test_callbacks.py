@@ -55,7 +55,7 @@ def log_usage(folder: str | Path, world_size: int) -> list[dict[str, float]]:
     for i, row in enumerate(rows):
         if i % 4 >= 2:
             row["labels"] = torch.full_like(row["labels"], -100)
-    usage = MixtureUsage(max_tokens=1000)
+    usage = MixtureUsage(components=True, max_tokens=1000)
     trainer = run_trainer(folder, "llama", world_size, usage=usage, rows=rows, gradient_accumulation_steps=1)
     names = ("mixture_entropy", "smallest_mixture_weight", "responsibility_0", "divergence_0_1")
     return [{name: entry[name] for name in names} for entry in trainer.state.log_history if "loss" in entry]

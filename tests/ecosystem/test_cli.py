@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ import hf_mos
 from hf_mos import MoSForCausalLM
 from hf_mos.tools import cli, loading
 from hf_mos.tools.evaluate import evaluate
+from hf_mos.training.callbacks import StopOnNonFiniteLoss
 
 COMMANDS = ("convert", "evaluate", "inspect", "train", "card", "push", "serve")
 
@@ -73,20 +75,20 @@ def test_help_of_a_command_has_an_example(run: Callable[..., Printed], command: 
         ("convert BASE OUT --num-mixtures 0", 2, "num_mixtures: expected an int of at least 1, given 0"),
         ("convert BASE OUT --num-softmaxes 3", 2, "--num-softmaxes"),
         ("convert BASE OUT --latent-dropout 1", 2, "latent_dropout: expected a number in [0, 1), given 1.0"),
-        ("convert BASE OUT --dtype float12", 1, "dtype: expected 'auto' or a dtype of torch"),
-        ("convert BASE OUT --device cuda:99", 1, "device: expected one that torch can use, given 'cuda:99'"),
-        ("convert BASE BASE", 1, "folder: expected another than the model's own"),
-        ("convert BASE MIXTURE", 1, "which holds a checkpoint"),
-        ("convert MIXTURE OUT", 1, "expected a causal LM with a softmax head"),
-        ("convert ./none OUT", 1, "model: expected a folder or a Hub id, given './none', which is neither"),
-        ("convert BASE TEXT", 1, "folder: expected a folder, given"),
+        ("convert BASE OUT --dtype float12", 2, "dtype: expected 'auto' or a dtype of torch"),
+        ("convert BASE OUT --device cuda:99", 2, "device: expected one that torch can use, given 'cuda:99'"),
+        ("convert BASE BASE", 2, "folder: expected another than the model's own"),
+        ("convert BASE MIXTURE", 2, "which holds a checkpoint"),
+        ("convert MIXTURE OUT", 2, "expected a causal LM with a softmax head"),
+        ("convert ./none OUT", 2, "model: expected a folder or a Hub id, given './none', which is neither"),
+        ("convert BASE TEXT", 2, "folder: expected a folder, given"),
         ("evaluate BASE", 2, "expected --validation-file or --dataset-name, one of the two, given neither"),
         ("evaluate BASE --validation-file TEXT --dataset-name x", 2, "given both"),
-        ("evaluate BASE --validation-file none.txt", 1, "file: expected a file, given 'none.txt', which is none"),
+        ("evaluate BASE --validation-file none.txt", 2, "file: expected a file, given 'none.txt', which is none"),
         ("evaluate BASE --validation-file EMPTY", 1, "which is empty"),
         ("evaluate BASE --validation-file BYTES", 1, "file: expected UTF-8"),
-        ("evaluate BASE --validation-file TEXT --window 129", 1, "at most the model's 128 positions, given 129"),
-        ("evaluate BASE --validation-file TEXT --window 16 --stride 17", 1, "at most the window's 16, given 17"),
+        ("evaluate BASE --validation-file TEXT --window 129", 2, "at most the model's 128 positions, given 129"),
+        ("evaluate BASE --validation-file TEXT --window 16 --stride 17", 2, "at most the window's 16, given 17"),
         (
             "evaluate BASE --validation-file ROWS --text-column words",
             1,
@@ -96,9 +98,22 @@ def test_help_of_a_command_has_an_example(run: Callable[..., Printed], command: 
         ("train --model BASE --train-file TEXT", 2, "--output-dir"),
         ("evaluate BASE --file TEXT", 2, "--file: expected --validation-file"),
         ("convert BASE OUT --untie", 2, "--untie: expected --no-tie-word-embeddings"),
-        ("card BASE", 1, "expected 'mos', given 'llama'"),
+        ("card BASE", 2, "expected a mixture of softmaxes, given a 'llama'"),
+        ("card OUT", 2, "no such folder"),
+        ("card EMPTY", 2, "no such folder"),
         ("card MIXTURE --results TEXT", 1, "expected JSON"),
-        ("push OUT user/name", 1, "expected a folder with a checkpoint, given none"),
+        ("card MIXTURE --results OUT", 2, "expected a file"),
+        ("push OUT user/name", 2, "no such folder"),
+        ("inspect OUT --text x", 2, "which is neither"),
+        ("inspect BASE --text x", 2, "hf-mos convert makes one of it"),
+        ("evaluate OUT --validation-file TEXT", 2, "which is neither"),
+        ("evaluate none/at/all --validation-file TEXT", 2, "which is neither"),
+        ("serve ./none", 2, "which is neither"),
+        ("train --model OUT --train-file TEXT --output-dir OUT", 2, "which is neither"),
+        ("train --model BASE --train-file TEXT --output-dir OUT --num-mixtures 0", 2, "num_mixtures: expected an int"),
+        ("train --model BASE --train-file TEXT --output-dir OUT --latent-rank 99", 2, "at most D = 32"),
+        ("convert BASE OUT --latent-rank 99", 2, "latent_rank: expected at most D = 32"),
+        ("train --model MIXTURE --train-file TEXT --output-dir MIXTURE", 2, "or --force, given"),
         ("mix", 2, "mix"),
     ],
 )
@@ -273,7 +288,7 @@ def test_force_replaces_the_checkpoint_and_nothing_else(
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     refused = run("convert", base, out)
-    assert refused.code == 1
+    assert refused.code == 2
     assert "something else than a checkpoint" in refused.err
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
     assert run("convert", base, out, "--force").code == 0
@@ -439,7 +454,7 @@ def test_measurements_go_into_the_card(
     assert (card.data.base_model, card.data.license, card.data.language) == ("someone/llama", "mit", ["en"])
 
     again = run("card", folder)
-    assert again.code == 1
+    assert again.code == 2
     assert "or --force" in again.err
     assert run("card", folder, "--force").code == 0
     assert "None measured." in ModelCard.load(folder / "README.md").text
@@ -448,16 +463,121 @@ def test_measurements_go_into_the_card(
 # --------------------------------------------------------------------------------------------------------------- train
 
 
-def test_train_and_evaluate_agree(base: Path, text_file: Path, tmp_path: Path) -> None:
-    """From the installed command; what it logs is what `evaluate` measures on the same blocks."""
-    options = ["--model", base, "--train-file", text_file, "--validation-file", text_file, "--output-dir", "out"]
-    options += ["--use-cpu", "--report-to", "none", "--disable-tqdm", "true", "--block-size", 64, "--max-steps", 3]
-    run_command("train", *options, cache=tmp_path)
-    metrics = json.loads((tmp_path / "out" / "all_results.json").read_text())
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert isinstance(model, MoSForCausalLM)
-    tokens = AutoTokenizer.from_pretrained(base)(text_file.read_text()).input_ids
-    blocks = torch.tensor(tokens[: len(tokens) // 64 * 64]).view(-1, 64)
+@pytest.fixture
+def wide(tmp_path: Path, base: Path) -> Path:
+    """A Llama of D = 576 with large logits, and a tokenizer, in a folder."""
+    folder = tmp_path / "wide"
+    model = tiny_causal_lm(hidden_size=576, num_attention_heads=8, head_dim=72, vocab_size=300)
     with torch.no_grad():
-        expected = model(blocks, labels=blocks).loss.item()
-    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-4)
+        model.lm_head.weight.mul_(0.1)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+QUICK = ["--use-cpu", "--report-to", "none", "--disable-tqdm", "true", "--logging-steps", 1]
+
+
+def test_train_and_evaluate_agree(
+    run: Callable[..., Printed], wide: Path, base: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """The perplexity of a run, at step 0 and at the end, is what the command `evaluate` prints of the same file."""
+    file = tmp_path / "eval.txt"
+    file.write_text("Sentence 3 says that 3 times 3 is 9, and 3 plus one is 4. " * 9)
+    out = tmp_path / "out"
+    options = ["--train-file", text_file, "--validation-file", file, "--block-size", 64, "--learning-rate", 1e-3]
+    options += ["--max-steps", 3, "--eval-on-start", "--per-device-eval-batch-size", 3, "--output-dir", out]
+    run_command("train", "--model", wide, *options, *QUICK, cache=tmp_path)
+    metrics = json.loads((out / "all_results.json").read_text())
+    logs = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    first, last = (entry for entry in logs if "eval_loss" in entry)
+    evaluation = ["--validation-file", file, "--window", 64, "--stride", 32, "--json"]
+    before, after = (json.loads(run("evaluate", model, *evaluation).out) for model in (wide, out))
+    assert first["step"] == 0
+    assert before["nats_per_token"] > 1.05 * after["nats_per_token"]
+    for logged, evaluated in ((first, before), (last, after)):
+        assert logged["eval_loss"] == pytest.approx(evaluated["nats_per_token"], rel=1e-5)
+        assert logged["eval_perplexity"] == pytest.approx(evaluated["perplexity"], rel=1e-4)
+    assert metrics["perplexity"] == last["eval_perplexity"]
+    assert (metrics["eval_window"], metrics["eval_stride"]) == (64, 32)
+
+    card = ModelCard.load(out / "README.md")
+    results = {result.metric_type: result for result in card.data.eval_results}
+    assert {result.dataset_name for result in results.values()} == {"eval.txt"}
+    assert {result.dataset_type for result in results.values()} == {"eval.txt"}
+    assert {result.dataset_split for result in results.values()} == {None}
+    assert results["perplexity"].metric_value == pytest.approx(after["perplexity"], rel=1e-4)
+    assert results["perplexity"].metric_name == "perplexity per token, window 64, stride 32"
+    assert results["bits_per_byte"].metric_value == pytest.approx(after["bits_per_byte"], abs=1e-3)
+    assert f"| {file.name} |" in card.text
+    assert text_file.name not in card.text.replace(str(text_file), "")
+
+
+def test_a_softmax_is_measured_by_the_same_rule(
+    run: Callable[..., Printed], wide: Path, text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = ["--train-file", text_file, "--validation-file", text_file, "--block-size", 64, "--max-steps", 1]
+    assert run("train", "--model", wide, "--head", "softmax", *options, *QUICK, "--output-dir", out).code == 0
+    metrics = json.loads((out / "all_results.json").read_text())
+    evaluated = run("evaluate", out, "--validation-file", text_file, "--window", 64, "--stride", 32, "--json")
+    assert metrics["eval_loss"] == pytest.approx(json.loads(evaluated.out)["nats_per_token"], rel=1e-5)
+
+
+def test_train_keeps_what_a_folder_holds(
+    run: Callable[..., Printed], base: Path, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    options = ["--model", base, "--train-file", text_file, "--block-size", 32, *QUICK, "--output-dir", out]
+    run("train", *options, "--max-steps", 4, "--save-steps", 2)
+    (out / "README.md").write_text("An edited card.")
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    refused = run("train", *options, "--max-steps", 1)
+    assert refused.code == 2
+    assert "or --force, given" in refused.err
+    assert "README.md" in refused.err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
+
+    (out / "checkpoint-4" / "optimizer.pt").write_bytes(b"cut short")
+    (out / "config.json").unlink()
+    resumed = run("train", *options, "--max-steps", 4, "--resume-from-checkpoint", "last")
+    assert resumed.code == 0, resumed.err
+    assert f"resuming from {out}/checkpoint-2" in resumed.err
+    assert "checkpoint-4 is skipped: optimizer.pt is cut short" in caplog.text
+    assert run("train", *options, "--max-steps", 1, "--force").code == 0
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]  # none of the other run
+    assert "An edited card." not in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_an_interrupted_training_says_how_to_go_on(
+    run: Callable[..., Printed],
+    base: Path,
+    text_file: Path,
+    tmp_path: Path,
+    saves: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+    options = ["--model", base, "--train-file", text_file, "--block-size", 32, *QUICK, "--output-dir", out]
+    options += ["--max-steps", 4, "--save-steps", 2 if saves else 4]
+    take_step = StopOnNonFiniteLoss.on_pre_optimizer_step
+
+    def interrupt(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+        take_step(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopOnNonFiniteLoss, "on_pre_optimizer_step", interrupt)
+        printed = run("train", *options)
+    assert printed.code == 130
+    assert "interrupted at step 3" in printed.err
+    if not saves:
+        assert "before a checkpoint was saved; --save-steps" in printed.err
+        return
+    assert f"To go on from {out}/checkpoint-2" in printed.err
+    command = next(line for line in printed.err.splitlines() if line.endswith("--resume-from-checkpoint last"))
+    words = shlex.split(command)
+    assert run(*words[words.index("train") :]).code == 0
+    assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 4

@@ -10,7 +10,8 @@ from helpers import VOCAB_SIZE, random_tokens, tiny_causal_lm, tiny_mos
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from hf_mos.tools.train import parse_options, train
+from hf_mos.tools.train import train
+from hf_mos.tools.train_options import parse_options
 
 
 def trained(data: object, folder: Path, **options: object) -> tuple[list[float], torch.Tensor, dict[str, float]]:

@@ -147,7 +147,7 @@ def test_push_to_hub_of_the_trainer(hub: HubServer, base: Path, text_file: Path,
     assert {"model.safetensors", "modeling_mos.py", "tokenizer.json", "README.md"} <= set(commit.files)
     assert pin.changed == ["README.md"]
     card = ModelCard(pin.files["README.md"].content.decode())
-    (result,) = card.data.eval_results
+    result, _ = card.data.eval_results
     metrics = json.loads((out / "all_results.json").read_text())
     assert result.metric_value == pytest.approx(metrics["perplexity"], abs=1e-3)
     assert f'"code_revision": "{commit.sha}"' in card.text
@@ -254,7 +254,7 @@ def test_a_folder_that_is_not_whole_is_refused_before_anything_is_sent(
     shutil.copytree(mixture, folder)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     (folder / missing).unlink()
-    process = run_command("push", folder, NAME, cache=tmp_path, code=1, **hub.environment(TOKEN))
+    process = run_command("push", folder, NAME, cache=tmp_path, code=2, **hub.environment(TOKEN))
     assert BROKEN[missing] in process.stderr
     assert hub.requests == []
 
@@ -263,6 +263,6 @@ def test_a_softmax_is_not_pushed_as_a_mixture(hub: HubServer, base: Path, tmp_pa
     folder = tmp_path / "folder"
     shutil.copytree(base, folder)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
-    process = run_command("push", folder, NAME, cache=tmp_path, code=1, **hub.environment(TOKEN))
+    process = run_command("push", folder, NAME, cache=tmp_path, code=2, **hub.environment(TOKEN))
     assert "expected a mixture of softmaxes, given a 'llama'" in process.stderr
     assert hub.requests == []

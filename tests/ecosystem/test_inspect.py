@@ -499,16 +499,26 @@ def test_the_tables_say_it() -> None:
     inspection = whole_inspection()
     text = printed(inspection)
     assert "café" not in text  # tokens, not the text
-    for token in inspection.text.tokens[:5]:
-        assert visible(token.text) in text
-        assert f"{token.prediction.nll:.2f}" in text
+    lines = text[text.index("Token by token") :].splitlines()[4:]
+    for token, line in zip(inspection.text.tokens, lines, strict=False):  # one line each
+        assert line.strip().startswith(visible(token.text))
+        assert f"{token.prediction.nll:.2f}" in line
+        assert f"{token.prediction.softmax_nll:.2f}" in line
+        weights = " ".join(f"{100 * weight:2.0f}" for weight in token.prediction.mixture_weights)
+        leader = max(range(3), key=token.prediction.responsibilities.__getitem__)
+        assert f"{weights} " in line
+        assert f"{leader}: {100 * token.prediction.responsibilities[leader]:.0f} %" in line
+        assert f"{visible(token.prediction.top[0].text)} {100 * token.prediction.top[0].probability:.0f}" in line
+    assert "what follows" in lines[len(inspection.text.tokens)]
     for k, component in enumerate(inspection.corpus.components):
         assert f"component {k}" in text
         assert f"{100 * component.mean_weight:.1f} %" in text
     assert f"{inspection.corpus.nll:.4f}" in text
     assert "bound of one softmax" in text
     assert "✓" in text
-    printed(inspection, width=60)
+    narrow = printed(inspection, width=60)
+    assert narrow.splitlines()[4 + len(inspection.text.tokens)].strip().startswith("what")  # no line is wrapped
+    assert "weight, %" in printed(whole_inspection(num_mixtures=16))
 
 
 # ------------------------------------------------------------------------------------------------------------ the page
@@ -523,6 +533,7 @@ class Page(HTMLParser):
         super().__init__()
         self.open: list[tuple[str, dict[str, str | None]]] = []
         self.tokens: list[str] = []
+        self.inks: list[str] = []  # what of a token has its colour
         self.data = ""
         self.ids: list[str] = []
         self.loaded: list[str] = []
@@ -544,8 +555,10 @@ class Page(HTMLParser):
             pass
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1][1].get("class") == "mos-token":
+        if any(attributes.get("class") == "mos-token" for _, attributes in self.open):
             self.tokens[-1] += data
+        if self.open and self.open[-1][1].get("class") == "mos-ink":
+            self.inks.append(data)
         if self.open and self.open[-1][1].get("class") == "mos-data":
             self.data += data
 
@@ -569,6 +582,23 @@ def test_the_page_needs_nothing_else_and_escapes_the_text() -> None:
     tokens = json.loads(page.data)["tokens"]
     assert len(tokens) == len(page.tokens)
     assert tokens[3]["prediction"]["nll"] == pytest.approx(inspection.text.tokens[3].prediction.nll, rel=1e-4)
+
+
+def test_the_colour_of_a_token_leaves_the_space_before_it_out() -> None:
+    """That space hangs at the end of the line before."""
+    tokenizer = tokenizer_of(eos_token=END)
+    text = "In 2017 the cat  sat."
+    page = Page(render_page(inspect_mixture(mixture_for(tokenizer), tokenizer, text=text)))
+    assert "".join(page.tokens).removesuffix("▸") == text
+    assert len(page.inks) == len(page.tokens)
+    assert all(ink == token.lstrip(" ") or ink == token for ink, token in zip(page.inks, page.tokens, strict=True))
+    assert not any(ink.startswith(" ") and ink.strip() for ink in page.inks)
+
+
+def test_the_page_says_that_the_old_softmax_is_no_trained_one() -> None:
+    inspection = whole_inspection()
+    assert "It has not been trained since the conversion" in render_page(inspection)
+    assert "It has not been trained since the conversion" in " ".join(printed(inspection).split())
 
 
 @pytest.mark.parametrize("options", [{"num_mixtures": 1}, {"num_mixtures": 16}])
@@ -622,14 +652,15 @@ def test_in_a_browser_the_page_shows_the_details_of_a_token(tmp_path: Path) -> N
         tokens[-1].click()
         assert "What comes next" in detail.text
 
-        before = tokens[index].value_of_css_property("background-color")
+        ink = tokens[index].find_element(By.CSS_SELECTOR, ".mos-ink")
+        before = ink.value_of_css_property("background-color")
         scale = chrome.find_element(By.CSS_SELECTOR, ".mos-scale")
         for option, label in (("surprise", f"{prediction.nll:.2f}"), ("weight", None), ("gain", None)):
             scale.find_element(By.CSS_SELECTOR, f"[value={option}]").click()
             assert label in (None, tokens[index].get_attribute("data-label"))
         assert tokens[index].get_attribute("data-label")[0] in "+\u2212"
         scale.find_element(By.CSS_SELECTOR, "[value=responsibility]").click()
-        assert tokens[index].value_of_css_property("background-color") == before
+        assert ink.value_of_css_property("background-color") == before
         assert before != "rgba(0, 0, 0, 0)"
         assert complaints(chrome) == []
         assert {address.partition(":")[0] for address in requested(chrome)} <= {"file", "data"}
@@ -690,8 +721,8 @@ def test_a_page_of_a_file_shows_its_beginning(mixture: Path, text_file: Path, tm
     [
         ([], 2, "expected --text or --validation-file, given neither"),
         (["--text", ""], 1, "text: expected at least one token"),
-        (["--validation-file", "missing.txt"], 1, "missing.txt"),
-        (["--text", "x", "--html", "no/folder/page.html"], 1, "html: expected a file in a folder that is there"),
+        (["--validation-file", "missing.txt"], 2, "missing.txt"),
+        (["--text", "x", "--html", "no/folder/page.html"], 2, "html: expected a file in a folder that is there"),
     ],
 )
 def test_the_command_says_what_is_wrong(
@@ -703,8 +734,8 @@ def test_the_command_says_what_is_wrong(
 
 
 def test_the_command_refuses_a_softmax(base: Path, tmp_path: Path) -> None:
-    process = run_command("inspect", base, "--text", "x", cache=tmp_path, code=1)
-    assert "expected a mixture of softmaxes, given LlamaForCausalLM" in process.stderr
+    process = run_command("inspect", base, "--text", "x", cache=tmp_path, code=2)
+    assert f"expected a mixture of softmaxes, given {base}" in process.stderr
 
 
 def test_the_code_beside_a_checkpoint_is_looked_at_as_our_own(tmp_path: Path) -> None:

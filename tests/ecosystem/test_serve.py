@@ -22,11 +22,20 @@ NEW_TOKENS = 12
 
 
 @contextmanager
-def server(folder: Path, cache: Path, *options: str) -> Iterator[OpenAI]:
+def server(folder: Path | None, cache: Path, *options: str) -> Iterator[OpenAI]:
     """`hf-mos serve` on a free port, and a client of it."""
-    (cache / "hub").mkdir(exist_ok=True)  # the server lists it
     environment = os.environ | {"HF_HOME": str(cache), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "hf_mos.tools.cli", "serve", str(folder), "--port", "0", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "hf_mos.tools.cli",
+        "serve",
+        *([] if folder is None else [str(folder)]),
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+    ]
     process = subprocess.Popen(
         [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=cache
     )
@@ -85,6 +94,15 @@ def test_a_prompt_is_completed(client: OpenAI, mixture: Path) -> None:
     assert completion.choices[0].text == generated(mixture, tokens)
 
 
+def test_the_model_is_listed_where_there_is_no_hub_cache(client: OpenAI, mixture: Path) -> None:
+    assert [(model.id, model.object) for model in client.models.list()] == [(str(mixture), "model")]
+
+
+def test_without_a_model_those_of_the_cache_are_listed(tmp_path: Path) -> None:
+    with server(None, tmp_path) as client:
+        assert list(client.models.list()) == []
+
+
 def test_continuous_batching(mixture: Path, tmp_path: Path) -> None:
     options = [
         "--continuous-batching",
@@ -100,7 +118,7 @@ def test_continuous_batching(mixture: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
-    process = run_command("serve", "./none", cache=tmp_path, code=1)
+    process = run_command("serve", "./none", cache=tmp_path, code=2)
     assert "Traceback" not in process.stderr
     assert "./none" in process.stderr
 

@@ -58,7 +58,8 @@ def test_a_text_is_coloured_by_component(chrome: Any, mixture: Path) -> None:
         shares = token.prediction.responsibilities
         label = str(shares.index(max(shares)))
         assert element.get_attribute("data-label") == label
-        backgrounds.setdefault(label, set()).add(element.value_of_css_property("border-bottom-color"))
+        ink = element.find_element(By.CSS_SELECTOR, ".mos-ink")
+        backgrounds.setdefault(label, set()).add(ink.value_of_css_property("border-bottom-color"))
     assert len(backgrounds) > 1
     assert all(len(colors) == 1 for colors in backgrounds.values())  # one colour for each component
     assert len(set.union(*backgrounds.values())) == len(backgrounds)

@@ -14,7 +14,14 @@ from hf_mos.training.callbacks import MixtureUsage
 
 TRACKIO = Path(__file__).parents[2] / "build" / "trackio"  # made by `make test-ecosystem`
 
-MIXTURE = {"mixture_entropy", "smallest_mixture_weight", "responsibility_0", "responsibility_2", "divergence_0_1"}
+MIXTURE = {
+    "mixture_entropy",
+    "smallest_mixture_weight",
+    "mixture_divergence",
+    "responsibility_0",
+    "responsibility_2",
+    "divergence_0_1",
+}
 
 
 def train(folder: Path, tracker: str) -> list[dict[str, float]]:
@@ -34,7 +41,7 @@ def train(folder: Path, tracker: str) -> list[dict[str, float]]:
         project="mos",
     )
     trainer = Trainer(tiny_mos(), arguments, train_dataset=rows)
-    MixtureUsage().add_to(trainer)
+    MixtureUsage(components=True).add_to(trainer)
     trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 

@@ -179,19 +179,45 @@ def starve(model: MoSForCausalLM, component: int = 1) -> MoSForCausalLM:
     return model
 
 
-def test_usage_is_logged_and_a_starved_component_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run = trainer(tmp_path, starve(tiny_mos(prior_bias=True)), [])
-    MixtureUsage().add_to(run)
+@pytest.mark.parametrize("components", [False, True])
+def test_usage_is_logged(components: bool, tmp_path: Path) -> None:
+    run = trainer(tmp_path, tiny_mos(num_mixtures=4), [])
+    MixtureUsage(components).add_to(run)
     run.train()
     entries = [entry for entry in run.state.log_history if "loss" in entry]
     assert len(entries) == 6
+    pairs = [(j, k) for k in range(4) for j in range(k)]
     for entry in entries:
-        assert 0 <= entry["mixture_entropy"] <= math.log(3)
-        assert entry["smallest_mixture_weight"] < 0.02
-        assert sum(entry[f"responsibility_{k}"] for k in range(3)) == pytest.approx(1, abs=1e-5)
-        assert all(0 < entry[f"divergence_{j}_{k}"] < math.log(2) for j, k in ((0, 1), (0, 2), (1, 2)))
-    assert caplog.text.count("component 1 of the mixture starves") == 1  # once, not at each log
-    assert "component 0 " not in caplog.text
+        assert 0 <= entry["mixture_entropy"] <= math.log(4)
+        assert 0 < entry["smallest_mixture_weight"] <= 1 / 4
+        assert 0 < entry["mixture_divergence"] < math.log(2)
+        usual = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
+        assert len(entry.keys() - usual) == (3 + 4 + len(pairs) if components else 3)
+        if components:
+            divergences = [entry[f"divergence_{j}_{k}"] for j, k in pairs]
+            assert entry["mixture_divergence"] == pytest.approx(sum(divergences) / len(pairs))
+            assert sum(entry[f"responsibility_{k}"] for k in range(4)) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_component_that_starves_for_long_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = trainer(tmp_path, starve(tiny_mos(prior_bias=True)), [], max_steps=9)
+    MixtureUsage(starved_for=4, remedy="--balance-coefficient 0.01").add_to(run)
+    run.train()
+    warning = "step 5: component 1 of the mixture starves since step 1: its mean weight is"
+    assert caplog.text.count("starves") == 1  # once, not at each log
+    assert warning in caplog.text
+    assert "--balance-coefficient 0.01 revives it" in caplog.text
+
+
+def test_a_component_that_starves_now_and_then_is_not_named(caplog: pytest.LogCaptureFixture) -> None:
+    usage, rare = MixtureUsage(), torch.tensor([0.001, 0.999])
+    for step in range(1, 400):
+        usage.warn_of_starved(rare if step % 40 else rare.flip(0), step)
+    assert not caplog.text
+    for step in range(500, 2501, 500):  # of logs that are far apart, three
+        usage.warn_of_starved(rare if step > 500 else rare.flip(0), step)
+    assert caplog.text.count("starves") == 1
+    assert "step 2000: component 0 of the mixture starves since step 1000" in caplog.text
 
 
 def test_statistics_are_those_of_the_definition() -> None:

@@ -21,17 +21,24 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ...configuration_mos import MoSConfig
 from ...mos_vocabulary import cap_logits, widen
 from ...training.mixture_statistics import MixturePredictions, StatisticsSum, entropy, predict_in_chunks
-from ..evaluate import Window, check_tokens, choose_window, tokenize, windows_of
-from ..loading import is_mixture
+from ..chat import Text
+from ..evaluate import Window, check_tokens, choose_window, prefix_of, sequence_of, windows_of
 from ..rank import log_prob_rank
 from .token_texts import TokenTexts
 
 UNKNOWN_TARGET = -1  # at the position after the end of a text
 RANK_CLASSES = 4096
+# Where the two are compared: a lower nll than the old softmax's reads as a gain.
+OLD_SOFTMAX = (
+    "The old softmax is the same decoder on the hidden state itself. It has not been trained since the conversion, so "
+    "what the mixture is ahead of it is no gain over a softmax that was trained for as long; `hf-mos train --head "
+    "softmax` trains one."
+)
 
 
 # --------------------------------------------------------------------------------------------------------- the results
@@ -174,8 +181,8 @@ def inspect_mixture(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    text: str | None = None,
-    corpus: Sequence[str] | None = None,
+    text: Text | None = None,
+    corpus: Sequence[Text] | None = None,
     top: int = 5,
     window: int | None = None,
     stride: int | None = None,
@@ -192,8 +199,8 @@ def inspect_mixture(
     Args:
         model: a mixture of softmaxes in evaluation mode, of the installed hf_mos or of the code beside a checkpoint.
         tokenizer: the model's own.
-        text: looked at token by token.
-        corpus: texts, looked at on average.
+        text: looked at token by token, a [`Chat`] too.
+        corpus: texts, looked at on average, [`Chat`]s too.
         top: how many candidates and tokens are listed.
         window: tokens that the model reads at a time. `None`: its positions, at most 2048.
         stride: how far the window slides, in [1, window]. `None`: half of the window.
@@ -215,7 +222,7 @@ def inspect_mixture(
         raise ValueError(f"max_tokens: expected at least 1, given {max_tokens}")
     if rank_contexts < 0:
         raise ValueError(f"rank_contexts: expected at least 0, given {rank_contexts}")
-    inspector = Inspector(model, tokenizer, top, *choose_window(model, window, stride))
+    inspector = Inspector(model, tokenizer, top, *choose_window(model.config, window, stride))
     return Inspection(
         model=describe(model),
         text=None if text is None else inspector.inspect_text(text),
@@ -224,12 +231,16 @@ def inspect_mixture(
 
 
 def check_mixture(model: PreTrainedModel) -> None:
-    if not is_mixture(model):
-        raise ValueError(
-            f"model: expected a mixture of softmaxes, given {type(model).__name__}; hf-mos convert makes one of it"
-        )
+    """Raises a ValueError for a model that is no mixture in evaluation mode."""
+    refuse_softmax(model.config, type(model).__name__)
     if model.training:
         raise ValueError("model: expected one in evaluation mode, given one in training mode; call model.eval()")
+
+
+def refuse_softmax(config: PreTrainedConfig, given: str) -> None:
+    """Raises a ValueError for the config of a model that is no mixture."""
+    if config.model_type != MoSConfig.model_type:
+        raise ValueError(f"model: expected a mixture of softmaxes, given {given}; hf-mos convert makes one of it")
 
 
 def describe(model: Any) -> ModelInspection:
@@ -264,24 +275,23 @@ class Inspector:
         self.head = model.lm_head
         self.top = min(top, self.head.decoder.out_features)
         self.window, self.stride = window, stride
-        specials = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-        self.prefix = [id for id in specials if id is not None][:1]
+        self.prefix = prefix_of(tokenizer)
 
-    def windows_of(self, token_ids: list[int]) -> list[Window]:
-        """The windows of a text; each token that can be predicted is predicted once."""
-        return list(windows_of([*self.prefix, *token_ids], self.window, self.stride))
+    def windows_of(self, sequence: list[int]) -> list[Window]:
+        """The windows of a text behind its prefix; each token that can be predicted is predicted once."""
+        return list(windows_of(sequence, [True] * len(sequence), self.window, self.stride))
 
-    def window_after(self, token_ids: list[int]) -> Window:
+    def window_after(self, sequence: list[int]) -> Window:
         """The window that predicts the token after a text."""
-        return Window([*self.prefix, *token_ids][-self.window :], [UNKNOWN_TARGET])
+        return Window(torch.tensor(sequence[-self.window :]), torch.tensor([UNKNOWN_TARGET]))
 
     @torch.inference_mode()
     def chunks(self, window: Window) -> Iterator[Chunk]:
-        input_ids = torch.tensor([window.inputs], device=self.model.device)
+        input_ids = window.inputs[None].to(self.model.device, torch.long)
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         outputs = self.model.backbone(**inputs, return_dict=True)  # hidden states, as the backbone has no head
         hidden_states = outputs.logits[0, -len(window.targets) :]
-        targets = torch.tensor(window.targets, device=hidden_states.device)
+        targets = window.targets.to(hidden_states.device, torch.long)
         for tokens, mixture in predict_in_chunks(self.head, hidden_states):
             log_probs = mixture.log_probs()
             if not log_probs.amax(-1).isfinite().all():  # amax passes NaN on; a class may have zero probability
@@ -291,11 +301,13 @@ class Inspector:
             softmax = softmax_log_probs(self.head, hidden_states[tokens])
             yield Chunk(targets[tokens], hidden_states[tokens], mixture, log_probs, softmax)
 
-    def inspect_text(self, text: str) -> TextInspection:
-        token_ids = tokenize(self.tokenizer, text)
+    def inspect_text(self, text: Text) -> TextInspection:
+        sequence, counts = sequence_of(self.tokenizer, text, self.prefix)
+        prefix = sequence[: len(sequence) - sum(counts)]
+        token_ids = sequence[len(prefix) :]
         if not token_ids:
             raise ValueError(f"text: expected at least one token, given {text!r}, of which the tokenizer makes none")
-        windows = [*self.windows_of(token_ids), self.window_after(token_ids)]
+        windows = [*self.windows_of(sequence), self.window_after(sequence)]
         check_tokens(self.model, windows)
         predictions = [p for window in windows for chunk in self.chunks(window) for p in self.predictions(chunk)]
         following = predictions.pop()
@@ -303,7 +315,8 @@ class Inspector:
         names = self.tokenizer.convert_ids_to_tokens(token_ids)
         texts = self.texts.of_text(token_ids)
         tokens = [Token(*fields) for fields in zip(token_ids, names, texts, [*unpredicted, *predictions], strict=True)]
-        return TextInspection(text, self.prefix[0] if self.prefix else None, tokens, following)
+        written = text if isinstance(text, str) else text.text
+        return TextInspection(written, prefix[0] if prefix else None, tokens, following)
 
     def predictions(self, chunk: Chunk) -> Iterator[Prediction]:
         log_prior, component_log_probs, _ = chunk.mixture
@@ -347,7 +360,7 @@ class Inspector:
         return name(top_ids.tolist(), top_log_probs.exp().tolist())
 
     def inspect_corpus(
-        self, corpus: Sequence[str], max_tokens: int | None, rank_contexts: int, track: Track
+        self, corpus: Sequence[Text], max_tokens: int | None, rank_contexts: int, track: Track
     ) -> CorpusInspection:
         windows, num_texts = self.corpus_windows(corpus, max_tokens)
         num_tokens = sum(len(window.targets) for window in windows)
@@ -384,17 +397,18 @@ class Inspector:
             rank=measure_rank(self.head, torch.cat(total.sample)) if total.sample else None,
         )
 
-    def corpus_windows(self, corpus: Sequence[str], max_tokens: int | None) -> tuple[list[Window], int]:
+    def corpus_windows(self, corpus: Sequence[Text], max_tokens: int | None) -> tuple[list[Window], int]:
         windows: list[Window] = []
         num_texts = 0
         remaining = max_tokens
         for text in corpus:
-            token_ids = tokenize(self.tokenizer, text)[:remaining]
-            if token_ids:
-                windows.extend(self.windows_of(token_ids))
+            sequence, counts = sequence_of(self.tokenizer, text, self.prefix)
+            num_read = sum(counts) if remaining is None else min(sum(counts), remaining)
+            if num_read:
+                windows.extend(self.windows_of(sequence[: len(sequence) - sum(counts) + num_read]))
                 num_texts += 1
             if remaining is not None:
-                remaining -= len(token_ids)
+                remaining -= num_read
                 if not remaining:
                     break
         return windows, num_texts

@@ -118,8 +118,12 @@
       element.style.setProperty("--mos-shade", `${shade}%`);
       element.style.setProperty("--mos-stroke", stroke ?? "solid");
       element.dataset.label = label;
+      element.querySelector(".mos-ink").dataset.label = isNarrow(label) ? label : "";
     }
   }
+
+  // A number above a token may not reach over the next; the detail shows it.
+  const isNarrow = (label) => label.length <= 2;
 
   const viewOf = (target) => target?.closest?.(".mos-inspection");
   const tokenOf = (target) => target?.closest?.(".mos-token");

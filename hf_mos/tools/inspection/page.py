@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .inspect_mixture import CorpusInspection, Inspection, Prediction, TextInspection, Token
+from .inspect_mixture import OLD_SOFTMAX, CorpusInspection, Inspection, Prediction, TextInspection, Token
 from .token_texts import running, visible
 
 FOLDER = Path(__file__).parent
@@ -78,6 +78,7 @@ def render_view(inspection: Inspection) -> str:
     K, text, corpus = inspection.model.num_mixtures, inspection.text, inspection.corpus
     palette = [swatch(k) for k in range(K)]
     context: dict[str, Any] = {"model": inspection.model, "text": text, "corpus": corpus, "palette": palette}
+    context["old_softmax"] = OLD_SOFTMAX if has_old_softmax(inspection) else ""
     plots: list[Plot] = []
     if text is not None:
         predictions = [*(token.prediction for token in text.tokens), text.next]
@@ -87,7 +88,7 @@ def render_view(inspection: Inspection) -> str:
                 swatch(k)._asdict() | {"mean_weight": _mean(p.mixture_weights[k] for p in predictions if p)}
                 for k in range(K)
             ],
-            "spans": [_span(token) for token in text.tokens] + [{"text": "▸", "label": "", "style": ""}],
+            "spans": [_span(token) for token in text.tokens] + [{"space": "", "text": "▸", "label": "", "style": ""}],
             "data": data,
             "data_id": hashlib.sha256(data.encode()).hexdigest()[:16],
             "text_figures": _text_figures(text),
@@ -101,6 +102,10 @@ def render_view(inspection: Inspection) -> str:
         if corpus.rank is not None:
             plots.append(plot_singular_values(corpus))
     return _template("view.html").render(context, plots=plots)
+
+
+def has_old_softmax(inspection: Inspection) -> bool:
+    return inspection.model.input_size == inspection.model.latent_size
 
 
 def _template(name: str) -> Any:
@@ -120,7 +125,9 @@ def _span(token: Token) -> dict[str, str]:
         color, stroke = swatch(k)
         label = str(k)
         style = f"--mos-component: {color}; --mos-stroke: {stroke}; --mos-shade: {15 + 45 * shares[k]:.0f}%"
-    return {"text": running(token.text), "label": label, "style": style}
+    text = running(token.text)
+    word = text.lstrip(" ") or text
+    return {"space": text[: len(text) - len(word)], "text": word, "label": label, "style": style}
 
 
 def _data_for_script(text: TextInspection, palette: list[Swatch]) -> str:

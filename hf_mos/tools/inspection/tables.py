@@ -9,9 +9,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from .inspect_mixture import Candidate, CorpusInspection, Inspection, Prediction, TextInspection
+from .inspect_mixture import OLD_SOFTMAX, Candidate, CorpusInspection, Inspection, Prediction, TextInspection
 from .token_texts import visible
 
+SHOWN_COMPONENTS = 8  # of more, the line of a token shows one weight
 # Those of the eight terminal colours that are visible on light and on dark; each component also has its number.
 COLORS = ("blue", "yellow", "green", "magenta", "cyan", "red")
 
@@ -27,65 +28,70 @@ def tables(inspection: Inspection) -> Group:
 
 
 def component_name(k: int) -> Text:
-    return Text(f"component {k}", style=f"bold {COLORS[k % len(COLORS)]}")
+    return Text(f"component {k}", style=f"bold {color_of(k)}")
+
+
+def color_of(k: int) -> str:
+    return COLORS[k % len(COLORS)]
 
 
 def tokens_table(text: TextInspection) -> Table:
-    has_softmax = text.next.softmax_top is not None
-    table = Table(title="Token by token", title_justify="left", box=box.HORIZONTALS, show_lines=True, pad_edge=False)
-    table.add_column("token")
-    table.add_column("nll", justify="right")
-    table.add_column("entropy", justify="right")
-    table.add_column("mixture, %")
+    """A line for each token, and one for the token after the text."""
+    has_softmax, K = text.next.softmax_top is not None, len(text.next.mixture_weights)
+    table = Table(
+        title="Token by token", title_justify="left", box=box.HORIZONTALS, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    columns = ["token", "nll", "weights, %" if K <= SHOWN_COMPONENTS else "weight, %", "led by", "mixture, %"]
     if has_softmax:
-        table.add_column("old softmax, %")
-    for k in range(len(text.next.mixture_weights)):
-        table.add_column(component_name(k))
+        columns = [*columns[:2], "old nll", *columns[2:], "old softmax, %"]
+    for title in columns:
+        justify: Any = "right" if "nll" in title else "left"
+        table.add_column(title, justify=justify, no_wrap=True, overflow="ellipsis", min_width=4)
     for token in text.tokens:
         name = Text(visible(token.text), style="bold")
         if token.prediction is None:
             table.add_row(name)
         else:
-            table.add_row(name, *prediction_cells(token.prediction, token.token_id, has_softmax))
-    table.add_row(Text("what follows", style="italic"), *prediction_cells(text.next, None, has_softmax))
+            table.add_row(name, *prediction_cells(token.prediction, token.token_id))
+    table.add_row(Text("what follows", style="italic"), *prediction_cells(text.next, None))
     table.caption = (
-        "Each token as it is predicted from what stands before it; nll and entropy in nats"
-        + (", the old softmax's in brackets" if has_softmax else "")
-        + ". w: mixture weight, r: responsibility, in %. ✓: the token itself."
+        "Each token as it is predicted from what stands before it: its nll in nats"
+        + (" by the mixture and by the old softmax" if has_softmax else "")
+        + ", the mixture weights, the component with the largest responsibility and its share, and the likeliest "
+        "token, ✓ where it is the token itself. --json and --html show the predictions of each component."
     )
     table.caption_justify = "left"
     return table
 
 
-def prediction_cells(prediction: Prediction, actual: int | None, has_softmax: bool) -> Iterator[Text]:
-    for value, of_softmax in (
-        (prediction.nll, prediction.softmax_nll),
-        (prediction.entropy, prediction.softmax_entropy),
-    ):
-        lines = [value, of_softmax] if has_softmax else [value]
-        texts = [None if entry is None else f"{entry:.2f}" for entry in lines]
-        yield Text("\n".join(text if i == 0 else f"({text})" for i, text in enumerate(texts) if text is not None))
-    yield candidates_cell(prediction.top, actual)
+def prediction_cells(prediction: Prediction, actual: int | None) -> Iterator[Text]:
+    for nll in (prediction.nll, prediction.softmax_nll)[: 1 if prediction.softmax_top is None else 2]:
+        yield Text("" if nll is None else f"{nll:.2f}")
+    yield weights_cell(prediction.mixture_weights)
+    if prediction.responsibilities is None:
+        yield Text()
+    else:
+        k = prediction.responsibilities.index(max(prediction.responsibilities))
+        yield Text(f"{k}: {100 * prediction.responsibilities[k]:.0f} %", style=f"bold {color_of(k)}")
+    yield likeliest_cell(prediction.top, actual)
     if prediction.softmax_top is not None:
-        yield candidates_cell(prediction.softmax_top, actual)
-    for k, candidates in enumerate(prediction.component_top):
-        color = COLORS[k % len(COLORS)]
-        shares = Text(f"w {100 * prediction.mixture_weights[k]:.0f}", style=color)
-        if prediction.responsibilities is not None:
-            responsibility = prediction.responsibilities[k]
-            leads = responsibility == max(prediction.responsibilities)
-            shares.append(f"  r {100 * responsibility:.0f}", style=f"bold reverse {color}" if leads else color)
-        yield Text("\n").join([shares, candidates_cell(candidates, actual)])
+        yield likeliest_cell(prediction.softmax_top, actual)
 
 
-def candidates_cell(candidates: list[Candidate], actual: int | None) -> Text:
-    lines = []
-    for candidate in candidates:
-        is_actual = candidate.token_id == actual
-        mark = " ✓" if is_actual else ""
-        line = Text(f"{visible(candidate.text)} ", style="bold" if is_actual else "")
-        lines.append(line.append(f"{100 * candidate.probability:.1f}{mark}", style="dim"))
-    return Text("\n").join(lines)
+def weights_cell(weights: list[float]) -> Text:
+    """All weights, or of many components the largest."""
+    shown = list(enumerate(weights))
+    if len(shown) > SHOWN_COMPONENTS:
+        k, weight = max(shown, key=lambda entry: entry[1])
+        return Text(f"{k}: {100 * weight:.0f}", style=color_of(k))
+    return Text(" ").join(Text(f"{100 * weight:2.0f}", style=color_of(k)) for k, weight in shown)
+
+
+def likeliest_cell(candidates: list[Candidate], actual: int | None) -> Text:
+    likeliest = candidates[0]
+    mark = " ✓" if likeliest.token_id == actual else ""
+    cell = Text(f"{visible(likeliest.text)} ", style="bold" if mark else "")
+    return cell.append(f"{100 * likeliest.probability:.0f}{mark}", style="dim")
 
 
 def corpus_tables(corpus: CorpusInspection) -> Iterator[Any]:
@@ -130,6 +136,7 @@ def divergence_table(corpus: CorpusInspection) -> Table:
 def summary_table(corpus: CorpusInspection) -> Table:
     has_softmax = corpus.softmax_nll is not None
     table = Table(title="The mixture and the old softmax", title_justify="left", box=box.HORIZONTALS)
+    table.caption, table.caption_justify = OLD_SOFTMAX if has_softmax else None, "left"
     table.add_column("")
     table.add_column("mixture", justify="right")
     if has_softmax:

@@ -1,0 +1,300 @@
+"""The options of `hf-mos train`, their checks, and their help."""
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from .exit_codes import OptionError, before_work
+from .head_options import add_head_options, check_head_options, head_fields
+from .texts import ASSISTANT_ONLY_HELP, FILE_READERS, TEXT_COLUMN, TEXT_COLUMN_HELP
+
+LONGEST_DEFAULT_BLOCK = 1024
+SHOWN_CHOICES = 4
+
+HELP = """\
+Fine-tunes a causal language model with a mixture of softmaxes for its head, with the Trainer.
+
+Examples:
+
+  %(prog)s --model gpt2 --num-mixtures 4 --train-file book.txt --output-dir gpt2-mos
+  %(prog)s --model gpt2 --num-mixtures 4 --train-file book.txt --output-dir gpt2-mos --resume-from-checkpoint last
+  accelerate launch -m hf_mos.tools.train --model Qwen/Qwen3-0.6B-Base --latent-rank 32 \\
+      --dataset-name Salesforce/wikitext --dataset-config-name wikitext-103-raw-v1 \\
+      --bf16 --learning-rate 1e-4 --per-device-train-batch-size 4 --output-dir qwen-mos
+
+The text is packed into blocks of --block-size tokens. The perplexity of the validation text is that of hf-mos
+evaluate: each token counts once, with the tokens before it."""
+
+# The options that --help explains in other words than transformers'.
+TRAINING_HELP = {
+    "output_dir": "Folder for the model, its tokenizer, its card and its metrics. Required.",
+    "force": "Replace the model, the card and the checkpoints that the output folder holds.",
+    "learning_rate": "The highest learning rate.",
+    "lr_scheduler_type": "How the learning rate falls: linear, cosine, constant, ...",
+    "warmup_steps": "Steps in which the learning rate rises to its highest; a share of all steps if below 1.",
+    "num_train_epochs": "Passes over the training text.",
+    "max_steps": "Steps of the optimizer, in place of epochs; -1: as the epochs say.",
+    "per_device_train_batch_size": "Blocks in a batch on each device.",
+    "gradient_accumulation_steps": "Batches in a step of the optimizer.",
+    "gradient_checkpointing": "Compute activations again in the backward pass, to save memory.",
+    "bf16": "Train in mixed precision.",
+    "seed": "Of the weights that are drawn and of the order of the blocks.",
+    "logging_steps": "Print the loss every so many steps.",
+    "log_components": "Log the share of each component and the divergence of each two, for a tracker.",
+    "eval_strategy": "Evaluate during training too: no, steps or epoch.",
+    "eval_steps": "With --eval-strategy steps: evaluate every so many steps; else as often as the loss is printed.",
+    "eval_on_start": "Evaluate before the first step too.",
+    "per_device_eval_batch_size": "Windows in a batch of an evaluation on each device.",
+    "save_steps": "Save a checkpoint every so many steps.",
+    "save_total_limit": "Keep at most so many checkpoints.",
+    "resume_from_checkpoint": "Continue an interrupted run from a checkpoint; last: its last complete one.",
+    "report_to": "Trackers that are sent the log, such as tensorboard or wandb.",
+    "push_to_hub": "Push the model, its code, its tokenizer and its card to the Hub.",
+    "hub_model_id": "user/name on the Hub; the name of the output folder if not given.",
+    "use_cpu": "Use no accelerator.",
+    "help": "Show this help.",
+}
+
+
+@dataclass
+class ModelOptions:
+    """The model, and whether it gets a mixture. The flags of the mixture are those of `head_options.py`."""
+
+    model: str | None = field(default=None, metadata={"help": "Folder or Hub id of a causal LM, mixture or not."})
+    from_scratch: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a config, in place of --model. The weights are new."}
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of another tokenizer than the model's."}
+    )
+    head: Literal["mixture", "softmax"] = field(
+        default="mixture", metadata={"help": "softmax: keep the model's own head, to compare."}
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
+        default="float32",
+        metadata={"help": "Dtype of the weights. Keep float32, and train in mixed precision with --bf16."},
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "As in from_pretrained."})
+    tp_size: int = field(default=1, metadata={"help": "Under torchrun: processes for tensor parallelism."})
+    fsdp_size: int = field(
+        default=1, metadata={"help": "Under torchrun: processes over which FSDP2 shards the weights."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Commit, branch or tag of the model."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the model repository's own code."})
+    log_components: bool = field(default=False, metadata={"help": TRAINING_HELP["log_components"]})
+    force: bool = field(default=False, metadata={"help": TRAINING_HELP["force"]})
+
+    head_options: dict[str, Any] = field(default_factory=dict, init=False)  # the fields of MoSConfig that were given
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.from_scratch is None):
+            raise ValueError("expected --model or --from-scratch, one of the two, given " + given(self, "model"))
+        if self.from_scratch is not None and self.tokenizer is None:
+            raise ValueError("--tokenizer: expected a folder or Hub id with --from-scratch, given none")
+
+    @property
+    def source(self) -> str:
+        """The folder or id to load: of the model, or of the config."""
+        source = self.from_scratch if self.model is None else self.model
+        assert source is not None
+        return source
+
+
+@dataclass
+class DataOptions:
+    """The text, from files or from a dataset."""
+
+    train_file: str | None = field(default=None, metadata={"help": f"Text for training: {', '.join(FILE_READERS)}."})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Text for validation, in the formats of --train-file."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id, or a folder that load_dataset reads, in place of files."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    text_column: str = field(default=TEXT_COLUMN, metadata={"help": TEXT_COLUMN_HELP})
+    assistant_only: bool = field(default=False, metadata={"help": ASSISTANT_ONLY_HELP})
+    validation_share: float = field(
+        default=0.05,
+        metadata={
+            "help": "Without a validation set: the share of the training set, at its end, to validate on, in [0, 1)."
+        },
+    )
+    block_size: int | None = field(
+        default=None,
+        metadata={"help": f"Tokens in a block. By default the model's positions, at most {LONGEST_DEFAULT_BLOCK}."},
+    )
+    preprocessing_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the dataset during training. Needs --max-steps. Splits no validation set off."},
+    )
+
+    def __post_init__(self) -> None:
+        if (self.train_file is None) == (self.dataset_name is None):
+            raise ValueError(
+                "expected --train-file or --dataset-name, one of the two, given " + given(self, "train_file")
+            )
+        if self.validation_file is not None and self.train_file is None:
+            raise ValueError("--validation-file: expected with --train-file only, given with --dataset-name")
+        for option, file in (("--train-file", self.train_file), ("--validation-file", self.validation_file)):
+            if file is None:
+                continue
+            if not Path(file).is_file():
+                raise ValueError(f"{option}: expected a file, given {file!r}, which is none")
+            if Path(file).suffix not in FILE_READERS:
+                raise ValueError(f"{option}: expected one of {', '.join(FILE_READERS)}, given {file!r}")
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(f"--validation-share: expected a number in [0, 1), given {self.validation_share}")
+        if self.streaming and self.preprocessing_workers is not None:
+            raise ValueError("--preprocessing-workers: expected none with --streaming, which tokenizes in the loader")
+        if self.block_size is not None and self.block_size < 2:
+            raise ValueError(f"--block-size: expected at least 2 tokens, given {self.block_size}")
+
+    @property
+    def is_lines(self) -> bool:
+        """Whether the rows of the training set are the lines of one text."""
+        return self.train_file is not None and FILE_READERS[Path(self.train_file).suffix] == "text"
+
+
+def given(options: Any, name: str) -> str:
+    return "both" if getattr(options, name) is not None else "neither"
+
+
+Options = tuple[ModelOptions, DataOptions, TrainingArguments]
+
+
+def parse_options(arguments: list[str] | None = None, prog: str | None = None) -> Options:
+    """Parses a command line; `None`: that of this process.
+
+    Raises:
+        OptionError: an option is unknown, missing or out of range.
+    """
+    parser = Parser(prog)
+    with before_work():
+        model, data, training, *others = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+        *namespaces, unknown = others
+        if unknown:
+            parser.refuse(unknown[0])
+        model.head_options = {name: value for namespace in namespaces for name, value in vars(namespace).items()}
+        if model.head == "softmax" and model.head_options:
+            raise ValueError(f"--head softmax: expected no options of a mixture, given {model.head_options}")
+        if data.streaming and training.max_steps <= 0:
+            raise ValueError(
+                "--max-steps: expected a number of steps with --streaming, whose length is unknown, given none"
+            )
+        check_head_options(model.head_options)
+    return model, data, training
+
+
+# ---------------------------------------------------------------------------------------------------------------- help
+
+
+class Parser(HfArgumentParser):
+    """Parses the options of the dataclasses and of the head. Its help shows each once, the usual ones by default."""
+
+    def __init__(self, prog: str | None) -> None:
+        super().__init__(
+            [ModelOptions, DataOptions, TrainingArguments],  # type: ignore[list-item]
+            prog=prog,
+            usage="%(prog)s --model MODEL --train-file FILE --output-dir DIR [options]",
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
+        )
+        add_head_options(self)
+        # TrainingArguments would train into ./trainer_output.
+        next(action for action in self._actions if action.dest == "output_dir").required = True
+        self.add_argument(
+            "--help-all",
+            action=HelpAll,
+            nargs=0,
+            default=argparse.SUPPRESS,
+            help="Explain every option of TrainingArguments too.",
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(re.sub(r"--\w+/(--[\w-]+)", r"\1", message))  # one spelling of an option
+
+    def refuse(self, unknown: str) -> NoReturn:
+        name = unknown.partition("=")[0]
+        close = difflib.get_close_matches(name, [spelling(action) for action in self._actions], n=1)
+        hint = f" (the closest is {close[0]})" if close and name.startswith("-") else ""
+        raise OptionError(f"{name}: expected an option that --help-all lists{hint}, given an unknown one")
+
+    def format_help(self, whole: bool = False) -> str:
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(HELP.replace("%(prog)s", self.prog))
+        for title, actions in self.sections(whole):
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        if not whole:
+            formatter.add_text("Every other option of TrainingArguments works too: --help-all.")
+        return formatter.format_help()
+
+    def sections(self, whole: bool) -> Iterator[tuple[str, list[argparse.Action]]]:
+        actions = {action.dest: action for action in reversed(self._actions)}  # the first of an option and its --no-
+        sections = {
+            "help": ["help", "help_all"],
+            "the training": TRAINING_HELP,
+            "the model": ModelOptions.__annotations__,
+            "the mixture": [field.name for field in head_fields()],
+            "the text": DataOptions.__annotations__,
+        }
+        found = {title: [actions.pop(name) for name in names if name in actions] for title, names in sections.items()}
+        if whole:
+            found["the other options of TrainingArguments"] = [actions[name] for name in sorted(actions)]
+        order = (
+            "the model",
+            "the mixture",
+            "the text",
+            "the training",
+            "the other options of TrainingArguments",
+            "help",
+        )
+        yield from ((title, found[title]) for title in order if title in found)
+
+
+class HelpAll(argparse.Action):
+    def __call__(self, parser: Any, *arguments: Any, **options: Any) -> None:
+        print(parser.format_help(whole=True), end="")
+        parser.exit()
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """One spelling of each option, and its default where it has one."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return f"{spelling(action)}, --no-{spelling(action)[2:]}"
+        if action.nargs in (0, "?"):
+            return spelling(action)
+        if len(list(action.choices or ())) > SHOWN_CHOICES:
+            return f"{spelling(action)} TEXT"
+        return f"{spelling(action)} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        kind: Any = action.type
+        return {int: "INT", float: "NUMBER"}.get(kind, "TEXT")
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = TRAINING_HELP.get(action.dest) or " ".join((action.help or "").split())
+        default = action.default
+        if default in (None, False, "", argparse.SUPPRESS) or isinstance(default, (dict, list)):
+            return text
+        shown = str(getattr(default, "value", default)).replace("%", "%%")
+        return f"{text} (default: {shown})"
+
+
+def spelling(action: argparse.Action) -> str:
+    return max(action.option_strings, key=lambda name: (name.startswith("--"), "_" not in name[2:]), default="")
