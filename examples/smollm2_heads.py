@@ -330,7 +330,7 @@ def write_card(result: Path, settings: Settings, runs: list[Run], arguments: arg
             f"SmolLM2-135M-Instruct with a frozen backbone and a frozen decoder. Its head was trained for "
             f"{settings.steps * BATCH_SIZE * BLOCK_SIZE:,} tokens of the documentation inside Python {python}, at the "
             f"best of the learning rates {rates}. The other heads trained on the same hidden states in the same "
-            "order, each at its own best rate. Perplexity counts each token of held-out documents once, with its context."
+            "order, each at its own best rate. Perplexity counts each token of held-out documents once, with context."
         ),
         limits=["The text is one kind of English about one subject, and the training is short."],
         prompt=PROMPT,

@@ -21,6 +21,8 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -213,6 +215,15 @@ def test_rows_of_a_dataset_end_with_the_end_token(tmp_path: Path, base: Path, ru
         ("--model BASE --train-file TEXT --tp-size 2", "--tp-size, --fsdp-size: expected a --model that has a"),
         ("--model BASE --train-file TEXT --validation-share 2", r"--validation-share: expected a number in \[0, 1\)"),
         ("--model BASE --train-file TEXT --head softmax --num-mixtures 2", "--head softmax: expected no options"),
+        ("--model BASE --train-file TEXT --freeze-decoder", "--freeze-decoder: expected with --freeze-backbone only"),
+        (
+            "--model BASE --train-file TEXT --freeze-backbone --head softmax",
+            "--freeze-backbone: expected --head mixture",
+        ),
+        (
+            "--model BASE --train-file TEXT --freeze-backbone --fsdp-size 2",
+            "--freeze-backbone: expected no --streaming",
+        ),
         ("--from-scratch BASE --train-file TEXT", "--tokenizer: expected a folder or Hub id with --from-scratch"),
         ("--model BASE --train-file TEXT --resume-from-checkpoint last", "expected a whole checkpoint in .*, found"),
     ],
@@ -250,3 +261,57 @@ def test_too_little_text_is_named(tmp_path: Path, base: Path, run: Callable[...,
     data = ["--train-file", short, "--validation-share", 0]
     with pytest.raises(ValueError, match=r"expected at least 32 tokens \(--block-size\) in the training set"):
         run("--model", base, *data, "--output-dir", tmp_path / "out")
+
+
+@pytest.mark.parametrize("decoder", [[], ["--freeze-decoder"]])
+def test_a_frozen_backbone_runs_once(
+    tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None], decoder: list[str], capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    options = [
+        "--model",
+        base,
+        "--train-file",
+        text_file,
+        "--max-steps",
+        "3",
+        "--save-steps",
+        "2",
+        "--output-dir",
+        out,
+    ]
+    run(*options, "--num-mixtures", "3", "--freeze-backbone", *decoder)
+    blocks = int((out / "hidden_states" / "hidden_states.bin").stat().st_size / (32 * 32 * 4))
+    assert f"{blocks * 32 * 32 * 4:,} bytes in {out}" in capsys.readouterr().err
+    model, before = MoSForCausalLM.from_pretrained(out), MoSForCausalLM.from_causal_lm(str(base), num_mixtures=3)
+    for ours, theirs in zip(model.backbone.parameters(), before.backbone.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert model.lm_head.shift.weight.abs().max() > 0
+    assert torch.equal(model.lm_head.decoder.weight, before.lm_head.decoder.weight) == bool(decoder)
+    metrics = json.loads((out / "all_results.json").read_text())
+    text = text_file.read_text()
+    assert metrics["perplexity"] < 1000
+    assert text
+    run(*options, "--num-mixtures", "3", "--freeze-backbone", *decoder, "--resume-from-checkpoint", "last")
+
+
+def test_the_softmax_control_is_measured_and_trained_as_the_mixture_is(
+    tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None]
+) -> None:
+    """transformers divides the loss of GPT-2 and others by all labels, unless it is told what the loss is."""
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        setattr(config, name, 0.0)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    found = []
+    for head in ("softmax", "mixture"):
+        out = tmp_path / head
+        options = ["--model", tmp_path / "gpt2", "--tokenizer", base, "--train-file", text_file, "--max-steps", "2"]
+        more = ["--learning-rate", "0", "--block-size", "16", "--logging-steps", "1", "--max-grad-norm", "0"]
+        run(*options, *more, "--head", head, "--output-dir", out)
+        logs = [e for e in json.loads((out / "trainer_state.json").read_text())["log_history"] if "loss" in e]
+        metrics = json.loads((out / "all_results.json").read_text())
+        found.append([metrics["perplexity"], logs[0]["loss"], logs[0]["grad_norm"]])
+    assert found[0][:2] == pytest.approx(found[1][:2], rel=1e-4)
+    assert found[0][2] == pytest.approx(found[1][2], rel=0.2)  # the head's own gradients differ

@@ -9,6 +9,7 @@
 card and its metrics.
 """
 
+import functools
 import math
 import shutil
 import sys
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from huggingface_hub import CommitInfo, EvalResult, HfApi
 from torch import Tensor
+from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     EvalPrediction,
@@ -38,6 +40,7 @@ from ..configuration_mos import MoSConfig
 from ..modeling_mos import MoSForCausalLM
 from ..mos_checkpoint import CONFIG_FILE
 from ..training.callbacks import MixtureUsage, StopOnNonFiniteLoss, last_whole_checkpoint
+from ..training.hidden_states import HiddenStateRows, bytes_of, freeze_backbone, keep_hidden_states
 from .blocks import ValidationSet, ValidationText, cut_windows, load_text, pack
 from .card import CARD_FILE, eval_results, model_card
 from .evaluate import IGNORED, Window, check_tokens, choose_window, collate, target_nll
@@ -85,6 +88,10 @@ class CardTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         nats = target_nll(model, **inputs).sum(-1)
         return None, nats, (inputs["targets"] != IGNORED).sum(-1).to(nats.device)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Equivalent to: the Trainer's, or 0 where hidden states are in the tokens' place."""
+        return 0 if "hidden_states" in inputs else super().floating_point_ops(inputs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         model = self.accelerator.unwrap_model(self.model)
@@ -175,6 +182,11 @@ def train(model_options: ModelOptions, data_options: DataOptions, training_argum
     model = model_to_train(model_options, config, tokenizer)
     if validation is not None:
         check_tokens(model, validation.windows)
+
+    if model_options.freeze_backbone:
+        assert isinstance(model, MoSForCausalLM)
+        freeze_backbone(model, False if model_options.freeze_decoder else None)
+        blocks = hidden_state_rows(model, blocks, output / "hidden_states", training_arguments)
 
     is_hub_id = model_options.model is not None and not Path(model_options.model).exists()
     trainer = CardTrainer(
@@ -315,10 +327,28 @@ def model_to_train(
         model = MoSForCausalLM.from_causal_lm(options.source, **options.head_options, **loading)
     else:
         model = AutoModelForCausalLM.from_pretrained(options.source, **changed, **loading)
+    # Else transformers divides the summed loss of some architectures (GPT-2, BERT) by all labels, and so the loss and
+    # the gradients of a softmax by more than those of the mixture.
+    model.loss_type = "ForCausalLM"
     rows = model.get_input_embeddings().num_embeddings  # the weight may be sharded
     if len(tokenizer) > rows:
         raise ValueError(f"--tokenizer: expected at most the model's {rows} tokens, given {len(tokenizer)}")
     return model
+
+
+def hidden_state_rows(
+    model: MoSForCausalLM, blocks: Any, folder: Path, training_arguments: TrainingArguments
+) -> HiddenStateRows:
+    """Runs the backbone once over the blocks, in the training's precision; the main process does the work."""
+    device = training_arguments.device
+    model.to(device=device)
+    dtype = torch.bfloat16 if training_arguments.bf16 else torch.float16
+    mixed = torch.autocast(device.type, dtype, enabled=training_arguments.bf16 or training_arguments.fp16)
+    with training_arguments.main_process_first(desc="running the backbone"), mixed:
+        print(f"the hidden states of the text: {bytes_of(model, blocks):,} bytes in {folder}", file=sys.stderr)
+        bar = functools.partial(tqdm, desc="running the backbone", disable=training_arguments.disable_tqdm)
+        batch_size = training_arguments.per_device_train_batch_size
+        return keep_hidden_states(model, blocks, folder, batch_size=batch_size, track=bar)
 
 
 def choose_block_size(asked: int | None, config: PreTrainedConfig) -> int:

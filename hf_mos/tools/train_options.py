@@ -80,6 +80,16 @@ class ModelOptions:
         default="float32",
         metadata={"help": "Dtype of the weights. Keep float32, and train in mixed precision with --bf16."},
     )
+    freeze_backbone: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the head alone: run the backbone once, keep its hidden states in OUTPUT_DIR/hidden_states, "
+            "and pay for the head alone in each step."
+        },
+    )
+    freeze_decoder: bool = field(
+        default=False, metadata={"help": "With --freeze-backbone: freeze the decoder too. A tied one always is."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "As in from_pretrained."})
     tp_size: int = field(default=1, metadata={"help": "Under torchrun: processes for tensor parallelism."})
     fsdp_size: int = field(
@@ -185,12 +195,28 @@ def parse_options(arguments: list[str] | None = None, prog: str | None = None) -
         model.head_options = {name: value for namespace in namespaces for name, value in vars(namespace).items()}
         if model.head == "softmax" and model.head_options:
             raise ValueError(f"--head softmax: expected no options of a mixture, given {model.head_options}")
+        check_frozen(model, data)
         if data.streaming and training.max_steps <= 0:
             raise ValueError(
                 "--max-steps: expected a number of steps with --streaming, whose length is unknown, given none"
             )
         check_head_options(model.head_options)
     return model, data, training
+
+
+def check_frozen(model: ModelOptions, data: DataOptions) -> None:
+    """Raises a ValueError for options that do not go with a frozen backbone."""
+    if model.freeze_decoder and not model.freeze_backbone:
+        raise ValueError("--freeze-decoder: expected with --freeze-backbone only, given without it")
+    if not model.freeze_backbone:
+        return
+    if model.head == "softmax":
+        raise ValueError(
+            "--freeze-backbone: expected --head mixture, given softmax. One softmax with a trained latent is "
+            "--num-mixtures 1"
+        )
+    if data.streaming or max(model.tp_size, model.fsdp_size) > 1:
+        raise ValueError("--freeze-backbone: expected no --streaming, --tp-size or --fsdp-size with it, given one")
 
 
 # ---------------------------------------------------------------------------------------------------------------- help
