@@ -29,7 +29,7 @@ TOKENIZER_CONFIG = "tokenizer_without_code"
 OWN_BASE_FIELDS = ("architectures", "dtype", "return_dict", "transformers_version")
 DELEGATED = {
     field.name: field.default for field in dataclasses.fields(PreTrainedConfig) if field.name not in OWN_BASE_FIELDS
-} | {"output_attentions": False, "per_layer_config": None}  # these are properties there
+} | {"num_labels": None, "output_attentions": False, "per_layer_config": None}  # these are properties there
 # Attributes that describe this checkpoint too, though no class declares them.
 OWN_ATTRIBUTES = ("auto_map", "distributed_config", "quantization_config", "transformers_weights")
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import CommitInfo, EvalResult, HfApi
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -341,7 +341,7 @@ def hidden_state_rows(
 ) -> HiddenStateRows:
     """Runs the backbone once over the blocks, in the training's precision; the main process does the work."""
     device = training_arguments.device
-    model.to(device=device)
+    nn.Module.to(model, device)
     dtype = torch.bfloat16 if training_arguments.bf16 else torch.float16
     mixed = torch.autocast(device.type, dtype, enabled=training_arguments.bf16 or training_arguments.fp16)
     with training_arguments.main_process_first(desc="running the backbone"), mixed:
