@@ -111,8 +111,8 @@ def refuse_changed_weights(model: PreTrainedModel) -> None:
         refuse("weights that are not quantized", f"{quantised} that is", advice)
     with torch.device("meta"), init.no_init_weights(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the config's values: the model itself has given them
-        fresh = type(model)._from_config(copy.deepcopy(model.config))
-    expected, given = ({name: tuple(weight.shape) for name, weight in weights_of(m).items()} for m in (fresh, model))
+        fresh = type(model)(copy.deepcopy(model.config))
+    expected, given = shapes_of(fresh), shapes_of(model)
     for name in [*expected, *given]:
         if expected.get(name) != given.get(name):
             found = f"{name} of shape {given[name]}" if name in given else f"no {name}"
@@ -120,8 +120,10 @@ def refuse_changed_weights(model: PreTrainedModel) -> None:
             refuse(f"{made}, as its config says", found, "Only weights that the config makes can be loaded again.")
 
 
-def weights_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    return dict(model.named_parameters(remove_duplicate=False))
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of all weights, a tied one under each of its names, and of those that ZeRO-3 has parted whole."""
+    weights: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    return {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in weights.items()}
 
 
 def is_quantised(weight: nn.Parameter) -> bool:

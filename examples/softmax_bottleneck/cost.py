@@ -8,40 +8,24 @@ a step in turn, so that a slow moment of the machine hits all.
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import track
+from text import inputs_of
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from training import Recipe, make_optimizer, take_step
 from transformers import PreTrainedModel
 
 
-def in_place_product(total: torch.Size, left: torch.Size, right: torch.Size, **kwargs: Any) -> int:
-    """Operations of `total.addmm_(left, right)`."""
-    return 2 * left.numel() * right[1]
-
-
-def onednn_product(rows: torch.Size, weight: torch.Size, *args: Any, **kwargs: Any) -> int:
-    """Operations of `F.linear(rows, weight)`."""
-    return 2 * rows.numel() * weight[0]
-
-
-# What the head's loss calls and torch's counter does not know. (Nor does it know the products of queries with keys on
-# the CPU, which are left out: a few per cent here, and the same for every head.)
-UNKNOWN_PRODUCTS = {
-    torch.ops.aten.addmm_: in_place_product,
-    torch.ops.mkldnn._linear_pointwise: onednn_product,
-}
-
-
 def operations(model: PreTrainedModel, batch: Tensor, recipe: Recipe) -> float:
-    """The operations of a training step, per token."""
+    """The operations of a training step, per token.
+
+    The counter does not know the products of queries with keys on the CPU: a few per cent, the same for every head.
+    """
     optimizer = make_optimizer(model, recipe)
-    with FlopCounterMode(display=False, custom_mapping=UNKNOWN_PRODUCTS) as counter:
-        take_step(model, batch, optimizer, 1.0)
+    with FlopCounterMode(display=False) as counter:
+        take_step(model, inputs_of(batch), optimizer, 1.0)
     return counter.get_total_flops() / batch.numel()
 
 
@@ -54,9 +38,9 @@ def seconds_in_turn(
         for name, make in makers.items():
             model = make()
             optimizer = make_optimizer(model, recipe)
-            take_step(model, batch, optimizer, 1.0)  # the first one warms up
+            take_step(model, inputs_of(batch), optimizer, 1.0)  # the first one warms up
             for _ in range(2):
                 started = time.process_time()
-                take_step(model, batch, optimizer, 1.0)
+                take_step(model, inputs_of(batch), optimizer, 1.0)
                 seconds[name].append((time.process_time() - started) / batch.numel())
     return {name: statistics.median(values) for name, values in seconds.items()}

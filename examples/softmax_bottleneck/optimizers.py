@@ -19,7 +19,7 @@ from models import SOFTMAX, Size, mixture
 from results import DEFAULT_OUT, Out, Quick, Results, perplexities, show, start
 from text import DataDir, DatasetConfigName, DatasetName, Source, Text, TrainFile, ValidationFile, VocabSize, load_text
 from torch import nn
-from training import checkpoint_recipe, nats_per_token, random_batches
+from training import checkpoint_recipe
 from transformers import Adafactor, PreTrainedModel
 
 RATE = 1e-3
@@ -70,12 +70,11 @@ def train(model: PreTrainedModel, text: Text, setting: Setting, steps: int, batc
     model.lm_head.prior.float() if hasattr(model.lm_head, "prior") else None
     optimizers = setting.optimizers(model)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    batches = random_batches(text.train, batch_size // setting.accumulation, seed=0)
+    batches = text.batches(batch_size // setting.accumulation, seed=0)
     model.train()
     for step in range(steps):
         for _ in range(setting.accumulation):
-            batch = next(batches)
-            (model(input_ids=batch, labels=batch).loss / setting.accumulation).backward()
+            (model(**next(batches)).loss / setting.accumulation).backward()
         if setting.max_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), setting.max_norm)
         for optimizer, rates in zip(optimizers, peaks, strict=True):
@@ -83,7 +82,7 @@ def train(model: PreTrainedModel, text: Text, setting: Setting, steps: int, batc
                 group["lr"] = rate * (1 - step / steps)
             optimizer.step()
             optimizer.zero_grad()
-    return {"valid_nats": nats_per_token(model, text.valid)}
+    return {"valid_nats": text.nats(model, "valid")}
 
 
 def main(

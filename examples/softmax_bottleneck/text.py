@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,10 +13,12 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from training import shuffled
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<unk>"
 SPLITS = ("train", "valid", "test")
+MODEL_BATCH = 64  # blocks in an evaluation
 
 # The flags by which each script chooses its text. Without them it is the documentation that ships inside Python.
 DataDir = Annotated[Path | None, typer.Option(help="A folder of train.txt, valid.txt and test.txt: Penn Treebank.")]
@@ -94,10 +97,27 @@ class Text:
     test: Tensor
     tokenizer: PreTrainedTokenizerFast | None = None
 
+    def batches(self, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
+        for chosen in shuffled(len(self.train), batch_size, seed):
+            yield inputs_of(self.train[chosen])
+
+    @torch.no_grad()
+    def nats(self, model: PreTrainedModel, split: str) -> float:
+        model.eval()
+        blocks = self.valid if split == "valid" else self.test
+        total = sum(
+            len(batch) * model(**inputs_of(batch), skip_logits=True).loss.item() for batch in blocks.split(MODEL_BATCH)
+        )
+        return total / len(blocks)
+
     @property
     def settings(self) -> dict[str, Any]:
         """The settings of a run that identify the text."""
         return {"text": self.name, "vocab_size": self.vocab_size, "blocks": [len(self.train), *self.train.shape[1:]]}
+
+
+def inputs_of(blocks: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": blocks, "labels": blocks}
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, words: bool) -> Tokenizer:

@@ -4,21 +4,29 @@ Seconds are those that the processor spent on the steps, of one thread (`time.pr
 hardly changes them. Evaluation is not counted.
 """
 
-import copy
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from text import Text
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-MODEL_BATCH = 64  # blocks in an evaluation
+Inputs = dict[str, Tensor]  # of the model, with labels
+
+
+class Data(Protocol):
+    """What a training reads: the text of `text.py`, or hidden states of a pretrained model."""
+
+    def batches(self, batch_size: int, seed: int) -> Iterator[Inputs]:
+        """Yields batches epoch after epoch, each shuffled; the seed determines the order."""
+
+    def nats(self, model: PreTrainedModel, split: str) -> float:
+        """The nats per token of the split `valid` or `test`."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,8 @@ class Recipe:
     batch_size: int = 16  # blocks
     weight_decay: float = 0.01
     warmup: float = 0.05  # of the steps
-    train_backbone: bool = True  # `False`: the head alone, with the decoder, which the input embedding then lets go
+    # `False`: the head alone, with the decoder, which the input embedding then lets go; `None`: what is not frozen.
+    train_backbone: bool | None = True
     to_convergence: bool = False  # constant learning rate, a quarter of it whenever the validation loss stays
     evaluate_every: int = 100
     patience: int = 2  # evaluations without an improvement of `least_gain` before the learning rate is cut
@@ -69,7 +78,7 @@ def checkpoint_recipe(steps: int, learning_rate: float = 2e-2) -> Recipe:
     return Recipe(steps, learning_rate, to_convergence=True, evaluate_every=max(50, steps // 80))
 
 
-def fit(model: PreTrainedModel, text: Text, recipe: Recipe, seed: int, name: str) -> dict[str, Any]:
+def fit(model: PreTrainedModel, data: Data, recipe: Recipe, seed: int, name: str) -> dict[str, Any]:
     """Trains the model and measures it, in nats per token.
 
     Returns:
@@ -77,7 +86,7 @@ def fit(model: PreTrainedModel, text: Text, recipe: Recipe, seed: int, name: str
         `seconds`, `steps`, `stopped_early`, `parameters`, and the `curve` of (step, seconds, validation nats).
     """
     optimizer = make_optimizer(model, recipe)
-    batches = random_batches(text.train, recipe.batch_size, seed)
+    batches = data.batches(recipe.batch_size, seed)
     torch.manual_seed(seed)  # of dropout
     stop = Plateau(recipe) if recipe.to_convergence else None
     curve: list[tuple[int, float, float]] = []
@@ -93,21 +102,21 @@ def fit(model: PreTrainedModel, text: Text, recipe: Recipe, seed: int, name: str
             step += 1
             progress.advance(task)
             if stop and step % recipe.evaluate_every == 0:
-                curve.append((step, round(seconds, 3), nats_per_token(model, text.valid)))
+                curve.append((step, round(seconds, 3), data.nats(model, "valid")))
                 is_best, is_over = stop.judge(curve[-1][2])
                 if is_best:
-                    best = copy.deepcopy(model.state_dict())
+                    best = {name: weight.detach().clone() for name, weight in trained_parameters(model)}
                 elif is_over and best is not None:
-                    model.load_state_dict(best)
+                    model.load_state_dict(best, strict=False)
                 stopped_early = is_over and stop.cuts > recipe.cuts
     if best is not None:
-        model.load_state_dict(best)
-    valid_nats = nats_per_token(model, text.valid)
+        model.load_state_dict(best, strict=False)
+    valid_nats = data.nats(model, "valid")
     if not math.isfinite(valid_nats):
         raise FloatingPointError(f"{name}: the validation loss is {valid_nats}")
     return {
         "valid_nats": valid_nats,
-        "test_nats": nats_per_token(model, text.test),
+        "test_nats": data.nats(model, "test"),
         "seconds": round(seconds, 3),
         "steps": step,
         "stopped_early": stopped_early,
@@ -134,14 +143,15 @@ class Plateau:
 
 
 def make_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimizer:
-    if not recipe.train_backbone:
+    if recipe.train_backbone is False:
         untie_decoder(model)
+    if recipe.train_backbone is not None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(recipe.train_backbone or name.startswith("lm_head."))
     new, old = [], []
-    for name, parameter in model.named_parameters():
-        is_head = name.startswith("lm_head.")
-        parameter.requires_grad_(recipe.train_backbone or is_head)
-        if parameter.requires_grad:
-            (new if is_head and not name.startswith("lm_head.decoder") else old).append(parameter)
+    for name, parameter in trained_parameters(model):
+        is_new = "lm_head." in name and "lm_head.decoder" not in name
+        (new if is_new else old).append(parameter)
     head_rate = recipe.head_learning_rate
     groups = [
         {"params": old, "peak": recipe.learning_rate},
@@ -150,34 +160,27 @@ def make_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimi
     return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=recipe.weight_decay)
 
 
+def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
 def untie_decoder(model: PreTrainedModel) -> None:
     decoder = model.lm_head.decoder
     decoder.weight = nn.Parameter(decoder.weight.detach().clone())
 
 
-def take_step(model: PreTrainedModel, batch: Tensor, optimizer: torch.optim.Optimizer, scale: float) -> None:
+def take_step(model: PreTrainedModel, inputs: Inputs, optimizer: torch.optim.Optimizer, scale: float) -> None:
     model.train()
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * scale
     optimizer.zero_grad()
-    model(input_ids=batch, labels=batch).loss.backward()
+    model(**inputs).loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
 
 
-def random_batches(blocks: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Yields batches epoch after epoch, each shuffled; the seed determines the order."""
+def shuffled(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Yields the indices of batches epoch after epoch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        for chosen in torch.randperm(len(blocks), generator=generator).split(batch_size):
-            yield blocks[chosen]
-
-
-@torch.no_grad()
-def nats_per_token(model: PreTrainedModel, blocks: Tensor) -> float:
-    model.eval()
-    total = sum(
-        len(batch) * model(input_ids=batch, labels=batch, skip_logits=True).loss.item()
-        for batch in blocks.split(MODEL_BATCH)
-    )
-    return total / len(blocks)
+        yield from torch.randperm(count, generator=generator).split(batch_size)

@@ -1,0 +1,298 @@
+"""Does a mixture pay on a real model? Heads, and adapters beside heads, on a pretrained language model.
+
+    python examples/softmax_bottleneck/real_model.py --model smol --quick
+    python examples/softmax_bottleneck/real_model.py --model smol --train-file train.txt --validation-file valid.txt
+
+The head alone: the backbone and the decoder are frozen, and each head trains on the same hidden states in the same
+order (`hf_mos.training.hidden_states`). The base is the model as it is. One softmax with a latent of its own (K = 1)
+is the control of the mixtures; one on a shortlist, and a mixture of contexts, are further controls.
+
+Adapters (`--adapters`): what a user would do instead. LoRA on every matrix of the backbone, with the old head and with
+mixtures, for equal steps, and with the old head once more for the seconds of each mixture.
+
+Each learning rate is searched on seed 0. Nats are those of `hf-mos evaluate`: each token of the validation text once,
+with its context. `examples/smollm2.py` makes a folder for `--model`.
+"""
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from models import SOFTMAX, Head, contexts, mixture, with_head
+from plots import plot_costs
+from results import DEFAULT_OUT, Out, Quick, Results, Seeds, mean, perplexities, show, spread, start
+from rich.console import Console
+from rich.progress import track
+from text import DataDir, DatasetConfigName, DatasetName, Source, TrainFile, ValidationFile
+from torch import Tensor
+from training import Recipe, fit, shuffled
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_mos import MoSForCausalLM
+from hf_mos.tools.evaluate import IGNORED, Window, collate, prefix_of, target_nll, tokenize, windows_of
+from hf_mos.training.hidden_states import HiddenStateRows, freeze_backbone, keep_hidden_states
+
+BLOCK_SIZE, WINDOW, STRIDE = 256, 512, 256  # tokens
+RATES = (1e-4, 3e-4, 1e-3)
+FULL = [mixture(K) for K in (2, 4, 8, 16)]
+SHORTLISTS = [mixture(K, shortlist_size=M) for M in (16, 64, 256) for K in (4, 16)]
+CONTROLS = [mixture(1), mixture(1, shortlist_size=64), contexts(4)]
+HEADS = [*CONTROLS, *SHORTLISTS, mixture(4, latent_rank=32), *FULL]
+QUICK_HEADS = [mixture(1), mixture(16, shortlist_size=64), mixture(4)]
+ADAPTED = [SOFTMAX, mixture(16, shortlist_size=64), mixture(4)]
+RANKS = (8, 16)  # of LoRA
+BATCH_SIZE = 2  # blocks
+TOKENS_PER_STEP = BATCH_SIZE * BLOCK_SIZE
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The tokens of a text, in blocks to train on and in windows that count each token once."""
+
+    name: str
+    blocks: Tensor  # (blocks, BLOCK_SIZE)
+    windows: list[Window]
+
+    @classmethod
+    def read(
+        cls, source: Source, tokenizer: PreTrainedTokenizerBase, train_tokens: int, valid_tokens: int
+    ) -> "Corpus":
+        texts = source.texts()
+        joiner = "\n" if source.files() else "\n\n"
+        tokens = {
+            split: torch.tensor(prefix_of(tokenizer) + tokenize(tokenizer, joiner.join(texts[split])))
+            for split in ("train", "valid")
+        }
+        count = min(len(tokens["train"]), train_tokens) // BLOCK_SIZE
+        valid = tokens["valid"][: valid_tokens + 1].tolist()
+        blocks = tokens["train"][: count * BLOCK_SIZE].view(count, BLOCK_SIZE)
+        return cls(source.name, blocks, [*windows_of(valid, [True] * len(valid), WINDOW, STRIDE)])
+
+    @cached_property
+    def num_targets(self) -> int:
+        return sum(len(window.targets) for window in self.windows)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"text": self.name, "blocks": list(self.blocks.shape), "targets": self.num_targets}
+
+    # The tokens, as `fit` reads them.
+
+    def batches(self, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
+        for chosen in shuffled(len(self.blocks), batch_size, seed):
+            yield {"input_ids": self.blocks[chosen], "labels": self.blocks[chosen]}
+
+    def nats(self, model: PreTrainedModel, split: str) -> float:
+        model.eval()
+        plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # LoRA stays in its layers
+        return sum(float(target_nll(plain, **collate([w])).sum()) for w in self.windows) / self.num_targets
+
+
+@dataclass(frozen=True)
+class KeptCorpus:
+    """The same with the hidden states of the tokens in their place."""
+
+    train: HiddenStateRows
+    valid: HiddenStateRows
+    num_targets: int
+
+    @classmethod
+    def keep(cls, corpus: Corpus, model: MoSForCausalLM, folder: Path) -> "KeptCorpus":
+        rows = {
+            "train": [{"input_ids": block, "labels": block} for block in corpus.blocks],
+            "valid": [{"input_ids": w.inputs.long(), "labels": targets_of(w)} for w in corpus.windows],
+        }
+        with torch.autocast("cpu", torch.bfloat16):
+            kept = {
+                split: keep_hidden_states(
+                    model, rows[split], folder / split, track=progress(f"hidden states: {split}")
+                )
+                for split in rows
+            }
+        return cls(kept["train"], kept["valid"], corpus.num_targets)
+
+    def batches(self, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
+        for chosen in shuffled(len(self.train), batch_size, seed):
+            rows = [self.train[index] for index in chosen.tolist()]
+            yield {name: torch.stack([row[name] for row in rows]) for name in ("hidden_states", "labels")}
+
+    @torch.no_grad()
+    def nats(self, model: PreTrainedModel, split: str) -> float:
+        model.eval()
+        total = 0.0
+        for index in range(len(self.valid)):
+            row = self.valid[index]
+            inputs = {"hidden_states": row["hidden_states"][None], "shift_labels": row["labels"][None]}
+            total += model(**inputs, num_items_in_batch=1, skip_logits=True).loss.item()
+        return total / self.num_targets
+
+
+def targets_of(window: Window) -> Tensor:
+    return torch.cat([torch.full((len(window.inputs) - len(window.targets),), IGNORED), window.targets.long()])
+
+
+def progress(title: str) -> Any:
+    return lambda batches: track(batches, title, console=Console(stderr=True), transient=True)
+
+
+@dataclass(frozen=True)
+class Study:
+    """The trainings of one table; each runs once, and its result is kept."""
+
+    model: Path
+    corpus: Corpus
+    data: Any  # the corpus, or its hidden states
+    results: Results
+    recipe: Recipe
+    lora_rank: int | None = None
+
+    def settings(self, head: Head, rate: float, seed: int, steps: int) -> dict[str, Any]:
+        recipe = self.recipe.settings | {"learning_rate": rate, "steps": steps}
+        found = {
+            "model": self.model.name,
+            **self.corpus.settings,
+            "head": head.settings,
+            "recipe": recipe,
+            "seed": seed,
+        }
+        return found | ({"lora_rank": self.lora_rank} if self.lora_rank else {})
+
+    def train(self, head: Head, rate: float, seed: int = 0, steps: int | None = None) -> dict[str, Any]:
+        steps = steps or self.recipe.steps
+
+        def work() -> dict[str, Any]:
+            recipe = Recipe(**self.recipe.settings | {"learning_rate": rate, "steps": steps})
+            return fit(self.make(head, seed), self.data, recipe, seed, f"{head.name}, {rate:g}, seed {seed}")
+
+        return self.results.run(self.settings(head, rate, seed, steps), work)
+
+    def make(self, head: Head, seed: int) -> Any:
+        """The model whose parameters that train are the head's, and the adapter's if there is one."""
+        model = with_head(AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32), head, seed)
+        freeze_backbone(model, train_decoder=False)
+        if self.lora_rank is None:
+            return model
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(seed)
+        targets = r".*backbone\..*\.(q|k|v|o|gate|up|down)_proj"
+        adapted = get_peft_model(
+            model, LoraConfig(r=self.lora_rank, lora_alpha=2 * self.lora_rank, target_modules=targets)
+        )
+        for name, parameter in adapted.named_parameters():
+            parameter.requires_grad_("lora_" in name or "lm_head.shift" in name or "lm_head.prior" in name)
+        return adapted
+
+    def best_rate(self, head: Head, rates: tuple[float, ...], steps: int | None = None) -> float:
+        return min(rates, key=lambda rate: self.train(head, rate, steps=steps)["valid_nats"])
+
+    def row(
+        self, name: str, head: Head, rates: tuple[float, ...], seeds: int, steps: int | None = None
+    ) -> dict[str, Any]:
+        rate = self.best_rate(head, rates, steps)
+        found = [self.train(head, rate, seed, steps) for seed in range(seeds)]
+        return {
+            "head": name,
+            "rate": f"{rate:g}",
+            "steps": round(mean(found, "steps")),
+            "seconds": round(mean(found, "seconds"), 1),
+            "seeds": seeds,
+            "validation": spread(perplexities(found), 2),
+        }
+
+
+def head_table(study: Study, heads: list[Head], rates: tuple[float, ...], seeds: int, out: Path) -> None:
+    base = study.results.run(
+        {"base": study.model.name, **study.corpus.settings},
+        lambda: {"valid_nats": study.data.nats(with_head(load(study.model), SOFTMAX, 0), "valid")},
+    )
+    rows = [study.row("softmax" if head.name == "mixture K=1" else head.name, head, rates, seeds) for head in heads]
+    first = dict.fromkeys(rows[0], "") | {"head": "as it is", "validation": f"{math.exp(base['valid_nats']):.2f}"}
+    show(f"{study.model.name}, the head alone, on {study.corpus.name}", [first, *rows])
+    title = f"{study.model.name}: heads on the same hidden states"
+    operations = {head.name: relative_operations(with_head(load(study.model), head, 0)) for head in heads}
+    plot_costs(
+        out / "real_model.png",
+        title,
+        [row | {"Top": row["steps"] * operations[head.name]} for row, head in zip(rows, heads, strict=True)],
+    )
+
+
+def relative_operations(model: MoSForCausalLM) -> float:
+    """Operations of a step, in 10^12: two products with the decoder, whose gradient nobody wants."""
+    decoder: Any = model.lm_head.decoder
+    return 2 * 2 * TOKENS_PER_STEP * decoder.weight.numel() * model.lm_head.kind.cost(model.lm_head) / 1e12
+
+
+def load(model: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+
+
+def adapter_table(study: Study, rates: tuple[float, ...], seeds: int) -> None:
+    rows = []
+    softmax = {}
+    for head in ADAPTED:
+        rows.append(study.row(f"LoRA {study.lora_rank}, {head.name}", head, rates, seeds))
+        if head is SOFTMAX:
+            softmax = rows[0]
+            continue
+        steps = max(1, round(softmax["steps"] * rows[-1]["seconds"] / softmax["seconds"]))
+        rows.append(study.row(f"LoRA {study.lora_rank}, softmax, its seconds", SOFTMAX, rates, seeds, steps))
+    show(f"{study.model.name}, with an adapter, on {study.corpus.name}", rows)
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Folder of a pretrained causal LM.")],
+    data_dir: DataDir = None,
+    train_file: TrainFile = None,
+    validation_file: ValidationFile = None,
+    dataset_name: DatasetName = None,
+    dataset_config_name: DatasetConfigName = None,
+    train_tokens: Annotated[int, typer.Option(help="Tokens to train on, at most.")] = 300_000,
+    valid_tokens: Annotated[int, typer.Option(help="Tokens to validate on, at most.")] = 30_000,
+    steps: Annotated[int, typer.Option(help="Steps of each training, of 512 tokens; at most, with --converge.")] = 200,
+    converge: Annotated[bool, typer.Option("--converge", help="Train until the validation loss stays.")] = False,
+    adapters: Annotated[bool, typer.Option("--adapters", help="The table of adapters, not that of heads.")] = False,
+    seeds: Seeds = 3,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    out: Out = DEFAULT_OUT,
+    quick: Quick = False,
+) -> None:
+    start(threads)
+    heads, rates = HEADS, RATES
+    if quick:
+        heads, rates, seeds, steps, train_tokens, valid_tokens = QUICK_HEADS, RATES[1:], 1, 20, 12_000, 3_000
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    source = Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name)
+    corpus = Corpus.read(source, tokenizer, train_tokens, valid_tokens)
+    print(f"{corpus.blocks.numel():,} tokens to train on, {corpus.num_targets:,} to validate", file=sys.stderr)
+    results = Results(out, "real_model", quick)
+    # The head or the adapter alone trains: whatever is not frozen.
+    recipe = Recipe(
+        steps,
+        learning_rate=0,
+        batch_size=BATCH_SIZE,
+        weight_decay=0.0,
+        warmup=0.1,
+        train_backbone=None,
+        to_convergence=converge,
+        evaluate_every=max(1, steps // 20),
+    )
+    if adapters:
+        for rank in RANKS[:1] if quick else RANKS:
+            adapter_table(Study(model, corpus, corpus, results, recipe, rank), rates, seeds)
+        return
+    frozen = with_head(load(model), mixture(1), 0)
+    freeze_backbone(frozen)
+    kept = KeptCorpus.keep(corpus, frozen, out / "models" / f"hidden-states-{model.name}")
+    head_table(Study(model, corpus, kept, results, recipe), heads, rates, seeds, out)
+
+
+if __name__ == "__main__":
+    typer.run(main)
