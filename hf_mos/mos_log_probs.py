@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mos_chunks import tokens_per_chunk
+from .mos_chunks import even, tokens_per_chunk
 from .mos_latents import Latents, as_latents
 from .mos_projections import DecoderUse, Wanted
-from .mos_vocabulary import WholeVocabulary, widen
+from .mos_vocabulary import VocabularyShard, WholeVocabulary, widen
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -80,22 +80,40 @@ def infer_log_probs(
     *,
     decoder_bias: Tensor | None = None,
     softcap: float | None = None,
+    vocabulary: WholeVocabulary | VocabularyShard | None = None,
 ) -> Tensor:
-    """Equivalent to: `mos_log_probs` for latents of (N, K, E) in the decoder's dtype, chunk by chunk, no gradients."""
-    N, V, device = prior_logits.shape[0], decoder_weight.shape[0], decoder_weight.device
+    """Equivalent to: `mos_log_probs` for latents of (N, K, E) in the decoder's dtype, chunk by chunk, no gradients.
+
+    With a shard of the vocabulary the weight and the bias have its rows alone, and so has the result, (N, V_r). All
+    processes must call this together.
+    """
+    N, V_r, device = prior_logits.shape[0], decoder_weight.shape[0], decoder_weight.device
+    vocabulary = WholeVocabulary(V_r) if vocabulary is None else vocabulary
     dtype = widen(decoder_weight[:0]).dtype
     latents = latents.for_inference()
-    decoder = DecoderUse(decoder_weight, decoder_bias, softcap, WholeVocabulary(V), dtype)
+    decoder = DecoderUse(decoder_weight, decoder_bias, softcap, vocabulary, dtype)
     log_prior = F.log_softmax(widen(prior_logits), dim=-1)
     projection = latents.projection(log_prior, decoder, Wanted((False,) * len(latents.tensors), False))
     log_weights = projection.log_weights
-    log_probs = torch.empty(N, V, dtype=dtype, device=device)
-    size = tokens_per_chunk(log_weights.shape[1], V, 3 * dtype.itemsize, device)
+    log_probs = torch.empty(N, V_r, dtype=dtype, device=device)
+    # The logits, and what the matmul returned where that is narrower; the rest is done in place.
+    bytes_per_logit = dtype.itemsize + (decoder_weight.itemsize if decoder_weight.dtype != dtype else 0)
+    size = even(N, tokens_per_chunk(log_weights.shape[1], vocabulary.num_classes, bytes_per_logit, device))
     for start in range(0, N, size):
         tokens = slice(start, start + size)
-        component_log_probs = F.log_softmax(projection.component_logits(tokens), dim=-1)
-        log_probs[tokens] = torch.logsumexp(log_weights[tokens].unsqueeze(-1) + component_log_probs, dim=-2)
+        component_log_probs = vocabulary.log_softmax_(projection.component_logits(tokens))
+        log_probs[tokens] = mix_(component_log_probs, log_weights[tokens])
     return log_probs
+
+
+def mix_(component_log_probs: Tensor, log_weights: Tensor) -> Tensor:
+    """Equivalent to: `logsumexp(log_weights.unsqueeze(-1) + component_log_probs, dim=1)` (n, V), in place."""
+    if log_weights.shape[1] == 1:
+        return component_log_probs.squeeze(1)
+    joint = component_log_probs.add_(log_weights.unsqueeze(-1))
+    # Finite for a class that no component gives a probability, so that its log-probability is -inf and not NaN.
+    largest = joint.amax(dim=1).clamp_(min=torch.finfo(joint.dtype).min)
+    return joint.sub_(largest.unsqueeze(1)).exp_().sum(dim=1).log_().add_(largest)
 
 
 def reduce(nll: Tensor, counts: Tensor, reduction: str) -> Tensor:

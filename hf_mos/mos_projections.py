@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .mos_matmul import multiply, multiply_into
-from .mos_vocabulary import VocabularyShard, WholeVocabulary, cap_, cap_logits, widen
+from .mos_vocabulary import VocabularyShard, WholeVocabulary, cap_, widen
 
 Tokens = slice | Tensor  # the tokens of a chunk, as an index
 
@@ -92,8 +92,9 @@ class Projection:
     def component_logits(self, tokens: slice) -> Tensor:
         """Equivalent to: `cap(latents[tokens] @ weight.T + bias)` (n, K, V), without groups and gradients."""
         latents = self.latents[tokens]
-        logits = multiply(latents.flatten(0, 1), self.weight, self.decoder.bias)
-        return cap_logits(widen(logits.unflatten(0, latents.shape[:2])), self.decoder.softcap)
+        logits = widen(multiply(latents.flatten(0, 1), self.weight, self.decoder.bias))
+        self.cap(logits, None)
+        return logits.unflatten(0, latents.shape[:2])
 
 
 class SubspaceProjection(Projection):
@@ -170,8 +171,10 @@ class SubspaceProjection(Projection):
     def component_logits(self, tokens: slice) -> Tensor:
         shifts = self.shifts[tokens]
         shared = multiply(self.hidden_states[tokens], self.weight, self.decoder.bias)
-        logits = multiply(shifts.flatten(0, 1), self.narrow_weight).unflatten(0, shifts.shape[:2])
-        return cap_logits(widen(logits + shared.unsqueeze(1)), self.decoder.softcap)
+        logits = widen(multiply(shifts.flatten(0, 1), self.narrow_weight)).unflatten(0, shifts.shape[:2])
+        logits.add_(shared.unsqueeze(1))
+        self.cap(logits, None)
+        return logits
 
 
 def through_basis(

@@ -126,7 +126,8 @@ class ShortlistProjection(Projection):
     def parts(self) -> list[slice]:
         """The tokens of the chunk, as many at a time as their rows of the decoder fit into `GATHER_BYTES`."""
         n, M = self.shortlist.shape
-        size = max(1, GATHER_BYTES // (M * self.rows_of_classes.shape[1] * self.weight.itemsize))
+        bytes_per_token = M * self.rows_of_classes.shape[1] * self.weight.itemsize
+        size = max(1, GATHER_BYTES // max(1, bytes_per_token))  # a process of many may hold no class
         return [slice(start, start + size) for start in range(0, n, size)]
 
     def gather(self, part: slice) -> Tensor:
