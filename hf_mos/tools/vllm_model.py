@@ -236,7 +236,8 @@ def __getattr__(name: str) -> type[nn.Module]:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     native: Any = ModelRegistry.models[native_name].load_model_cls()
     # Adapters name the modules as a checkpoint does.
-    mapper = WeightsMapper(orig_to_new_prefix={BACKBONE: ""}) | getattr(native, "hf_to_vllm_mapper", WeightsMapper())
+    mapper = WeightsMapper(orig_to_new_prefix={BACKBONE: ""})
+    mapper |= getattr(native, "hf_to_vllm_mapper", None) or WeightsMapper()
     members = {"__module__": __name__, "hf_to_vllm_mapper": mapper}
     globals()[name] = type(name, (Mixture, native), members)
     return globals()[name]
