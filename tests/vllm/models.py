@@ -4,7 +4,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from helpers import COMMON, part_components
+from helpers import COMMON, VOCAB_SIZE, part_components
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import (
     CohereConfig,
@@ -13,6 +16,7 @@ from transformers import (
     LlamaConfig,
     MixtralConfig,
     PhiConfig,
+    PreTrainedTokenizerFast,
     Qwen3Config,
 )
 
@@ -93,3 +97,10 @@ def reference_of(mixture: MoSForCausalLM, folder: Path, prompts: Tensor, **gener
     with torch.no_grad():
         log_probs = mixture(tokens).logits
     return Reference(folder, prompts.tolist(), tokens.tolist(), log_probs)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer with one word for each class."""
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
