@@ -12,6 +12,8 @@ logarithm caps the loss and adds mass.
 Source: Yang, Dai, Salakhutdinov, Cohen: Breaking the Softmax Bottleneck, arXiv 1711.03953, section 2.3.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -81,17 +83,20 @@ def infer_log_probs(
     decoder_bias: Tensor | None = None,
     softcap: float | None = None,
     vocabulary: WholeVocabulary | VocabularyShard | None = None,
+    matmul: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Equivalent to: `mos_log_probs` for latents of (N, K, E) in the decoder's dtype, chunk by chunk, no gradients.
 
-    With a shard of the vocabulary the weight and the bias have its rows alone, and so has the result, (N, V_r). All
-    processes must call this together.
+    Args:
+        vocabulary: `None` for the whole one. With a shard the weight and the bias have its rows alone, and so has the
+            result, (N, V_r). All processes must call this together.
+        matmul: computes `F.linear(rows, decoder_weight, decoder_bias)` as a new tensor in place of our own matmul.
     """
     N, V_r, device = prior_logits.shape[0], decoder_weight.shape[0], decoder_weight.device
     vocabulary = WholeVocabulary(V_r) if vocabulary is None else vocabulary
     dtype = widen(decoder_weight[:0]).dtype
     latents = latents.for_inference()
-    decoder = DecoderUse(decoder_weight, decoder_bias, softcap, vocabulary, dtype)
+    decoder = DecoderUse(decoder_weight, decoder_bias, softcap, vocabulary, dtype, matmul)
     log_prior = F.log_softmax(widen(prior_logits), dim=-1)
     projection = latents.projection(log_prior, decoder, Wanted((False,) * len(latents.tensors), False))
     log_weights = projection.log_weights

@@ -33,7 +33,6 @@ from .mos_projections import (
     weighted,
     write_product,
 )
-from .mos_vocabulary import widen
 
 BLOCK = 64  # classes whose maximum is compared first
 SEARCHED_ROWS = 64  # tokens that are searched at a time
@@ -94,7 +93,7 @@ class ShortlistProjection(Projection):
         self.mix_(tokens, out, slope)
 
     def component_logits(self, tokens: slice) -> Tensor:
-        logits = widen(multiply(self.hidden_states[tokens], self.weight, self.decoder.bias))
+        logits = self.decoder.logits(self.hidden_states[tokens])
         self.mix_(tokens, logits, None)
         return logits.unsqueeze(1)
 

@@ -4,8 +4,8 @@
     .venv-vllm/bin/python examples/benchmarks/serving.py
     .venv-vllm/bin/python examples/benchmarks/serving.py --hidden-size 768 --vocab-size 50257 --json
 
-Tokens per second of decoding: a prompt of 8 tokens for each sequence, then new tokens, greedily. The engines of a dtype
-run in turn in one process, and each figure is a median.
+Each sequence has a prompt of 8 tokens and is then decoded greedily. The engines of a dtype run in turn in one process,
+and each figure is a median.
 """
 
 import os

@@ -2,8 +2,8 @@
 
 `MoSLlamaForCausalLM` and the like are made when they are asked for: vLLM's own class behind [`Mixture`]. vLLM's
 logits processor computes the logits of every architecture, so a mixture's takes its place. It returns
-log-probabilities, whose softmax is the mixture, so all that vLLM does with logits is right: sampling, penalties, masks,
-log-probabilities.
+log-probabilities, whose softmax is the mixture. So all that vLLM does with logits is right: sampling, penalties,
+masks, log-probabilities.
 """
 
 from collections.abc import Iterable, Iterator
@@ -79,9 +79,16 @@ class MixtureLogits(LogitsProcessor):
             decoder_bias=None if decoder.bias is None else decoder.bias[:num_classes].to(latents.dtype),
             softcap=self.mixture.softcap,
             vocabulary=self.vocabulary,
+            matmul=self.multiply if latents.dtype == decoder.weight.dtype else None,
         )
         padding = decoder.num_embeddings_per_partition - num_classes
         return F.pad(log_probs, (0, padding), value=float("-inf")).unflatten(0, leading)
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        """The decoder's logits by vLLM's own matmul, which has the weight packed on the CPU; without padding."""
+        (decoder,) = self.decoder
+        logits = decoder.quant_method.apply(decoder, rows, bias=decoder.bias)
+        return logits[:, : decoder.shard_indices.num_org_elements].contiguous()
 
     def tensors(self) -> dict[str, tuple[nn.Parameter, tuple[int, ...]]]:
         """The head's tensors by their names in a checkpoint, each with its shape there."""
@@ -191,7 +198,7 @@ def check_logits_are_final(model: Any, native: LogitsProcessor, config: MoSConfi
 
 
 def replace_decoder(model: nn.Module, config: MoSConfig) -> ParallelLMHead:
-    """Puts the mixture's decoder in the place of the model's own head, which may have another shape, and returns it."""
+    """Returns the mixture's decoder, put in the place of the model's own head, which may have another shape."""
     D, V = input_size(config), config.vocab_size
     decoder = ParallelLMHead(V, config.latent_size or D, bias=bool(config.decoder_bias), prefix="lm_head")
     if config.tie_word_embeddings:

@@ -30,7 +30,9 @@ def register() -> None:
 
         base = type(get_config_parser("hf"))
     except ImportError as error:
-        logger.warning(f"hf_mos: expected vllm {VLLM_VERSION}, given one without a registry of config parsers: {error}")
+        logger.warning(
+            f"hf_mos: expected vllm {VLLM_VERSION}, given one without a registry of config parsers: {error}"
+        )
         return
     if issubclass(base, MoSParser):  # vLLM may call the entry point again
         return
@@ -44,7 +46,9 @@ def _register_architectures() -> str | None:
 
     version = vllm.__version__.partition("+")[0]
     if version != VLLM_VERSION:
-        return f"vllm: expected {VLLM_VERSION} to serve a mixture, given {vllm.__version__}: pip install 'hf_mos[vllm]'"
+        return (
+            f"vllm: expected {VLLM_VERSION} to serve a mixture, given {vllm.__version__}: pip install 'hf_mos[vllm]'"
+        )
     try:
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
         from vllm.model_executor.models.registry import ModelRegistry
@@ -92,7 +96,7 @@ def served_config(config: MoSConfig, source: str | Path) -> PreTrainedConfig:
     from vllm.model_executor.models.registry import ModelRegistry
 
     served = config.text_config
-    architecture = next(iter(served.architectures or []), None)
+    architecture = next(iter(served.architectures or []), "")
     if architecture not in ModelRegistry.models:
         raise ValueError(f"{source}: expected an architecture of vllm {VLLM_VERSION}, given {architecture!r}")
     if getattr(config, "quantization_config", None) is not None:

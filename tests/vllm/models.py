@@ -67,7 +67,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Reference(NamedTuple):
-    """What transformers predicts: greedy tokens (batch, prompt and new ones), and log-probabilities at each of them."""
+    """What transformers predicts: greedy tokens, the prompt's and new ones, and the log-probabilities at each."""
 
     folder: Path
     prompts: list[list[int]]

@@ -40,7 +40,12 @@ def penalised(folder: Path) -> Reference:
 
 @pytest.fixture(scope="module")
 def llm(short: Reference, long: Reference, penalised: Reference, engine: Callable[..., Any]) -> Iterator[Any]:
-    options = {"skip_tokenizer_init": False, "enable_prefix_caching": True, "max_num_batched_tokens": 32, "max_logprobs": VOCAB_SIZE}
+    options = {
+        "skip_tokenizer_init": False,
+        "enable_prefix_caching": True,
+        "max_num_batched_tokens": 32,
+        "max_logprobs": VOCAB_SIZE,
+    }
     with engine(short.folder, **options) as llm:
         yield llm
 

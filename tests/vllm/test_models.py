@@ -21,7 +21,9 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_predicts_as_transformers_does(case: str, references: dict[str, Reference], engine: Callable[..., Any]) -> None:
+def test_predicts_as_transformers_does(
+    case: str, references: dict[str, Reference], engine: Callable[..., Any]
+) -> None:
     from vllm import SamplingParams
 
     reference = references[case]

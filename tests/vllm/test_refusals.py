@@ -98,7 +98,11 @@ CONFIGS = {
         {},
         "expected an architecture of vllm 0.32.0, given 'MoonForCausalLM'",
     ),
-    "quantized": ({}, {"quantization_config": {"quant_method": "bitsandbytes"}}, "expected a checkpoint that is not qu"),
+    "quantized": (
+        {},
+        {"quantization_config": {"quant_method": "bitsandbytes"}},
+        "expected a checkpoint that is not qu",
+    ),
     "an interrupted save": ({}, {"transformers_weights": "_saving_1/model.safetensors"}, "expected a finished save"),
     "an earlier version": ({}, {"latent_scale": None}, "latent_scale: expected a number"),
     "an option out of range": ({}, {"num_mixtures": 0}, "num_mixtures: expected an int of at least 1, given 0"),
@@ -126,7 +130,7 @@ def test_a_file_that_is_cut_short(broken: Path, engine: Callable[..., Any]) -> N
 def test_pickled_weights(broken: Path, engine: Callable[..., Any]) -> None:
     torch.save(load_file(broken / "model.safetensors"), broken / "pytorch_model.bin")
     (broken / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="expected safetensors, given pytorch_model.bin, pickled"), engine(broken):
+    with pytest.raises(ValueError, match=r"expected safetensors, given pytorch_model\.bin, pickled"), engine(broken):
         pass
 
 
@@ -165,7 +169,7 @@ def test_a_build_without_the_names_that_are_used(whole: Path, monkeypatch: pytes
     monkeypatch.setitem(parsers._CONFIG_FORMAT_TO_CONFIG_PARSER, "hf", ours.__mro__[2])
     monkeypatch.delattr(config, "MODELS_CONFIG_MAP")
     vllm_plugin.register()
-    with pytest.raises(ImportError, match="given a build without one: .*MODELS_CONFIG_MAP"):
+    with pytest.raises(ImportError, match=r"given a build without one: .*MODELS_CONFIG_MAP"):
         parsers.get_config(whole, trust_remote_code=False)
 
 
