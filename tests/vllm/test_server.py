@@ -17,7 +17,9 @@ from helpers import random_tokens
 from models import NEW_TOKENS, Reference, make_mixture, reference_of, save_tokenizer
 from openai import OpenAI
 
-OPTIONS = "--dtype float32 --max-model-len 128 --block-size 32 --max-num-seqs 8 --kv-cache-memory-bytes 64M"
+OPTIONS = (
+    "--dtype float32 --max-model-len 128 --block-size 32 --max-num-seqs 8 --kv-cache-memory-bytes 64M --enforce-eager"
+)
 START_SECONDS = 240
 
 
