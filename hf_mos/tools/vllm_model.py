@@ -12,6 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -57,6 +60,7 @@ class MixtureLogits(LogitsProcessor):
         del self.mixture.decoder
         self.decoder = (decoder,)  # the model holds it, under the name of its own head
         self.is_tied, self.source = config.tie_word_embeddings, source
+        self.renamings = renamings_of(config.text_config)
         self.is_loaded = False
         self.vocabulary = None
         if decoder.tp_size > 1:
@@ -112,6 +116,8 @@ class MixtureLogits(LogitsProcessor):
             if name.startswith(BACKBONE):
                 yield name.removeprefix(BACKBONE), tensor
                 continue
+            for renaming in self.renamings:
+                name, _ = renaming.rename_source_key(name)
             if name == f"{HEAD}decoder.weight" and self.is_tied:
                 continue
             if name not in tensors:
@@ -229,6 +235,14 @@ def input_embedding(model: nn.Module, num_classes: int, size: int) -> VocabParal
             f"given {kinds}"
         )
     return found[0]
+
+
+def renamings_of(text_config: PreTrainedConfig) -> list[WeightRenaming]:
+    """The names in a checkpoint that transformers changes for this backbone, also those of the head: `embed_out`."""
+    names = [*reversed(text_config.architectures or []), text_config.model_type]
+    mappings: list[Any] = [get_checkpoint_conversion_mapping(name) for name in names]
+    transforms = next((mapping for mapping in mappings if mapping is not None), [])
+    return [transform for transform in transforms if isinstance(transform, WeightRenaming)]
 
 
 def input_size(config: MoSConfig) -> int:

@@ -13,6 +13,7 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MixtralConfig,
     PhiConfig,
@@ -42,6 +43,7 @@ CONFIGS: dict[str, Any] = {
     ),
     "gpt2": lambda: GPT2Config(**COMMON, n_embd=64, n_layer=2, n_head=2, n_positions=128),
     "cohere": lambda: CohereConfig(**COMMON, **ATTENTION, logit_scale=0.25),
+    "gpt-neox": lambda: GPTNeoXConfig(**COMMON, **ATTENTION),
     "phi": lambda: PhiConfig(**COMMON, **ATTENTION),
 }
 BIASES = {"latent_bias": True, "prior_bias": True}
@@ -62,6 +64,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {}),
     "cohere": ("cohere", {}),
     "cohere, untied": ("cohere", {"tie_word_embeddings": False}),
+    "gpt-neox, whose head has another name in a checkpoint": ("gpt-neox", {}),
     "phi, through vLLM's transformers backend": ("phi", {}),
 }
 
