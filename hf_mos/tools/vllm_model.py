@@ -241,7 +241,7 @@ def renamings_of(text_config: PreTrainedConfig) -> list[WeightRenaming]:
     """The names in a checkpoint that transformers changes for this backbone, also those of the head: `embed_out`."""
     names = [*reversed(text_config.architectures or []), text_config.model_type]
     mappings: list[Any] = [get_checkpoint_conversion_mapping(name) for name in names]
-    transforms = next((mapping for mapping in mappings if mapping is not None), [])
+    transforms: list[Any] = next((mapping for mapping in mappings if mapping is not None), [])
     return [transform for transform in transforms if isinstance(transform, WeightRenaming)]
 
 
