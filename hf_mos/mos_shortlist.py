@@ -33,7 +33,6 @@ from .mos_projections import (
     weighted,
     write_product,
 )
-from .mos_vocabulary import widen
 
 BLOCK = 64  # classes whose maximum is compared first
 SEARCHED_ROWS = 64  # tokens that are searched at a time
@@ -94,7 +93,7 @@ class ShortlistProjection(Projection):
         self.mix_(tokens, out, slope)
 
     def component_logits(self, tokens: slice) -> Tensor:
-        logits = widen(multiply(self.hidden_states[tokens], self.weight, self.decoder.bias))
+        logits = self.decoder.logits(self.hidden_states[tokens])
         self.mix_(tokens, logits, None)
         return logits.unsqueeze(1)
 
@@ -126,7 +125,8 @@ class ShortlistProjection(Projection):
     def parts(self) -> list[slice]:
         """The tokens of the chunk, as many at a time as their rows of the decoder fit into `GATHER_BYTES`."""
         n, M = self.shortlist.shape
-        size = max(1, GATHER_BYTES // (M * self.rows_of_classes.shape[1] * self.weight.itemsize))
+        bytes_per_token = M * self.rows_of_classes.shape[1] * self.weight.itemsize
+        size = max(1, GATHER_BYTES // max(1, bytes_per_token))  # a process of many may hold no class
         return [slice(start, start + size) for start in range(0, n, size)]
 
     def gather(self, part: slice) -> Tensor:

@@ -33,6 +33,10 @@ class WholeVocabulary(NamedTuple):
         torch.softmax(logits, dim=-1, out=logits)
         return (largest - target_logits) - logits.amax(dim=-1, keepdim=True).log()
 
+    def log_softmax_(self, logits: Tensor) -> Tensor:
+        """Log-softmax of component logits (..., V), in place."""
+        return torch.log_softmax(logits, dim=-1, out=logits)
+
     def subtract_targets_(self, probs: Tensor, target_rows: Tensor) -> Tensor:
         """Equivalent to: `probs - onehot(target)`, in place."""
         return probs.scatter_add_(1, target_rows, probs.new_full((), -1.0).expand_as(target_rows))
@@ -67,6 +71,13 @@ class VocabularyShard(NamedTuple):
         total, target_logit = sums.split(1, dim=1)
         logits.div_(total)
         return total.log() - target_logit
+
+    def log_softmax_(self, logits: Tensor) -> Tensor:
+        """Log-softmax over the whole vocabulary of component logits (..., V_r), in place."""
+        here = torch.logsumexp(logits, dim=-1, keepdim=True)  # -inf without a class here
+        parts = [torch.empty_like(here) for _ in range(torch.distributed.get_world_size(self.group))]
+        torch.distributed.all_gather(parts, here, self.group)
+        return logits.sub_(torch.logsumexp(torch.cat(parts, dim=-1), dim=-1, keepdim=True))
 
     def subtract_targets_(self, probs: Tensor, target_rows: Tensor) -> Tensor:
         """Equivalent to: `probs - onehot(target)`, of the classes that this process holds, in place."""

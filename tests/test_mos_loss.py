@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import LargestTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_mos
 from hf_mos import mos_cross_entropy, mos_log_probs
+from hf_mos.mos_chunks import CPU_BUDGET_BYTES
 from hf_mos.mos_latents import ShortlistLatents, SubspaceLatents, as_latents
 from hf_mos.mos_log_probs import infer_log_probs, mix_log_probs
 
@@ -272,6 +274,32 @@ def test_inference_equals_reference(form, N):
     options = {"decoder_bias": bias, "softcap": 2.0}
     inferred = infer_log_probs(as_latents(positional[0]), *positional[1:], **options)
     torch.testing.assert_close(inferred, mos_log_probs(*positional, **options))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_inference_keeps_what_underflows_and_what_cannot_be(form):
+    """Log-probabilities far below the smallest number of fp32, and classes that no component gives a probability."""
+    leaves, _ = draw(N=3, K=4, **form, bias=True, dtype=torch.float32)
+    leaves["decoder_bias"][2:4] = torch.tensor([-500.0, float("-inf")])
+    positional, bias = arguments(leaves, form.get("shortlist"))
+    inferred = infer_log_probs(as_latents(positional[0]), *positional[1:], decoder_bias=bias)
+    torch.testing.assert_close(inferred, mos_log_probs(*positional, decoder_bias=bias))
+    assert (inferred[:, 2] < -400).all()
+    assert (inferred[:, 3] == float("-inf")).all()
+
+
+@pytest.mark.parametrize(("dtype", "bytes_per_logit"), [(torch.float32, 4), (torch.bfloat16, 6)])
+def test_inference_keeps_to_its_budget(dtype, bytes_per_logit):
+    """The component logits of a server's batch go through in chunks, and are mixed in place."""
+    N, K, V = 16, 8, 50_000
+    latents, prior_logits, weight = (
+        torch.randn(N, K, 4, dtype=dtype),
+        torch.randn(N, K),
+        torch.randn(V, 4, dtype=dtype),
+    )
+    with LargestTensor() as largest:
+        infer_log_probs(as_latents(latents), prior_logits, weight)
+    assert N * V < largest.numel <= CPU_BUDGET_BYTES / bytes_per_logit < N * K * V
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

@@ -16,7 +16,8 @@ from transformers.distributed import DistributedConfig
 
 from hf_mos import MoSForCausalLM
 from hf_mos.mos_decoder import ShardedDecoder, use_of
-from hf_mos.mos_latents import ShortlistLatents, SubspaceLatents
+from hf_mos.mos_latents import Latents, ShortlistLatents, SubspaceLatents
+from hf_mos.mos_log_probs import infer_log_probs, mos_log_probs
 from hf_mos.mos_loss import mos_cross_entropy
 from hf_mos.mos_vocabulary import VocabularyShard
 
@@ -114,6 +115,27 @@ def compare_losses() -> None:
                     assert_near(mine, whole[here] if i in (1, 2) else whole, tolerance, f"{name}, gradient {i}")
 
 
+def compare_inference() -> None:
+    rank = torch.distributed.get_rank()
+    group = torch.distributed.group.WORLD
+    for num_classes in (20, 17, 2, 1):  # the last leaves one process without a class
+        here = slice(*(min(i * -(-num_classes // WORLD_SIZE), num_classes) for i in (rank, rank + 1)))
+        for head in ({}, {"rank": 2}, {"shortlist": 4}, {"shortlist": 4, "rank": 2}):
+            size, wide = head.get("shortlist"), head.get("rank")
+            inputs = random_inputs(num_classes, wide, bool(head), 1.0, torch.float32, frozen=False)
+            prior, weight, bias, *parts = (tensor.detach() for tensor in inputs)
+            form = SubspaceLatents if head else Latents
+            latents = form(*parts) if size is None else ShortlistLatents(*parts, size=size)
+            expected = mos_log_probs(latents, prior, weight, decoder_bias=bias, softcap=2.0)[:, here]
+            shard = VocabularyShard(num_classes, here.start, group)
+            given = infer_log_probs(
+                latents, prior, weight[here], decoder_bias=bias[here], softcap=2.0, vocabulary=shard
+            )
+            assert given.shape == expected.shape
+            if expected.numel():
+                assert_near(given, expected, 1e-5, f"{num_classes} classes, {head}")
+
+
 def assert_near(given: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
     size = max(1.0, float(expected.abs().max()))
     torch.testing.assert_close(given / size, expected / size, rtol=0, atol=tolerance, msg=lambda m: f"{name}: {m}")
@@ -164,11 +186,12 @@ def compare_memory() -> None:
 
 def compare_loss() -> None:
     compare_losses()
+    compare_inference()
     compare_memory()
 
 
 def test_the_loss_is_that_of_one_process_in_half_the_memory() -> None:
-    """And no logits travel."""
+    """And no logits travel. The log-probabilities of inference are those of one process too."""
     print(run_on_two(compare_loss))
 
 
