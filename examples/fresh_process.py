@@ -86,6 +86,19 @@ class PeakMemory:
         return (self.peak - self.start) / 2**20
 
 
+def show_bar_alone(trainer: Any) -> None:
+    """Leaves the Trainer a progress bar without log lines, which would break it; they are in results.json."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    class Bar(ProgressCallback):
+        def on_log(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(Bar)
+
+
 def generate_paragraph(checkpoint: Path, prompt: str) -> str:
     """What the checkpoint writes, loaded in a fresh process that finds no hf_mos on its path."""
     command = [sys.executable, "-c", RELOAD, str(checkpoint), prompt]

@@ -7,6 +7,7 @@ with its context.
 """
 
 import argparse
+import functools
 import json
 import math
 import platform
@@ -22,6 +23,7 @@ from fresh_process import (
     in_fresh_process,
     machine,
     markdown_table,
+    show_bar_alone,
 )
 from python_documentation import python_documentation
 from rich.console import Console
@@ -118,12 +120,15 @@ def make_everything(work: Path, arguments: argparse.Namespace, console: Console)
 def keep_text(work: Path, settings: Settings, model_folder: Path, max_documents: int | None) -> str:
     """Keeps the hidden states of the blocks to train on and of the windows to evaluate on; says what they are."""
     import torch
+    from rich.progress import track
     from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     from hf_mos import MoSForCausalLM
     from hf_mos.tools.evaluate import IGNORED, prefix_of, sequence_of, tokenize, windows_of
     from hf_mos.training.hidden_states import bytes_of, freeze_backbone, keep_hidden_states
 
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     documents = python_documentation(max_documents)
     prefix = prefix_of(tokenizer)
@@ -157,7 +162,8 @@ def keep_text(work: Path, settings: Settings, model_folder: Path, max_documents:
     with torch.autocast("cpu", torch.bfloat16):
         for name, rows in (("train", train_rows), ("validation", validation_rows)):
             torch.save(rows, work / f"{name}.pt")
-            keep_hidden_states(model, rows, work / name)
+            bar = functools.partial(track, description=f"running the backbone: {name}")
+            keep_hidden_states(model, rows, work / name, track=bar)
     megabytes = (bytes_of(model, train_rows) + bytes_of(model, validation_rows)) / 1e6
     return (
         f"{len(blocks) * BLOCK_SIZE:,} tokens to train on, {num_targets:,} to validate; their hidden states are "
@@ -173,7 +179,7 @@ def train_head(work: Path, settings: Settings, model_folder: Path, head: str) ->
     import copy
 
     import torch
-    from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArguments, set_seed
+    from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
     from transformers.utils.logging import disable_progress_bar
 
     from hf_mos import MoSForCausalLM
@@ -208,11 +214,10 @@ def train_head(work: Path, settings: Settings, model_folder: Path, head: str) ->
                 logging_steps=max(1, settings.steps // 20),
                 save_strategy="no",
                 report_to="none",
-                disable_tqdm=True,
                 use_cpu=True,
             )
             trainer = Trainer(model, training_arguments, train_dataset=states["train"])
-            trainer.remove_callback(PrinterCallback)
+            show_bar_alone(trainer)
             started = time.perf_counter()
             trainer.train()
             seconds = time.perf_counter() - started

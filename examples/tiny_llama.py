@@ -24,6 +24,7 @@ from fresh_process import (
     in_fresh_process,
     machine,
     markdown_table,
+    show_bar_alone,
 )
 from python_documentation import python_documentation
 from rich.console import Console
@@ -184,16 +185,10 @@ def finetune(work: Path, settings: Settings, head: str) -> Run:
 
 def train(name: str, model: Any, work: Path, settings: Settings, learning_rate: float, memory: "PeakMemory") -> Run:
     """Trains the model with the Trainer, measures it on the validation text, saves it with its tokenizer as `name`."""
-    from transformers import AutoTokenizer, ProgressCallback, Trainer, TrainingArguments
+    from transformers import AutoTokenizer, Trainer, TrainingArguments
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # hides the bars of loading and saving, not the Trainer's
-
-    class Progress(ProgressCallback):
-        """A bar without log lines, which would break it; they are in results.json and loss.png."""
-
-        def on_log(self, *args: Any, **kwargs: Any) -> None:
-            pass
 
     training_arguments = TrainingArguments(
         output_dir=str(work / f"{name}-trainer"),
@@ -219,8 +214,7 @@ def train(name: str, model: Any, work: Path, settings: Settings, learning_rate: 
         eval_dataset=load_blocks(work / "validation.npy"),
         processing_class=tokenizer,
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Progress)
+    show_bar_alone(trainer)
     started = time.perf_counter()
     trainer.train()
     seconds, peak_memory_mb = time.perf_counter() - started, memory.peak_mb()

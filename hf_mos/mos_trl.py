@@ -24,7 +24,17 @@ class FusedHeadMixin(nn.Module):
     score_options = ScoreOptions()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Equivalent to: `nn.Module.__setattr__`, but a forward of TRL's leaves its options and is not assigned."""
+        """Equivalent to: `nn.Module.__setattr__`, but a forward of TRL's leaves its options and is not assigned.
+
+        Raises:
+            ValueError: a trainer of TRL is about to multiply the last hidden states by the decoder's weight.
+        """
+        if name == "forward" and "_ForwardRedirection" in getattr(value, "__qualname__", ""):
+            raise ValueError(
+                "model: expected one softmax with this trainer of TRL, whose loss is made of the last hidden states "
+                "and the weight of the output embeddings, given a mixture, of which it would train a part. Make the "
+                "loss of outputs.logits instead."
+            )
         function = getattr(value, "__func__", None)
         if name == "forward" and function is not None and "fused_lm_head" in function.__code__.co_varnames:
             self.score_options = read_score_options(function, self.lm_head)
