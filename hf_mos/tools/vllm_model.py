@@ -85,8 +85,9 @@ class MixtureLogits(LogitsProcessor):
             vocabulary=self.vocabulary,
             matmul=self.multiply if latents.dtype == decoder.weight.dtype else None,
         )
-        padding = decoder.num_embeddings_per_partition - num_classes
-        return F.pad(log_probs, (0, padding), value=float("-inf")).unflatten(0, leading)
+        if padding := decoder.num_embeddings_per_partition - num_classes:
+            log_probs = F.pad(log_probs, (0, padding), value=float("-inf"))
+        return log_probs.unflatten(0, leading)
 
     def multiply(self, rows: Tensor) -> Tensor:
         """The decoder's logits by vLLM's own matmul, which has the weight packed on the CPU; without padding."""
