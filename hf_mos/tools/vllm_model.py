@@ -86,8 +86,9 @@ class MixtureLogits(LogitsProcessor):
             vocabulary=self.vocabulary,
             matmul=self.multiply if latents.dtype == decoder.weight.dtype else None,
         )
-        padding = decoder.num_embeddings_per_partition - num_classes
-        return F.pad(logits, (0, padding), value=float("-inf")).unflatten(0, leading)
+        if padding := decoder.num_embeddings_per_partition - num_classes:
+            logits = F.pad(logits, (0, padding), value=float("-inf"))
+        return logits.unflatten(0, leading)
 
     def multiply(self, rows: Tensor) -> Tensor:
         """The decoder's logits by vLLM's own matmul, which has the weight packed on the CPU; without padding."""

@@ -79,7 +79,7 @@ class Reference(NamedTuple):
 
 
 def make_mixture(name: str, seed: int = 0, **options: Any) -> MoSForCausalLM:
-    """An untrained mixture whose components differ, and whose biases are not zero."""
+    """An untrained mixture whose components differ, whose biases are not zero, and whose untied decoder is another."""
     text_config = CONFIGS[name]()
     text_config._attn_implementation = "eager"  # Gemma 2 caps the logits of its attention in this one alone
     torch.manual_seed(seed)
@@ -88,6 +88,9 @@ def make_mixture(name: str, seed: int = 0, **options: Any) -> MoSForCausalLM:
         for key, parameter in mixture.lm_head.named_parameters():
             if key.endswith("bias"):
                 parameter += torch.randn_like(parameter) / 2
+        if not mixture.config.tie_word_embeddings:
+            decoder = mixture.lm_head.decoder.weight
+            decoder += torch.randn_like(decoder) / 10  # else that of a tied model starts as its embedding
     if hasattr(mixture.lm_head, "shift"):
         part_components(mixture)
     return mixture

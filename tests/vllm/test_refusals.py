@@ -144,6 +144,14 @@ def test_a_model_that_changes_its_logits_again(
         pass
 
 
+def test_pipeline_parallelism(known_classes: None) -> None:
+    from hf_mos.tools import vllm_model
+
+    config = SimpleNamespace(parallel_config=SimpleNamespace(pipeline_parallel_size=2))
+    with pytest.raises(ValueError, match="pipeline_parallel_size: expected 1 for a mixture, given 2"):
+        vllm_model.MoSLlamaForCausalLM(vllm_config=config)
+
+
 def test_another_version_of_vllm_serves_all_but_mixtures(
     whole: Path, tmp_path: Path, engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
