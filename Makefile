@@ -42,7 +42,7 @@ test-distributed: $(DISTRIBUTED_INSTALLED) ## Test two processes: DDP, FSDP2, te
 
 # vLLM's release for the CPU. Its environment is another, as it takes other releases of transformers.
 test-vllm: $(VLLM_INSTALLED) ## Test serving by vLLM on the CPU
-	$(<D)/bin/python -m pytest tests/vllm
+	$(<D)/bin/python -m pytest tests/vllm_plugin
 
 # The wheel with its dependencies in an empty environment. Needs the package index.
 test-package: install ## Install the wheel in an empty environment and test it
@@ -101,10 +101,10 @@ $(SPACE_INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 # The last line makes a distribution of the name that the command `vllm` asks for.
-$(VLLM_INSTALLED): pyproject.toml tests/vllm/requirements.txt tests/vllm/metadata/pyproject.toml
+$(VLLM_INSTALLED): pyproject.toml tests/vllm_plugin/requirements.txt tests/vllm_plugin/metadata/pyproject.toml
 	$(HOST_PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --disable-pip-version-check --no-deps -r tests/vllm/requirements.txt -e .
-	$(@D)/bin/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation tests/vllm/metadata
+	$(@D)/bin/python -m pip install --disable-pip-version-check --no-deps -r tests/vllm_plugin/requirements.txt -e .
+	$(@D)/bin/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation tests/vllm_plugin/metadata
 	touch $@
 
 clean: ## Delete environments and outputs

