@@ -30,11 +30,11 @@ from rich.console import Console
 from rich.table import Table
 from smollm2 import smollm2
 
-STEPS = 40
+STEPS = 20
 RATES = (1e-4, 3e-4, 1e-3)
 PROMPT = "What does the sorted function of Python do? Explain it to a beginner in a few sentences."
 BATCH_SIZE, BLOCK_SIZE = 2, 256  # blocks, tokens
-VALIDATION_TOKENS, WINDOW, STRIDE = 6000, 512, 256
+VALIDATION_TOKENS, WINDOW, STRIDE = 3000, 512, 256
 VALIDATION_SHARE = 20  # every 20th document
 
 
@@ -96,9 +96,9 @@ def make_everything(work: Path, arguments: argparse.Namespace, console: Console)
     console.rule("Loaded in fresh processes through AutoModelForCausalLM")
     paragraphs = {}
     for run in (runs[0], runs[1]):
-        paragraphs[run.name] = generate_paragraph(work / run.name, PROMPT)
+        paragraphs[run.name] = generate_paragraph(folder_of(work, run.name), PROMPT)
         print(f"{run.name}: {paragraphs[run.name]}\n")
-    result = work / runs[1].name
+    result = folder_of(work, runs[1].name)
     console.rule("Results")
     console.print(results_table(runs, settings))
     plot_losses(runs, result / "loss.png")
@@ -229,8 +229,8 @@ def train_head(work: Path, settings: Settings, model_folder: Path, head: str) ->
     with torch.no_grad():
         for name, weight in trained.items():
             weight.copy_(weights[name])
-    model.save_pretrained(work / head)
-    AutoTokenizer.from_pretrained(model_folder).save_pretrained(work / head)
+    model.save_pretrained(folder_of(work, head))
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder_of(work, head))
     return Run(
         name=head,
         learning_rate=rate,
@@ -243,6 +243,10 @@ def train_head(work: Path, settings: Settings, model_folder: Path, head: str) ->
         steps=[entry["step"] for entry in logs],
         losses=[entry["loss"] for entry in logs],
     )
+
+
+def folder_of(work: Path, head: str) -> Path:
+    return work / head.replace(",", "").replace(" ", "-")
 
 
 def perplexity(model: Any, rows: Any) -> float:
