@@ -299,3 +299,47 @@ def test_a_text_that_is_not_there_is_named():
 
     with pytest.raises(typer.BadParameter, match=r"expected a file, given nowhere/train\.txt"):
         Source(data_dir=Path("nowhere"))
+
+
+@pytest.fixture
+def pretrained(tmp_path, data_dir):
+    """A folder with a tiny Llama and its tokenizer."""
+    from text import Source, load_text
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path / "llama"
+    tokenizer = load_text(Source(data_dir), vocab_size=300).tokenizer
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_heads_of_a_real_model_by_its_command(tmp_path, data_dir, pretrained):
+    arguments = ["--model", pretrained, "--data-dir", data_dir, "--steps", "2", "--seeds", "2", "--out", tmp_path]
+    printed = run("real_model.py", *arguments)
+    heads = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")][2:]
+    assert heads[:2] == ["as it is", "softmax"]
+    assert {"contexts K=4", "mixture K=1 M=64", "mixture K=16 M=256", "mixture K=4 R=32", "mixture K=16"} <= set(heads)
+    runs = json.loads((tmp_path / "real_model.json").read_text())["runs"]
+    base, *trained = runs
+    assert base["settings"]["base"] == "llama"
+    tried = {run["settings"]["recipe"]["learning_rate"] for run in trained if run["settings"]["seed"] == 0}
+    assert tried == {1e-4, 3e-4, 1e-3}
+    assert {run["settings"]["seed"] for run in trained} == {0, 1}
+    assert (tmp_path / "real_model.png").stat().st_size > 0
+
+
+def test_adapters_of_a_real_model_by_their_command(tmp_path, data_dir, pretrained):
+    pytest.importorskip("peft")
+    arguments = ["--model", pretrained, "--data-dir", data_dir, "--quick", "--adapters", "--out", tmp_path]
+    printed = run("real_model.py", *arguments)
+    heads = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| LoRA")]
+    assert heads == [
+        "LoRA 8, softmax",
+        "LoRA 8, mixture K=16 M=64", "LoRA 8, softmax, its seconds",
+        "LoRA 8, mixture K=4", "LoRA 8, softmax, its seconds",
+    ]  # fmt: skip
