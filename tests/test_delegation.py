@@ -28,6 +28,7 @@ from hf_mos.configuration_mos import SOFTCAP_FIELDS
 TOKENS = random_tokens()
 # These describe the checkpoint or the head, which are the mixture's own.
 OWN = {"architectures", "dtype", "return_dict", "tie_word_embeddings", "transformers_version", *SOFTCAP_FIELDS}
+OWN |= {"base_model_tp_plan"}  # of the names of modules; older transformers keeps it in the config itself
 OWN_ATTRIBUTES = {
     "all_tied_weights_keys", "base_model_prefix", "can_record_outputs", "config", "dummy_inputs", "ep_plan",
     "fsdp_plan", "loss_type", "pp_plan", "tp_plan",
