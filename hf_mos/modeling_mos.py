@@ -295,7 +295,8 @@ class MoSForCausalLM(AnswersAsBackbone, FusedHeadMixin, PreTrainedModel, Generat
         skips = leaves_out if skip_logits is None else skip_logits
         if hidden_states is not None and (input_ids is not None or kwargs.get("inputs_embeds") is not None):
             raise ValueError("hidden_states: expected no input_ids and no inputs_embeds with it, given one of them")
-        if has_labels and self.training and use_cache is None and kwargs.get("past_key_values") is None:
+        given_cache = any(kwargs.get(name) is not None for name in ("past_key_values", "cache"))  # old and new name
+        if has_labels and self.training and use_cache is None and not given_cache:
             use_cache = False  # nobody would read the cache, and gradient checkpointing forbids one
         arguments = {"input_ids": input_ids, **kwargs}
         if "use_cache" in self._backbone_arguments:
