@@ -125,11 +125,12 @@ def infer_log_probs(
     for start in range(0, N, size):
         tokens = slice(start, start + size)
         component_logits = projection.component_logits(tokens)
-        first_logit = component_logits[..., 0].clone()
+        first_logit = component_logits[..., :1].clone()  # none in a shard that has no class
         component_log_probs = vocabulary.log_softmax_(component_logits)
-        log_partition = mean_log_partition(log_weights[tokens], first_logit, component_log_probs[..., 0])
+        first_log_prob = component_log_probs[..., :1].clone()
         log_probs[tokens] = mix_(component_log_probs, log_weights[tokens])
-        if add_log_partition:
+        if add_log_partition and V_r:
+            log_partition = mean_log_partition(log_weights[tokens], first_logit[..., 0], first_log_prob[..., 0])
             log_probs[tokens] += log_partition.unsqueeze(-1)
     return log_probs
 

@@ -126,14 +126,16 @@ def compare_inference() -> None:
             prior, weight, bias, *parts = (tensor.detach() for tensor in inputs)
             form = SubspaceLatents if head else Latents
             latents = form(*parts) if size is None else ShortlistLatents(*parts, size=size)
-            expected = mos_log_probs(latents, prior, weight, decoder_bias=bias, softcap=2.0)[:, here]
             shard = VocabularyShard(num_classes, here.start, group)
-            given = infer_log_probs(
-                latents, prior, weight[here], decoder_bias=bias[here], softcap=2.0, vocabulary=shard
-            )
-            assert given.shape == expected.shape
-            if expected.numel():
-                assert_near(given, expected, 1e-5, f"{num_classes} classes, {head}")
+            for adds in (False, True):
+                options = {"softcap": 2.0, "add_log_partition": adds}
+                expected = mos_log_probs(latents, prior, weight, decoder_bias=bias, **options)[:, here]
+                given = infer_log_probs(
+                    latents, prior, weight[here], decoder_bias=bias[here], vocabulary=shard, **options
+                )
+                assert given.shape == expected.shape
+                if expected.numel():
+                    assert_near(given, expected, 1e-5, f"{num_classes} classes, {head}, {options}")
 
 
 def assert_near(given: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
