@@ -270,8 +270,8 @@ class MoSForCausalLM(AnswersAsBackbone, FusedHeadMixin, PreTrainedModel, Generat
             skip_logits: return `logits=None`, for example by a data collator in an evaluation that needs only the
                 loss. `None`: in training mode with labels, leave the logits out as `skip_logits_in_training` says;
                 who then reads `logits` gets a RuntimeError that says how to ask for them.
-            add_log_partition: add the components' mean log-partition to each position's log-probabilities, for logits
-                on the softmax's scale: the softmax's own logits at step 0, and the same mixture always. `generate`
+            add_log_partition: add the logarithm of the components' mean partition function, for logits on the
+                softmax's scale: the softmax's own logits at step 0, and the same mixture always. `generate`
                 does so, as `repetition_penalty` depends on the scale.
             kwargs: the backbone's other arguments, and `shift_labels` (batch, sequence), already shifted, in place of
                 `labels`. (The Trainer requires every argument of the signature whose name contains "label".) With

@@ -67,8 +67,9 @@ def mix_log_probs(component_logits: Tensor, prior_logits: Tensor, add_log_partit
     Args:
         component_logits: (..., K, V), any float dtype.
         prior_logits: (..., K), any float dtype.
-        add_log_partition: add `sum_k softmax(prior_logits)_k * logsumexp(component_logits_k)`, one number for all
-            classes. Where all components are one softmax, the result is that softmax's logits.
+        add_log_partition: add `-logsumexp_k(log_softmax(prior_logits)_k - logsumexp(component_logits_k))`, one number
+            for all classes: the logarithm of the harmonic mean of the components' partition functions. Where all
+            components are one softmax, the result is that softmax's logits.
 
     Returns:
         (..., V), natural log-probabilities in fp32 (fp64 for fp64); their exponentials sum to one.
@@ -84,11 +85,13 @@ def mix_log_probs(component_logits: Tensor, prior_logits: Tensor, add_log_partit
 
 
 def mean_log_partition(log_weights: Tensor, logit: Tensor, log_prob: Tensor) -> Tensor:
-    """The mean (...) of the components' log-partitions, each the difference of a class's logit and log-probability.
+    """The logarithm (...) of the components' mean partition function, by a class's logits and log-probabilities.
 
+    A component's log-partition is the difference of any logit and its log-probability. The mean is the harmonic one:
+    by it a mixture on a shortlist, which is one softmax too, has the partition function of that softmax.
     Shapes: all (..., K).
     """
-    return (log_weights.exp() * (logit - log_prob).nan_to_num()).sum(-1)  # the class may be at -inf
+    return -torch.logsumexp(log_weights - (logit - log_prob).nan_to_num(), dim=-1)  # the class may be at -inf
 
 
 @torch.no_grad()

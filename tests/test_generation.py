@@ -249,7 +249,7 @@ def test_logits_processors_see_the_softmaxs_logits(name: str, options: dict[str,
         torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-5)
 
 
-def test_logits_of_generation_are_log_probabilities_and_the_mean_log_partition() -> None:
+def test_logits_of_generation_are_log_probabilities_times_the_mean_partition_function() -> None:
     model = tiny_mos()
     tokens = random_tokens()
     head = model.lm_head
@@ -259,9 +259,21 @@ def test_logits_of_generation_are_log_probabilities_and_the_mean_log_partition()
         log_probs = model(input_ids=tokens).logits
         partitions = head.decoder(head.latents(hidden_states).dense()).logsumexp(-1)
         weights = head.prior_logits(hidden_states).softmax(-1)
-    torch.testing.assert_close(logits, log_probs + (weights * partitions).sum(-1, keepdim=True))
+    mean_partition = 1 / (weights / partitions.exp()).sum(-1, keepdim=True)
+    torch.testing.assert_close(logits, log_probs + mean_partition.log())
     with torch.enable_grad():
         torch.testing.assert_close(model(input_ids=tokens, add_log_partition=True).logits, logits)
+
+
+@pytest.mark.parametrize("options", [{}, {"latent_rank": 4}, {"shortlist_size": 5}, {"softcap": None}], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_logits_of_generation_do_not_depend_on_the_path(name: str, options: dict[str, Any]) -> None:
+    """With gradients they are computed in another way than without."""
+    model, tokens = tiny_mos(name, **options), random_tokens()
+    given = [model(input_ids=tokens, add_log_partition=True).logits.detach()]
+    with torch.no_grad():
+        given.append(model(input_ids=tokens, add_log_partition=True).logits)
+    torch.testing.assert_close(*given, atol=1e-4, rtol=1e-5)
 
 
 def test_logits_processors_can_forbid_tokens() -> None:
