@@ -139,6 +139,7 @@ def test_inputs_embeds_alone(name: str) -> None:
     assert torch.equal(generated, greedy(model, tokens, NEW)[:, tokens.shape[1] :])
 
 
+@pytest.mark.filterwarnings("ignore:.*Use .cache. instead:FutureWarning")  # the newest name of past_key_values
 @pytest.mark.parametrize("name", BACKBONES)
 def test_continues_from_a_cache(name: str) -> None:
     model = tiny_mos(name)
@@ -154,6 +155,7 @@ def test_continues_from_a_cache(name: str) -> None:
             cache = {field: getattr(step, field)}
 
 
+@pytest.mark.filterwarnings("ignore:.*Use .cache. instead:FutureWarning")  # the newest name of past_key_values
 @pytest.mark.parametrize("name", WITH_ATTENTION)
 def test_generates_on_from_the_cache_of_an_earlier_call(name: str) -> None:
     model = tiny_mos(name)
