@@ -90,8 +90,6 @@ class MoSForCausalLM(AnswersAsBackbone, FusedHeadMixin, PreTrainedModel, Generat
             self._tp_plan["lm_head.decoder"] = "colwise_gather_output"
         if self._fsdp_plan and not config.tie_word_embeddings:  # a tied weight stays with the embedding
             self._fsdp_plan["lm_head"] = "keep_full_weight"
-        # The base class chooses for the wrapper, which has no attention. Who asks gets the backbone's choice.
-        vars(config)["_attn_implementation_internal"] = backbone.config._attn_implementation
         self.bind_forward()
         self._is_built = True
 

@@ -90,17 +90,6 @@ def test_every_number_can_be_given_to_from_pretrained_and_to_the_constructor(nam
         assert getattr(softmax.config, field) == value
 
 
-@pytest.mark.parametrize("implementation", [None, "eager"])
-@pytest.mark.parametrize("name", WITH_ATTENTION)
-def test_the_attention_implementation_is_the_backbones(name: str, implementation: str | None) -> None:
-    softmax = tiny_causal_lm(name)
-    if implementation is not None:
-        softmax.set_attn_implementation(implementation)
-    model = MoSForCausalLM.from_causal_lm(softmax)
-    for config in (model.config, model.backbone.config):
-        assert config._attn_implementation == softmax.config._attn_implementation
-
-
 def test_fields_of_a_config_within_the_backbones() -> None:
     text = {
         "hidden_size": 32,
