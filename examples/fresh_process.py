@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+from rich.table import Table
 
 RESULTS_FILE = "results.json"
 Result = TypeVar("Result")
@@ -109,6 +111,43 @@ def generate_paragraph(checkpoint: Path, prompt: str) -> str:
 def markdown_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [columns, ("---", *["---:"] * (len(columns) - 1)), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def terminal_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+    table = Table(title=title)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def plot_losses(path: Path, title: str, xlabel: str, curves: dict[str, tuple[list[int], list[float]]]) -> None:
+    """Draws training losses; each curve has its steps and its losses."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for label, (steps, losses) in curves.items():
+        axes.plot(steps, losses, label=label)
+    axes.set(xlabel=xlabel, ylabel="training loss, nats per token", title=title)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def perplexity_for_card(perplexity: float) -> Any:
+    """The `EvalResult` of a card: the perplexity of the held-out part of Python's documentation."""
+    from huggingface_hub import EvalResult
+
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type="python-documentation",
+        dataset_name=f"Docstrings and pydoc topics of Python {platform.python_version()}",
+        dataset_split="validation",
+        metric_type="perplexity",
+        metric_name="perplexity per token",
+        metric_value=round(perplexity, 2),
+    )
 
 
 def machine() -> str:

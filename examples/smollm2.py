@@ -52,9 +52,9 @@ def save_checkpoint(file: Path, checkpoint: Path) -> None:
     """Saves the model and the tokenizer of a GGUF file as transformers saves them."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from hf_mos.conversion import forget_quantizer
+
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
-    for name in ("hf_quantizer", "is_quantized", "quantization_method"):  # its weights are not quantised any more
-        vars(model).pop(name, None)
-    del model.config.quantization_config
+    forget_quantizer(model)
     model.save_pretrained(checkpoint)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(checkpoint)

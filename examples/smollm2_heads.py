@@ -23,11 +23,13 @@ from fresh_process import (
     in_fresh_process,
     machine,
     markdown_table,
+    perplexity_for_card,
+    plot_losses,
     show_bar_alone,
+    terminal_table,
 )
 from python_documentation import python_documentation
 from rich.console import Console
-from rich.table import Table
 from smollm2 import smollm2
 
 STEPS = 20
@@ -100,8 +102,10 @@ def make_everything(work: Path, arguments: argparse.Namespace, console: Console)
         print(f"{run.name}: {paragraphs[run.name]}\n")
     result = folder_of(work, runs[1].name)
     console.rule("Results")
-    console.print(results_table(runs, settings))
-    plot_losses(runs, result / "loss.png")
+    title = f"Heads on the same hidden states, {settings.steps} steps, seed {settings.seed}"
+    console.print(terminal_table(title, COLUMNS, table_rows(runs)))
+    curves = {f"{run.name} (perplexity {run.perplexity:.2f})": (run.steps, run.losses) for run in runs}
+    plot_losses(result / "loss.png", "SmolLM2: the same hidden states", "step", curves)
     content = {
         "settings": asdict(settings),
         "machine": machine(),
@@ -125,7 +129,7 @@ def keep_text(work: Path, settings: Settings, model_folder: Path, max_documents:
     from transformers.utils.logging import disable_progress_bar
 
     from hf_mos import MoSForCausalLM
-    from hf_mos.tools.evaluate import IGNORED, prefix_of, sequence_of, tokenize, windows_of
+    from hf_mos.tools.evaluate import prefix_of, sequence_of, tokenize, windows_of
     from hf_mos.training.hidden_states import bytes_of, freeze_backbone, keep_hidden_states
 
     disable_progress_bar()
@@ -151,13 +155,7 @@ def keep_text(work: Path, settings: Settings, model_folder: Path, max_documents:
     model = MoSForCausalLM.from_causal_lm(str(model_folder), num_mixtures=1)
     freeze_backbone(model)
     train_rows = [{"input_ids": block, "labels": block} for block in blocks]
-    validation_rows = [
-        {
-            "input_ids": window.inputs.tolist(),
-            "labels": [IGNORED] * (len(window.inputs) - len(window.targets)) + window.targets.tolist(),
-        }
-        for window in windows
-    ]
+    validation_rows = [{"input_ids": w.inputs.long(), "labels": w.aligned_targets} for w in windows]
     started = time.perf_counter()
     with torch.autocast("cpu", torch.bfloat16):
         for name, rows in (("train", train_rows), ("validation", validation_rows)):
@@ -250,19 +248,10 @@ def folder_of(work: Path, head: str) -> Path:
 
 
 def perplexity(model: Any, rows: Any) -> float:
-    """The perplexity of the targets of windows; their rows hold targets, which are aligned, as labels."""
-    import torch
+    """The perplexity of the targets of windows."""
+    from hf_mos.training.hidden_states import sum_nats
 
-    model.eval()
-    nats, count = 0.0, 0
-    with torch.no_grad():
-        for row in rows:
-            targets = row["labels"].unsqueeze(0)
-            states = row["hidden_states"].unsqueeze(0)
-            outputs = model(hidden_states=states, shift_labels=targets, num_items_in_batch=1, skip_logits=True)
-            nats += float(outputs.loss)
-            count += int((targets != -100).sum())
-    return math.exp(nats / count)
+    return math.exp(sum_nats(model, rows) / sum(int((targets != -100).sum()) for targets in rows.labels))
 
 
 # ------------------------------------------------------------------------------------------------------------ results
@@ -285,43 +274,11 @@ def table_rows(runs: list[Run]) -> list[tuple[str, ...]]:
     ]
 
 
-def results_table(runs: list[Run], settings: Settings) -> Table:
-    table = Table(title=f"Heads on the same hidden states, {settings.steps} steps, seed {settings.seed}")
-    for i, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if i else "left")
-    for row in table_rows(runs):
-        table.add_row(*row)
-    return table
-
-
-def plot_losses(runs: list[Run], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for run in runs:
-        axes.plot(run.steps, run.losses, label=f"{run.name} (perplexity {run.perplexity:.2f})")
-    axes.set(xlabel="step", ylabel="training loss, nats per token", title="SmolLM2: the same hidden states")
-    axes.legend()
-    figure.savefig(path, dpi=150)
-
-
 def write_card(result: Path, settings: Settings, runs: list[Run], arguments: argparse.Namespace) -> None:
-    from huggingface_hub import EvalResult
-
     from hf_mos import MoSForCausalLM
     from hf_mos.tools.card import model_card
 
     python = platform.python_version()
-    measured = EvalResult(
-        task_type="text-generation",
-        dataset_type="python-documentation",
-        dataset_name=f"Docstrings and pydoc topics of Python {python}",
-        dataset_split="validation",
-        metric_type="perplexity",
-        metric_name="perplexity per token",
-        metric_value=round(runs[1].perplexity, 2),
-    )
     documents = f" --max-documents {arguments.max_documents}" if arguments.max_documents else ""
     command = (
         f"python examples/compare_heads.py --steps {settings.steps} --num-mixtures {settings.num_mixtures} "
@@ -331,7 +288,7 @@ def write_card(result: Path, settings: Settings, runs: list[Run], arguments: arg
     card = model_card(
         MoSForCausalLM.from_pretrained(result),
         model_id="quickstart-out",
-        eval_results=[measured],
+        eval_results=[perplexity_for_card(runs[1].perplexity)],
         command=command,
         machine=machine(),
         comparison=markdown_table(COLUMNS, table_rows(runs)),

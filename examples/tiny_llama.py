@@ -24,11 +24,13 @@ from fresh_process import (
     in_fresh_process,
     machine,
     markdown_table,
+    perplexity_for_card,
+    plot_losses,
     show_bar_alone,
+    terminal_table,
 )
 from python_documentation import python_documentation
 from rich.console import Console
-from rich.table import Table
 from tokenizers import ByteLevelBPETokenizer
 
 END_OF_TEXT = "<|endoftext|>"
@@ -99,8 +101,13 @@ def make_everything(work: Path, arguments: argparse.Namespace, console: Console)
     paragraph = generate_paragraph(result, PROMPT)
     print(paragraph)
     console.rule("Results")
-    console.print(results_table(runs, settings))
-    plot_losses(runs, result / "loss.png")
+    title = f"The same checkpoint fine-tuned for {settings.steps} steps, seed {settings.seed}"
+    console.print(terminal_table(title, COLUMNS, table_rows(runs, settings)))
+    curves = {
+        f"{HEADS.get(head, head)} (validation perplexity {run.perplexity:.1f})": (run.steps, run.losses)
+        for head, run in runs.items()
+    }
+    plot_losses(result / "loss.png", "Same checkpoint and data", "fine-tuning step", curves)
     write_results(result, settings, checkpoint, runs, paragraph, time.perf_counter() - started)
     write_card(result, settings, checkpoint, runs, command_line(settings, arguments))
     return result
@@ -262,28 +269,6 @@ def table_rows(runs: dict[str, Run], settings: Settings) -> list[tuple[str, ...]
     ]
 
 
-def results_table(runs: dict[str, Run], settings: Settings) -> Table:
-    table = Table(title=f"The same checkpoint fine-tuned for {settings.steps} steps, seed {settings.seed}")
-    for i, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if i else "left")
-    for row in table_rows(runs, settings):
-        table.add_row(*row)
-    return table
-
-
-def plot_losses(runs: dict[str, Run], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for head, run in runs.items():
-        label = f"{HEADS.get(head, head)} (validation perplexity {run.perplexity:.1f})"
-        axes.plot(run.steps, run.losses, label=label)
-    axes.set(xlabel="fine-tuning step", ylabel="training loss, nats per token", title="Same checkpoint and data")
-    axes.legend()
-    figure.savefig(path, dpi=150)
-
-
 def write_results(
     result: Path, settings: Settings, checkpoint: Run, runs: dict[str, Run], paragraph: str, seconds: float
 ) -> None:
@@ -299,26 +284,15 @@ def write_results(
 
 
 def write_card(result: Path, settings: Settings, checkpoint: Run, runs: dict[str, Run], command: str) -> None:
-    from huggingface_hub import EvalResult
-
     from hf_mos import MoSForCausalLM
     from hf_mos.tools.card import model_card
 
     python = platform.python_version()
-    measured = EvalResult(
-        task_type="text-generation",
-        dataset_type="python-documentation",
-        dataset_name=f"Docstrings and pydoc topics of Python {python}",
-        dataset_split="validation",
-        metric_type="perplexity",
-        metric_name="perplexity per token",
-        metric_value=round(runs["mixture"].perplexity, 2),
-    )
     tokens = settings.steps * settings.batch_size * settings.block_size
     card = model_card(
         MoSForCausalLM.from_pretrained(result),
         model_id="quickstart-out",
-        eval_results=[measured],
+        eval_results=[perplexity_for_card(runs["mixture"].perplexity)],
         command=command,
         machine=machine(),
         comparison=markdown_table(COLUMNS, table_rows(runs, settings)),

@@ -60,9 +60,7 @@ def convert_causal_lm(
         raise ValueError(f"model: expected a path, a Hub id or a causal LM, given {type(model).__name__}.{advice}")
     projection = output_projection(backbone)
     refuse_changed_weights(backbone)
-    for name in ("hf_quantizer", "is_quantized", "quantization_method"):  # of a GGUF file, or of what was dequantised
-        vars(backbone).pop(name, None)
-    vars(backbone.config).pop("quantization_config", None)
+    forget_quantizer(backbone)
     device_map = device_map_of(backbone, projection)
     config = _config_for(config_class, backbone, projection, num_mixtures, options)
     module: Any
@@ -118,6 +116,13 @@ def refuse_changed_weights(model: PreTrainedModel) -> None:
             found = f"{name} of shape {given[name]}" if name in given else f"no {name}"
             made = f"{name} of shape {expected[name]}" if name in expected else f"no {name}"
             refuse(f"{made}, as its config says", found, "Only weights that the config makes can be loaded again.")
+
+
+def forget_quantizer(model: PreTrainedModel) -> None:
+    """Removes what a GGUF file, or a quantizer whose weights were dequantised, left: the model could not be saved."""
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        vars(model).pop(name, None)
+    vars(model.config).pop("quantization_config", None)
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

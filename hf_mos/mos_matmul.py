@@ -97,9 +97,8 @@ def _suits_onednn(*matrices: Tensor) -> bool:
         and (_mkl_is_slow() or matrices[0].shape[0] <= FEW_ROWS)
         and not torch.is_autocast_enabled("cpu")
         and not is_transformed()
-        and (
-            torch.compiler.is_compiling() or _get_current_dispatch_mode() is None
-        )  # FlopCounterMode knows torch's alone
+        # FlopCounterMode knows torch's own matmul alone.
+        and (torch.compiler.is_compiling() or _get_current_dispatch_mode() is None)
         and all(
             matrix.device.type == "cpu"
             and matrix.dtype == torch.float32

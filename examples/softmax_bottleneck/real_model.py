@@ -35,8 +35,8 @@ from training import Recipe, fit, shuffled
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mos import MoSForCausalLM
-from hf_mos.tools.evaluate import IGNORED, Window, collate, prefix_of, target_nll, tokenize, windows_of
-from hf_mos.training.hidden_states import HiddenStateRows, freeze_backbone, keep_hidden_states
+from hf_mos.tools.evaluate import Window, collate, prefix_of, target_nll, tokenize, windows_of
+from hf_mos.training.hidden_states import HiddenStateRows, freeze_backbone, keep_hidden_states, sum_nats
 
 BLOCK_SIZE, WINDOW, STRIDE = 256, 512, 256  # tokens
 RATES = (1e-4, 3e-4, 1e-3)
@@ -106,7 +106,7 @@ class KeptCorpus:
     def keep(cls, corpus: Corpus, model: MoSForCausalLM, folder: Path) -> "KeptCorpus":
         rows = {
             "train": [{"input_ids": block, "labels": block} for block in corpus.blocks],
-            "valid": [{"input_ids": w.inputs.long(), "labels": targets_of(w)} for w in corpus.windows],
+            "valid": [{"input_ids": w.inputs.long(), "labels": w.aligned_targets} for w in corpus.windows],
         }
         with torch.autocast("cpu", torch.bfloat16):
             kept = {
@@ -122,19 +122,8 @@ class KeptCorpus:
             rows = [self.train[index] for index in chosen.tolist()]
             yield {name: torch.stack([row[name] for row in rows]) for name in ("hidden_states", "labels")}
 
-    @torch.no_grad()
     def nats(self, model: PreTrainedModel, split: str) -> float:
-        model.eval()
-        total = 0.0
-        for index in range(len(self.valid)):
-            row = self.valid[index]
-            inputs = {"hidden_states": row["hidden_states"][None], "shift_labels": row["labels"][None]}
-            total += model(**inputs, num_items_in_batch=1, skip_logits=True).loss.item()
-        return total / self.num_targets
-
-
-def targets_of(window: Window) -> Tensor:
-    return torch.cat([torch.full((len(window.inputs) - len(window.targets),), IGNORED), window.targets.long()])
+        return sum_nats(model, self.valid) / self.num_targets
 
 
 def progress(title: str) -> Any:

@@ -59,6 +59,11 @@ class Window(NamedTuple):
     inputs: Tensor  # (n,)
     targets: Tensor  # (m,), the successors of the last m inputs; -100 where one does not count
 
+    @property
+    def aligned_targets(self) -> Tensor:
+        """The targets (n,), each at the place of its input; -100 at the inputs before the last m."""
+        return F.pad(self.targets.long(), (len(self.inputs) - len(self.targets), 0), value=IGNORED)
+
 
 def evaluate(
     model: PreTrainedModel,

@@ -151,6 +151,18 @@ def keep_hidden_states(
     return kept
 
 
+@torch.no_grad()
+def sum_nats(model: MoSForCausalLM, rows: HiddenStateRows) -> float:
+    """The summed negative log-likelihood, in nats, of rows whose labels are targets: aligned, not shifted."""
+    model.eval()
+    total = 0.0
+    for index in range(len(rows)):
+        states, targets = rows[index]["hidden_states"].unsqueeze(0), rows[index]["labels"].unsqueeze(0)
+        outputs = model(hidden_states=states, shift_labels=targets, num_items_in_batch=1, skip_logits=True)
+        total += float(outputs.loss)
+    return total
+
+
 def without_cache(model: MoSForCausalLM) -> dict[str, bool]:
     return {"use_cache": False} if "use_cache" in model._backbone_arguments else {}
 
