@@ -8,13 +8,14 @@ from torch import Tensor
 
 from .mos_projections import Tokens
 
-# Working memory of the loss. On the CPU a chunk that stays in the cache is the fastest, but each chunk reads and
-# writes the decoder's whole gradient, if that is wanted. At V = 50257 a chunk of 12 MiB has 62 rows, and this
-# traffic costs as much as a matmul. With 4 times the budget the loss of one softmax took 0.81 (N = 512, E = 576, V =
-# 49152) and 0.93 (N = 256, E = 768, V = 50257) of the time, on an AMD EPYC. On an accelerator larger matmuls keep
-# more of it busy, so the budget follows its memory.
-CPU_BUDGET_BYTES = 12 * 2**20
-DECODER_GRADIENT_FACTOR = 4
+# Working memory of the loss. Each chunk reads the decoder once for each matmul, and reads and writes the decoder's whole
+# gradient, if that is wanted. A chunk of n rows moves about 4 n V + 16 V E bytes and computes 6 n V E operations, so n
+# has to be large: 30 MiB are 156 rows at V = 50257. In place of 12 MiB they took 0.82 (E = 256, V = 32000) and 0.81 (E =
+# 768, V = 50257) of the time with a trained decoder, 0.86 and 0.78 with a frozen one, on an AMD EPYC of family 26. More
+# than 32 MiB gain at most 3 %, and glibc no longer keeps such a buffer for the next step, but maps new pages: at V =
+# 2048 44 MiB took 1.8 times as long. On an accelerator larger matmuls keep more of it busy, so the budget follows its
+# memory.
+CPU_BUDGET_BYTES = 30 * 2**20
 # At least so many rows of component logits, however large the vocabulary.
 MIN_ROWS = 32
 MIN_BUDGET_BYTES = 256 * 2**20
@@ -40,7 +41,6 @@ class ChunkBuffers(NamedTuple):
         like: Tensor,
         sum_dtype: torch.dtype,
         has_slope: bool,
-        has_decoder_gradient: bool,
         shared_share: float,
         chunk_size: int | None,
     ) -> "ChunkBuffers":
@@ -50,7 +50,7 @@ class ChunkBuffers(NamedTuple):
         in work_dtype, with a row for each class that this process holds.
         """
         work_dtype, device = like.dtype, like.device
-        has_half, budget = work_dtype != sum_dtype, budget_bytes(device, has_decoder_gradient)
+        has_half, budget = work_dtype != sum_dtype, budget_bytes(device)
         size = chunk_size
         if size is None:
             bytes_per_logit = sum_dtype.itemsize * (1 + has_slope) + work_dtype.itemsize * has_half
@@ -99,12 +99,12 @@ def split_again(group: Tokens, size: int) -> Iterator[tuple[Tokens, slice]]:
             yield group[place], place
 
 
-def budget_bytes(device: torch.device, has_decoder_gradient: bool = False) -> int:
+def budget_bytes(device: torch.device) -> int:
     """Working memory for one chunk, in bytes."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         return max(MIN_BUDGET_BYTES, int(total * DEVICE_MEMORY_SHARE))
-    return CPU_BUDGET_BYTES * (DECODER_GRADIENT_FACTOR if has_decoder_gradient else 1)
+    return CPU_BUDGET_BYTES
 
 
 def tokens_per_chunk(num_mixtures: int, num_classes: int, bytes_per_logit: int, device: torch.device) -> int:

@@ -20,6 +20,7 @@ GLOBAL_HOOKS = (
 )
 MODULE_TRACKER = "torch.utils.module_tracker"  # FlopCounterMode's: it notes which module runs, and reads no tensor
 FEW_ROWS = 16
+NARROW = 128  # columns of a product
 TILE = 1024  # classes at a time, so that a tile of logits stays in the cache until it is copied to its place
 
 
@@ -45,6 +46,23 @@ def multiply_into(out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None
             out[:, tile] = _onednn(rows, weight[tile], None if bias is None else bias[tile])
         return out
     return torch.mm(rows, weight.t(), out=out) if bias is None else torch.addmm(bias, rows, weight.t(), out=out)
+
+
+def add_product_(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
+    """Equivalent to: `total.addmm_(left, right, beta=0 if is_first else 1)`.
+
+    Shapes: total (V, E), left (V, n), right (n, E), all of one dtype. Tile by tile oneDNN takes 0.64 to 0.70 of the
+    time of MKL (256 rows; E = 256, V = 32000; E = 768, V = 50257; 2 threads of an AMD EPYC, family 26), where the
+    whole product in one call takes 1.0 to 1.4 of it. Up to 128 columns MKL is level or faster.
+    """
+    if right.shape[1] > NARROW and _suits_onednn(left, right):
+        for start in range(0, left.shape[0], TILE):
+            tile = slice(start, start + TILE)
+            product = _onednn(left[tile], right.t(), None)
+            total[tile].copy_(product) if is_first else total[tile].add_(product)
+    else:
+        # As addmm_, which FlopCounterMode does not know.
+        torch.addmm(total, left, right, beta=0 if is_first else 1, out=total)
 
 
 def project(projection: nn.Linear, hidden_states: Tensor) -> Tensor:

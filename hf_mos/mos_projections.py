@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .mos_matmul import multiply, multiply_into
+from .mos_matmul import add_product_, multiply, multiply_into
 from .mos_vocabulary import VocabularyShard, WholeVocabulary, cap_, widen
 
 Tokens = slice | Tensor  # the tokens of a chunk, as an index
@@ -203,8 +203,7 @@ class Accumulator:
         if self.total is None:
             return
         if left.dtype == self.total.dtype:
-            # As addmm_, which FlopCounterMode does not know.
-            torch.addmm(self.total, left, right, beta=0 if self.is_empty else 1, out=self.total)
+            add_product_(self.total, left, right, is_first=self.is_empty)
         elif self.is_empty:
             self.total.copy_(torch.mm(left, right))
         else:
