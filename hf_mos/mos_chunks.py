@@ -8,13 +8,13 @@ from torch import Tensor
 
 from .mos_projections import Tokens
 
-# Working memory of the loss. Each chunk reads the decoder once for each matmul, and reads and writes the decoder's whole
-# gradient, if that is wanted. A chunk of n rows moves about 4 n V + 16 V E bytes and computes 6 n V E operations, so n
-# has to be large: 30 MiB are 156 rows at V = 50257. In place of 12 MiB they took 0.82 (E = 256, V = 32000) and 0.81 (E =
-# 768, V = 50257) of the time with a trained decoder, 0.86 and 0.78 with a frozen one, on an AMD EPYC of family 26. More
-# than 32 MiB gain at most 3 %, and glibc no longer keeps such a buffer for the next step, but maps new pages: at V =
-# 2048 44 MiB took 1.8 times as long. On an accelerator larger matmuls keep more of it busy, so the budget follows its
-# memory.
+# Working memory of the loss. Each chunk reads the decoder once for each matmul, and reads and writes the decoder's
+# whole gradient, if that is wanted. A chunk of n rows moves about 4 n V + 16 V E bytes and computes 6 n V E
+# operations, so n has to be large: 30 MiB are 156 rows at V = 50257. In place of 12 MiB they took 0.82 (E = 256, V =
+# 32000) and 0.81 (E = 768, V = 50257) of the time with a trained decoder, 0.86 and 0.78 with a frozen one, on an AMD
+# EPYC of family 26. More than 32 MiB gain at most 3 %, and glibc no longer keeps such a buffer for the next step, but
+# maps new pages: at V = 2048 44 MiB took 1.8 times as long. On an accelerator larger matmuls keep more of it busy, so
+# the budget follows its memory.
 CPU_BUDGET_BYTES = 30 * 2**20
 # At least so many rows of component logits, however large the vocabulary.
 MIN_ROWS = 32

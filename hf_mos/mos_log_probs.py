@@ -12,6 +12,7 @@ logarithm caps the loss and adds mass.
 Source: Yang, Dai, Salakhutdinov, Cohen: Breaking the Softmax Bottleneck, arXiv 1711.03953, section 2.3.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,6 +25,7 @@ from .mos_projections import DecoderUse, Wanted
 from .mos_vocabulary import VocabularyShard, WholeVocabulary, widen
 
 REDUCTIONS = ("mean", "sum", "none")
+LOG2_E = math.log2(math.e)
 
 
 def mos_log_probs(
@@ -145,7 +147,8 @@ def mix_(component_log_probs: Tensor, log_weights: Tensor) -> Tensor:
     joint = component_log_probs.add_(log_weights.unsqueeze(-1))
     # Finite for a class that no component gives a probability, so that its log-probability is -inf and not NaN.
     largest = joint.amax(dim=1).clamp_(min=torch.finfo(joint.dtype).min)
-    return joint.sub_(largest.unsqueeze(1)).exp_().sum(dim=1).log_().add_(largest)
+    # As exp_, which MKL computes in 10 times the time of exp2_ on AMD: the mixing takes 0.7 of the time.
+    return joint.sub_(largest.unsqueeze(1)).mul_(LOG2_E).exp2_().sum(dim=1).log_().add_(largest)
 
 
 def reduce(nll: Tensor, counts: Tensor, reduction: str) -> Tensor:

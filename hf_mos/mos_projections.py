@@ -124,7 +124,7 @@ class SubspaceProjection(Projection):
         self.hidden_states, self.shifts, self.basis = hidden_states, shifts, basis
         self.decoder, self.weight = decoder, decoder.weight
         self.log_prior = self.log_weights = log_prior
-        self.narrow_weight = self.weight @ basis  # (V, R), once per step
+        self.narrow_weight = multiply(self.weight, basis.t())  # (V, R), once per step
         wants_hidden, wants_shifts, self.wants_basis = wanted.latents
         self.d_hidden = torch.zeros_like(hidden_states) if wants_hidden else None
         self.d_shifts = torch.zeros_like(shifts) if wants_shifts else None
@@ -188,7 +188,7 @@ def through_basis(
 ) -> Tensor | None:
     """The gradient of the basis from that of `weight @ basis` (V, R); adds that of the weight to `d_weight`."""
     if d_weight is not None:
-        torch.addmm(d_weight, d_narrow, basis.t().to(d_narrow.dtype), out=d_weight)
+        add_product_(d_weight, d_narrow, basis.t().to(d_narrow.dtype), is_first=False)
     return weight.t().to(d_narrow.dtype) @ d_narrow if wants_basis else None
 
 

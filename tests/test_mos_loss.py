@@ -291,7 +291,7 @@ def test_inference_keeps_what_underflows_and_what_cannot_be(form):
 @pytest.mark.parametrize(("dtype", "bytes_per_logit"), [(torch.float32, 4), (torch.bfloat16, 6)])
 def test_inference_keeps_to_its_budget(dtype, bytes_per_logit):
     """The component logits of a server's batch go through in chunks, and are mixed in place."""
-    N, K, V = 16, 8, 50_000
+    N, K, V = 64, 8, 50_000
     latents, prior_logits, weight = (
         torch.randn(N, K, 4, dtype=dtype),
         torch.randn(N, K),

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_mos import mos_matmul
-from hf_mos.mos_matmul import TILE, multiply, multiply_into
+from hf_mos.mos_matmul import COLUMNS, NARROW, TILE, add_product_, multiply, multiply_into
 
-SIZES = [(1, 8, 5), (7, 16, TILE), (33, 24, 2 * TILE + 3)]  # rows, width, classes; the last do not fill their tile
+# Rows, width, classes; the last do not fill their tile.
+SIZES = [(1, 8, 5), (COLUMNS, 16, 40), (7, 16, TILE), (33, 24, 2 * TILE + 3)]
 
 
 @pytest.fixture(params=[(True, True), (True, False), (False, False)], ids=["onednn", "onednn for few rows", "blas"])
@@ -35,6 +36,20 @@ def test_equals_linear(n, E, V, dtype, has_bias):
     out = torch.full((n, V), torch.nan, dtype=dtype)
     assert multiply_into(out, rows, weight, bias) is out
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("E", [3, NARROW + 1])
+@torch.no_grad()
+def test_adds_a_product(E, dtype):
+    """To a sum, and to memory that was never written; the left matrix is a transposed part of a wider buffer."""
+    error, rows = torch.randn(9, TILE + 5, dtype=dtype)[:7], torch.randn(7, E, dtype=dtype)
+    total = torch.full((TILE + 5, E), torch.nan, dtype=dtype)
+    add_product_(total, error.t(), rows, is_first=True)
+    torch.testing.assert_close(total, error.t() @ rows)
+    add_product_(total, error.t(), rows, is_first=False)
+    torch.testing.assert_close(total, 2 * (error.t() @ rows))
 
 
 @pytest.mark.usefixtures("onednn")

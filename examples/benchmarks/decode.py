@@ -1,12 +1,17 @@
 """Decoding: the cost of one token in the head of the mixture and of one softmax, and in `generate`.
 
+The floor of a mixture of K is the product of K rows by the fastest of torch's matmul, the same by columns, and oneDNN,
+and the mixing of its K log-softmaxes.
+
     python examples/benchmarks/decode.py
     python examples/benchmarks/decode.py --hidden-size 768 --vocab-size 50257 --json
 
 Times are medians of calls in turn. Needs: pip install "hf_mos[examples]".
 """
 
-from typing import Annotated
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from hf_mos import MoSForCausalLM, MoSLMHead
+from hf_mos.mos_log_probs import mix_
 
 HEADS = (
     {"num_mixtures": 4},
@@ -25,6 +31,11 @@ HEADS = (
     {"num_mixtures": 16, "shortlist_size": 64},
 )
 BATCHES = (1, 8, 32)  # sequences that are decoded together
+PRODUCTS = {
+    "rows": F.linear,
+    "columns": lambda rows, weight: (weight @ rows.T).T.contiguous(),
+    "oneDNN": lambda rows, weight: torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], ""),
+}
 
 
 def backbone_config(hidden_size: int, vocab_size: int) -> LlamaConfig:
@@ -47,6 +58,16 @@ def away_from_its_start(head: MoSLMHead) -> MoSLMHead:
             if not name.startswith("decoder"):
                 parameter.add_(0.02 / head.latent_scale * torch.randn_like(parameter))
     return head
+
+
+def floor_calls(decoder: nn.Linear, num_mixtures: int, batch: int) -> dict[str, Callable[[], torch.Tensor]]:
+    """The product of a batch by each library, and the mixing: the floor is the fastest product and the mixing."""
+    rows = torch.randn(batch * num_mixtures, decoder.in_features)
+    log_weights = torch.randn(batch, num_mixtures).log_softmax(-1)
+    logits = torch.randn(batch, num_mixtures, decoder.out_features)
+    products = PRODUCTS if torch.backends.mkldnn.is_available() else {"rows": F.linear}
+    calls: dict[str, Any] = {name: partial(product, rows, decoder.weight) for name, product in products.items()}
+    return calls | {"mixing": lambda: mix_(torch.log_softmax(logits, dim=-1, out=logits), log_weights)}
 
 
 def name_of(options: dict[str, int]) -> str:
@@ -84,8 +105,16 @@ def main(
         for batch in BATCHES:
             calls[name_of(options), batch] = lambda head=head, states=states[batch]: head(states)
             check(head, states[batch])
+    K = HEADS[0]["num_mixtures"]
+    floors = {
+        ("floor", batch, name): call for batch in BATCHES for name, call in floor_calls(decoder, K, batch).items()
+    }
     with torch.inference_mode():
-        seconds = time_in_turn(calls, 3 * rounds)
+        seconds = time_in_turn(calls | floors, 3 * rounds)
+    parts = {key: seconds.pop(key) for key in floors}
+    for batch in BATCHES:
+        products = [parts[key] for key in parts if key[1] == batch and key[2] != "mixing"]
+        seconds[f"the floor of {name_of(HEADS[0])}", batch] = min(products) + parts["floor", batch, "mixing"]
     rows = [
         {"head, one token": name}
         | {f"ms, batch of {batch}": 1e3 * seconds[name, batch] for batch in BATCHES}
