@@ -25,6 +25,14 @@ def test_loss_prints_time_and_memory_of_every_contender():
     assert all(row["seconds"] > 0 for row in rows.values())
 
 
+def test_a_dry_run_checks_the_command_of_a_gpu_without_one():
+    large = ["--num-tokens", "8192", "--latent-size", "2048", "--vocab-size", "128256", "--only", "mos_cross_entropy"]
+    result = run("loss.py", "--device", "cuda", "--dtype", "bfloat16", *large, "--dry-run", "--json")
+    assert result.returncode == 0, result.stderr
+    settings = json.loads(result.stdout)["settings"]
+    assert (settings["device"], settings["dtype"], settings["num_tokens"]) == ("cpu", "bfloat16", 16)
+
+
 def test_a_wrong_gradient_ends_the_run_before_anything_is_timed(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import contenders

@@ -1,5 +1,6 @@
 """Other implementations of the loss. Each maps the same leaves and targets to a scalar, the mean over tokens."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,6 +26,10 @@ class Contender:
     loss: Loss
     leaves: tuple[str, ...]
     gate: str | None  # the reference whose gradients it must have; None: it is another function
+    needs: str | None = None  # a package of Triton kernels, without which, or without CUDA, it is left out
+
+    def runs_on(self, device: str) -> bool:
+        return self.needs is None or (device == "cuda" and importlib.util.find_spec(self.needs) is not None)
 
 
 def make_leaves(
@@ -132,6 +137,29 @@ def one_softmax_head(leaves: Leaves, targets: Tensor) -> Tensor:
     return F.cross_entropy(leaves["hidden_states"] @ leaves["decoder_weight"].T, targets)
 
 
+compiled_autograd = torch.compile(log_space_autograd, dynamic=False)
+
+
+def cut_cross_entropy(leaves: Leaves, targets: Tensor) -> Tensor:
+    """Apple's kernel on the K N rows, mixed by a logsumexp (arXiv 2411.09009)."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    K = leaves["latents"].shape[1]
+    rows, repeated = leaves["latents"].flatten(0, 1), targets.repeat_interleave(K)
+    nll = linear_cross_entropy(rows, leaves["decoder_weight"], repeated, reduction="none")
+    log_prior = F.log_softmax(leaves["prior_logits"].float(), dim=-1)
+    return -torch.logsumexp(log_prior - nll.float().view(-1, K), dim=-1).mean()
+
+
+def liger_softmax_heads(leaves: Leaves, targets: Tensor) -> Tensor:
+    """Liger's kernel on the K N rows, as K softmax heads: its gradients are those of a mean (arXiv 2410.10989)."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    rows = leaves["latents"].flatten(0, 1)
+    repeated = targets.repeat_interleave(leaves["latents"].shape[1])
+    return liger_fused_linear_cross_entropy(rows, leaves["decoder_weight"], repeated)
+
+
 DENSE = ("latents", "prior_logits", "decoder_weight")
 SUBSPACE = ("hidden_states", "shifts", "basis", "prior_logits", "decoder_weight")
 SHORTLIST = ("hidden_states", "many_shifts", "many_prior_logits", "decoder_weight")
@@ -147,8 +175,11 @@ CONTENDERS = {
         Contender("mos_cross_entropy, shortlist, K = 16", ours_shortlist(MANY), SHORTLIST, "many_shortlist_autograd"),
         Contender("mos_cross_entropy, K = 1", ours_one_softmax, ONE, "one softmax head"),
         Contender("log_space_autograd", log_space_autograd, DENSE, "log_space_autograd"),
+        Contender("log_space_autograd, compiled", compiled_autograd, DENSE, "log_space_autograd", needs="triton"),
         Contender("paper", paper, DENSE, "log_space_autograd"),
         Contender("linear_cross_entropy", torch_linear_cross_entropy, DENSE, "log_space_autograd"),
+        Contender("cut-cross-entropy", cut_cross_entropy, DENSE, "log_space_autograd", needs="cut_cross_entropy"),
+        Contender("Liger", liger_softmax_heads, ("latents", "decoder_weight"), None, needs="liger_kernel"),
         Contender("K softmax heads", softmax_heads, ("latents", "decoder_weight"), None),
         Contender("one softmax head", one_softmax_head, ONE, None),
     )

@@ -5,9 +5,13 @@ in chunks of the fastest size.
 
     python examples/benchmarks/loss.py
     python examples/benchmarks/loss.py --num-tokens 256 --latent-size 768 --vocab-size 50257 --json
+    python examples/benchmarks/loss.py --device cuda --dtype bfloat16 --num-tokens 8192 --latent-size 2048 \\
+        --vocab-size 128256
 
 Before anything is timed, every contender's loss and gradients are compared with autograd in float64; a wrong one ends
-the run. Times are medians of calls in turn, forward and backward. Needs: pip install "hf_mos[examples]".
+the run. Times are medians of calls in turn, forward and backward. On CUDA the kernels of liger-kernel and
+cut-cross-entropy are timed too where these are installed, and a contender that runs out of memory is left out.
+`--dry-run` checks a command on the CPU at a small size. Needs: pip install "hf_mos[examples]".
 """
 
 import json
@@ -83,6 +87,19 @@ def floor_of(seconds):
     return sum(value for value, _ in best.values()), "; ".join(choice for _, choice in best.values())
 
 
+def fits(name, contender, leaves, targets):
+    """Whether a GPU has the memory for it; each contender is called once to see."""
+    if leaves["latents"].device.type == "cpu":
+        return True
+    try:
+        gradients(contender.loss, leaves, targets, contender.leaves)
+    except torch.cuda.OutOfMemoryError:
+        print(f"{name}: out of memory", file=sys.stderr)
+        torch.cuda.empty_cache()
+        return False
+    return True
+
+
 def main(
     num_tokens: int = 512,
     num_mixtures: int = 4,
@@ -94,13 +111,17 @@ def main(
     device: str = "cpu",
     dtype: str = "float32",
     only: Annotated[list[str] | None, typer.Option(help="Time only these contenders.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the command on the CPU, at a small size.")] = False,
     memory_of: Annotated[str | None, typer.Option(hidden=True)] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     torch.set_num_threads(threads)
+    if dry_run:
+        device, rounds = "cpu", 1
+        num_tokens, latent_size, vocab_size = min(num_tokens, 16), min(latent_size, 64), min(vocab_size, 512)
     sizes = (num_tokens, num_mixtures, latent_size, vocab_size, latent_rank)
     torch_dtype = getattr(torch, dtype)
-    contenders = {name: c for name, c in CONTENDERS.items() if not only or name in only}
+    contenders = {name: c for name, c in CONTENDERS.items() if c.runs_on(device) and (not only or name in only)}
 
     if memory_of is not None:
         contender = CONTENDERS[memory_of]
@@ -117,6 +138,7 @@ def main(
             raise SystemExit(f"{name}: wrong by {error:.1e} of the loss or a gradient, more than {tolerance:.0e}")
 
     leaves, targets = make_leaves(*sizes, torch_dtype, device)
+    contenders = {name: c for name, c in contenders.items() if fits(name, c, leaves, targets)}
     rows = num_tokens * num_mixtures
     shapes = [(rows, vocab_size), (rows, latent_size), (vocab_size, latent_size)]
     keep = [torch.zeros(shape, dtype=torch_dtype, device=device) for shape in shapes]
