@@ -597,8 +597,10 @@ def test_the_colour_of_a_token_leaves_the_space_before_it_out() -> None:
 
 def test_the_page_says_that_the_old_softmax_is_no_trained_one() -> None:
     inspection = whole_inspection()
-    assert "It has not been trained since the conversion" in render_page(inspection)
-    assert "It has not been trained since the conversion" in " ".join(printed(inspection).split())
+    assert "Training after the conversion serves the mixture and not the old softmax" in render_page(inspection)
+    assert "Training after the conversion serves the mixture and not the old softmax" in " ".join(
+        printed(inspection).split()
+    )
 
 
 @pytest.mark.parametrize("options", [{"num_mixtures": 1}, {"num_mixtures": 16}])

@@ -35,9 +35,9 @@ UNKNOWN_TARGET = -1  # at the position after the end of a text
 RANK_CLASSES = 4096
 # Where the two are compared: a lower nll than the old softmax's reads as a gain.
 OLD_SOFTMAX = (
-    "The old softmax is the same decoder on the hidden state itself. It has not been trained since the conversion, so "
-    "what the mixture is ahead of it is no gain over a softmax that was trained for as long; `hf-mos train --head "
-    "softmax` trains one."
+    "The old softmax is the same decoder on the hidden state itself. Training after the conversion serves the mixture "
+    "and not the old softmax. So the mixture's lead over it is no gain over a softmax that was trained for as long; "
+    "`hf-mos train --head softmax` trains one."
 )
 
 
