@@ -20,8 +20,8 @@ def time_in_turn(calls: Mapping[str, Callable[[], Any]], rounds: int, device: st
     """The median seconds of each call. Each round runs all calls, so that a slow moment of the machine hits all."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in track(range(rounds + 1), description="timing", console=Console(stderr=True), transient=True):
+        gc.collect()
         for name, call in calls.items():
-            gc.collect()
             start = now(device)
             call()
             if round_:  # the first round warms up
