@@ -115,16 +115,24 @@ def paper(leaves: Leaves, targets: Tensor) -> Tensor:
 
 def torch_linear_cross_entropy(leaves: Leaves, targets: Tensor) -> Tensor:
     """torch's own chunked loss on the K N rows, mixed by a logsumexp."""
-    K = leaves["latents"].shape[1]
-    nll = F.linear_cross_entropy(
-        leaves["latents"].flatten(0, 1),
-        leaves["decoder_weight"],
-        targets.repeat_interleave(K),
-        reduction="none",
-        options=torch.nn.LinearCrossEntropyOptions(),
+    return mixed(
+        leaves,
+        F.linear_cross_entropy(
+            *rows_of(leaves, targets), reduction="none", options=torch.nn.LinearCrossEntropyOptions()
+        ),
     )
-    log_prior = F.log_softmax(leaves["prior_logits"], dim=-1)
-    return -torch.logsumexp(log_prior - nll.view(-1, K), dim=-1).mean()
+
+
+def rows_of(leaves: Leaves, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The K N rows, the decoder's weight and the rows' targets, for losses of one softmax."""
+    latents = leaves["latents"]
+    return latents.flatten(0, 1), leaves["decoder_weight"], targets.repeat_interleave(latents.shape[1])
+
+
+def mixed(leaves: Leaves, nll: Tensor) -> Tensor:
+    """The mixture's loss from the nll of its K N rows."""
+    log_prior = F.log_softmax(leaves["prior_logits"].float(), dim=-1)
+    return -torch.logsumexp(log_prior - nll.float().view(log_prior.shape), dim=-1).mean()
 
 
 def softmax_heads(leaves: Leaves, targets: Tensor) -> Tensor:
@@ -145,20 +153,14 @@ def cut_cross_entropy(leaves: Leaves, targets: Tensor) -> Tensor:
     """Apple's kernel on the K N rows, mixed by a logsumexp (arXiv 2411.09009)."""
     from cut_cross_entropy import linear_cross_entropy
 
-    K = leaves["latents"].shape[1]
-    rows, repeated = leaves["latents"].flatten(0, 1), targets.repeat_interleave(K)
-    nll = linear_cross_entropy(rows, leaves["decoder_weight"], repeated, reduction="none")
-    log_prior = F.log_softmax(leaves["prior_logits"].float(), dim=-1)
-    return -torch.logsumexp(log_prior - nll.float().view(-1, K), dim=-1).mean()
+    return mixed(leaves, linear_cross_entropy(*rows_of(leaves, targets), reduction="none"))
 
 
 def liger_softmax_heads(leaves: Leaves, targets: Tensor) -> Tensor:
     """Liger's kernel on the K N rows, as K softmax heads: its gradients are those of a mean (arXiv 2410.10989)."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    rows = leaves["latents"].flatten(0, 1)
-    repeated = targets.repeat_interleave(leaves["latents"].shape[1])
-    return liger_fused_linear_cross_entropy(rows, leaves["decoder_weight"], repeated)
+    return liger_fused_linear_cross_entropy(*rows_of(leaves, targets))
 
 
 DENSE = ("latents", "prior_logits", "decoder_weight")

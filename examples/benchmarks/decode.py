@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
+from loss import onednn
 from measure import report, time_in_turn
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -34,7 +35,7 @@ BATCHES = (1, 8, 32)  # sequences that are decoded together
 PRODUCTS = {
     "rows": F.linear,
     "columns": lambda rows, weight: (weight @ rows.T).T.contiguous(),
-    "oneDNN": lambda rows, weight: torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], ""),
+    "oneDNN": lambda rows, weight: onednn(rows, weight.T),
 }
 
 
