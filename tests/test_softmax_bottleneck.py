@@ -93,6 +93,40 @@ def test_a_seed_gives_every_head_the_same_backbone():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@torch.no_grad()
+def test_other_shortlists_choose_as_they_say():
+    from models import HEAD_CLASSES, LIKELY, Head, Size, mixture, new_softmax_model, with_head
+
+    backbone = new_softmax_model(Size(D, 1), V, LENGTH, 0)
+    options = {"num_mixtures": 3, "shortlist_size": 5}
+    own_kind, likely_kind = [kind for kind in HEAD_CLASSES if kind.startswith(("own", "classes"))]
+    heads = [with_head(backbone, head, 0).lm_head for head in (mixture(**options), Head(own_kind, options))]
+    states, ids = 3 * torch.randn(2, LENGTH, D), torch.randint(9, (2, LENGTH))  # few classes, so that some repeat
+    targets = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], dim=1)
+    for head in heads:
+        torch.manual_seed(0)
+        torch.nn.init.normal_(head.shift.weight)
+        torch.nn.init.normal_(head.prior.weight)
+
+    z = heads[1].decoder(states)
+    classes, is_in = heads[1].chosen(z, targets)
+    for b in range(2):
+        for t in range(LENGTH):
+            found = classes[b, t][is_in[b, t]].tolist()
+            assert len(found) == len(set(found))
+            # The first token of a row is not among the targets of the row.
+            assert set(found) == {*z[b, t].topk(5).indices.tolist(), *ids[b, 1 : t + 1].tolist()}
+    # A shortlist that the head itself would choose gives its loss.
+    heads[1].chosen = lambda z, targets: (z.topk(5).indices, torch.ones(*z.shape[:-1], 5, dtype=torch.bool))
+    losses = [head(states, targets, reduction="none").flatten() for head in heads]
+    torch.testing.assert_close(*losses)
+
+    likely = with_head(backbone, Head(likely_kind, options), 0).lm_head
+    classes, is_in = likely.chosen(100 * z, targets)
+    assert torch.equal(is_in, (100 * z).softmax(-1).gather(-1, classes) > LIKELY)
+    assert not is_in.all()
+
+
 def test_operations_are_counted_whole():
     from cost import operations
     from models import Size, mixture, new_softmax_model, with_head
@@ -205,6 +239,14 @@ def test_retrofit_by_its_command(tmp_path, data_dir):
     folder = re.search(r'from_pretrained\("softmax-bottleneck-out/(models/.+?)"', card)[1]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / folder).config.num_mixtures == 4
     assert AutoTokenizer.from_pretrained(tmp_path / "out" / folder)("the cat").input_ids
+
+
+def test_shortlists_by_their_command(tmp_path, data_dir):
+    printed = run("retrofit.py", "--data-dir", data_dir, "--quick", "--shortlists", "--out", tmp_path)
+    rows = [line.split("|") for line in printed.splitlines() if line.startswith("| ")]
+    assert rows[0][-2].strip() == "share of the gain"
+    assert {"mixture K=4", "own tokens too K=4 M=64", "softmax, 4 x steps"} <= {row[1].strip() for row in rows}
+    assert "classes, " in printed
 
 
 def test_the_kept_cards_are_those_of_the_committed_results(tmp_path):
@@ -328,9 +370,30 @@ def test_heads_of_a_real_model_by_its_command(tmp_path, data_dir, pretrained):
     base, *trained = runs
     assert base["settings"]["base"] == "llama"
     tried = {run["settings"]["recipe"]["learning_rate"] for run in trained if run["settings"]["seed"] == 0}
-    assert tried == {1e-4, 3e-4, 1e-3}
+    assert tried == {3e-4, 1e-3, 3e-3}
     assert {run["settings"]["seed"] for run in trained} == {0, 1}
     assert (tmp_path / "real_model.png").stat().st_size > 0
+
+
+def test_one_head_of_a_real_model_and_an_unknown_one(tmp_path, data_dir, pretrained):
+    arguments = ["--model", pretrained, "--data-dir", data_dir, "--steps", "2", "--seeds", "1", "--out", tmp_path]
+    printed = run("real_model.py", *arguments, "--heads", "mixture K=2")
+    assert [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")][2:] == [
+        "as it is",
+        "mixture K=2",
+    ]
+    with pytest.raises(AssertionError, match="expected some of mixture K=1"):
+        run("real_model.py", *arguments, "--heads", "mixture K=3")
+
+
+def test_learning_rates_of_a_real_model_by_their_command(tmp_path, data_dir, pretrained):
+    arguments = ["--model", pretrained, "--data-dir", data_dir, "--steps", "2", "--out", tmp_path]
+    printed = run("learning_rates.py", *arguments)
+    rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")][2:]
+    assert rows[:2] == ["softmax", "mixture, scale 1"]
+    assert len(rows) == 5
+    assert not [*tmp_path.glob("models/*")]  # a copy of a pretrained model for each run would fill the disk
+    assert (tmp_path / "learning_rates-32.png").stat().st_size > 0
 
 
 def test_adapters_of_a_real_model_by_their_command(tmp_path, data_dir, pretrained):

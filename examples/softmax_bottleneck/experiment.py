@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from corpus import Corpus
 from cost import operations, seconds_in_turn
 from models import SOFTMAX, Head, Size, new_softmax_model, with_head
 from results import Results
@@ -25,12 +26,11 @@ FIT_FILE = "fit.json"  # in a checkpoint's folder, the result of its training
 
 @dataclass(frozen=True)
 class Experiment:
-    text: Text
+    text: Text | Corpus
     size: Size
     recipe: Recipe
     results: Results
     checkpoint: Path | None = None  # what each training starts from; `None`: random weights
-    gguf_file: str | None = None  # the file of the checkpoint's folder that holds its weights, if that is GGUF
 
     def with_size(self, hidden_size: int) -> "Experiment":
         return replace(self, size=replace(self.size, hidden_size=hidden_size))
@@ -42,9 +42,7 @@ class Experiment:
         if self.checkpoint is None:
             backbone = new_softmax_model(self.size, self.text.vocab_size, self.text.train.shape[1], seed)
         else:
-            backbone = AutoModelForCausalLM.from_pretrained(
-                self.checkpoint, gguf_file=self.gguf_file, dtype=torch.float32
-            )
+            backbone = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32)
         return with_head(backbone, head, seed)
 
     def settings(self, head: Head, seed: int) -> dict[str, Any]:
@@ -58,18 +56,17 @@ class Experiment:
         }
 
     def train(self, head: Head, seed: int) -> dict[str, Any]:
-        """The result of `fit`; the model of seed 0 is saved beside the results, named by its settings."""
+        """The result of `fit`. A small model of seed 0 is saved beside the results, named by its settings."""
         settings = self.settings(head, seed)
 
         def fit_and_save() -> dict[str, Any]:
             model = self.model(head, seed)
             name = f"{head.name}, hidden size {self.size.hidden_size}, seed {seed}"
             result = fit(model, self.text, self.recipe, seed, name)
-            if seed == 0 and head.kind == "mixture":
+            if seed == 0 and head.kind == "mixture" and self.text.tokenizer is not None:
                 folder = self.results.path.parent / "models" / folder_name(head.name, settings)
                 model.save_pretrained(folder)
-                if self.text.tokenizer is not None:
-                    self.text.tokenizer.save_pretrained(folder)
+                self.text.tokenizer.save_pretrained(folder)
             return result
 
         return self.results.run(settings, fit_and_save)

@@ -7,14 +7,16 @@
 From the same trained softmax model, the softmax and mixtures with several values of `latent_scale` are fine-tuned with
 one learning rate for all their parameters, over a grid of rates. A scale is given as its product with the width D, so
 that a row of the table is one rule for all widths; "1" is a scale of 1. The rule is right where the best rate of the
-mixture is the best rate of the softmax.
+mixture is the best rate of the softmax. Products of the pretrained model are in bf16, by autocast.
 """
 
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
+from corpus import Corpus
 from experiment import Experiment
 from models import SOFTMAX, Head, Size, mixture
 from plots import plot_learning_rates
@@ -25,10 +27,11 @@ from transformers import AutoConfig, AutoTokenizer
 
 from hf_mos.configuration_mos import SCALE_TIMES_WIDTH
 
+SMALL_STEPS = 500
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 REAL_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 PRODUCTS = (SCALE_TIMES_WIDTH / 10**0.5, SCALE_TIMES_WIDTH, SCALE_TIMES_WIDTH * 10**0.5)
-REAL_BLOCKS, REAL_BLOCK_SIZE = 24, 256  # of the validation text of a pretrained model
+REAL_STEPS, REAL_BATCH_SIZE = 40, 2  # blocks
 
 
 def heads(width: int, products: tuple[float, ...]) -> dict[str, Head]:
@@ -55,31 +58,35 @@ def main(
     widths: Annotated[
         str, typer.Option(help="Hidden sizes of the small models, with commas between them.")
     ] = "32,128",
-    steps: Annotated[int, typer.Option(help="Steps of each fine-tuning.")] = 500,
+    steps: Annotated[
+        int | None, typer.Option(help=f"Steps of each fine-tuning: {SMALL_STEPS}, or {REAL_STEPS} with --model.")
+    ] = None,
     checkpoint_steps: Annotated[int, typer.Option(help="Steps of each softmax model, at most.")] = 40000,
     model: Annotated[
         Path | None, typer.Option(help="Folder of a pretrained model, in place of the small models.")
     ] = None,
-    gguf_file: Annotated[str | None, typer.Option(help="The file in that folder, if it is GGUF.")] = None,
+    train_tokens: Annotated[int, typer.Option(help="With --model: tokens to train on, at most.")] = 300_000,
+    valid_tokens: Annotated[int, typer.Option(help="With --model: tokens to validate on, at most.")] = 10_000,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     out: Out = DEFAULT_OUT,
     quick: Quick = False,
 ) -> None:
     start(threads)
     if quick:
-        vocab_size, widths, steps, checkpoint_steps = 512, "16", 40, 400
+        vocab_size, widths, steps, checkpoint_steps = 512, "16", steps or 40, 400
     source = Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name)
     results = Results(out, "learning_rates", quick)
     rates = REAL_RATES if model else RATES[3:] if quick else RATES
     starts = {}
     if model:
-        config = AutoConfig.from_pretrained(model, gguf_file=gguf_file)
-        tokenizer = AutoTokenizer.from_pretrained(model, gguf_file=gguf_file)
-        text = load_text(source, vocab_size, False, REAL_BLOCK_SIZE, REAL_BLOCKS, tokenizer)
-        recipe = Recipe(steps, learning_rate=0, batch_size=2, warmup=0.25)
+        config = AutoConfig.from_pretrained(model)
+        text = Corpus.read(source, AutoTokenizer.from_pretrained(model), train_tokens, valid_tokens)
+        steps = steps or REAL_STEPS
+        recipe = Recipe(steps, learning_rate=0, batch_size=REAL_BATCH_SIZE, warmup=0.25)
         size = Size(config.hidden_size, config.num_hidden_layers)
-        starts[config.hidden_size] = Experiment(text, size, recipe, results, model, gguf_file)
+        starts[config.hidden_size] = Experiment(text, size, recipe, results, model)
     else:
+        steps = steps or SMALL_STEPS
         text = load_text(source, vocab_size)
         for width in map(int, widths.split(",")):
             # A wider model needs a lower rate.
@@ -90,7 +97,8 @@ def main(
     for width, experiment in starts.items():
         rows = []
         for name, head in heads(width, PRODUCTS).items():
-            found[width, name] = [(rate, perplexity(experiment, head, rate)) for rate in rates]
+            with torch.autocast("cpu", torch.bfloat16, enabled=model is not None):
+                found[width, name] = [(rate, perplexity(experiment, head, rate)) for rate in rates]
             rows.append({"head": name} | {f"{rate:g}": f"{value:.2f}" for rate, value in found[width, name]})
         show(f"D = {width}, fine-tuned on {text.name}, {steps} steps, validation perplexity by learning rate", rows)
     name = "learning_rates" + "".join(f"-{width}" for width in starts)

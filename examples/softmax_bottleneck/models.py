@@ -12,11 +12,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from hf_mos import MoSConfig, MoSForCausalLM, MoSLMHead
 from hf_mos.mos_latents import Latents
+from hf_mos.mos_shortlist import top_classes
 
 
 class SoftmaxHead(MoSLMHead):
@@ -55,10 +57,54 @@ class TrainedBasisHead(MoSLMHead):
         self.basis = nn.Parameter(basis)
 
 
+class ChosenHead(MoSLMHead):
+    """Equivalent to: MoSLMHead with `shortlist_size`, in plain torch, whose shortlist another rule chooses."""
+
+    def chosen(self, z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns candidates (B, T, C) of logits (B, T, V), and which of them are in the shortlist, each once."""
+        raise NotImplementedError
+
+    def forward(self, hidden_states: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        z = self.decoder(hidden_states)
+        classes, is_in = self.chosen(z.detach(), targets)
+        log_gate = F.log_softmax(self.prior_logits(hidden_states), dim=-1).unsqueeze(-1)
+        shared = z.gather(-1, classes)
+        differences = self.latents(hidden_states).shifts @ self.decoder.weight[classes].transpose(-1, -2)
+        mixed = torch.logsumexp(log_gate + shared.unsqueeze(-2) + differences, dim=-2)
+        logits = z.scatter_add(-1, classes, (mixed - shared) * is_in)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), **options)
+
+
+class OwnTokensHead(ChosenHead):
+    """The M likeliest classes and the tokens of the sequence so far."""
+
+    def chosen(self, z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        top = top_classes(z, self.shortlist_size)
+        own = targets.roll(1, dims=1).clamp(min=0)  # the tokens themselves; the first one is not known here
+        before = torch.ones(own.shape[1], own.shape[1], dtype=torch.bool).tril()
+        before[:, 0] = False
+        is_first = ~(own.unsqueeze(1) == own.unsqueeze(2)).tril(-1)[..., 1:].any(-1)  # of its kind in the sequence
+        own = own.unsqueeze(1).expand(-1, own.shape[1], -1)
+        is_new = ~(own.unsqueeze(-1) == top.unsqueeze(-2)).any(-1)
+        is_in = before & is_first.unsqueeze(1) & is_new
+        return torch.cat([top, own], dim=-1), torch.cat([torch.ones_like(top, dtype=torch.bool), is_in], dim=-1)
+
+
+class LikelyClassesHead(ChosenHead):
+    """The classes that are likelier than `LIKELY`, M at most."""
+
+    def chosen(self, z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        top = top_classes(z, self.shortlist_size)
+        return top, z.softmax(dim=-1).gather(-1, top) > LIKELY
+
+
+LIKELY = 1e-3
 HEAD_CLASSES = {
     "softmax": SoftmaxHead,
     "contexts": ContextsHead,
     "trained basis": TrainedBasisHead,
+    "own tokens too": OwnTokensHead,
+    f"classes above {LIKELY:g}": LikelyClassesHead,
     "mixture": MoSLMHead,
 }
 

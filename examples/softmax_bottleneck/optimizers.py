@@ -5,11 +5,13 @@
 
 From the same trained softmax model, the softmax and the mixture of 4 are fine-tuned by each optimizer with its usual
 learning rate, the same for both heads and for all weights. Adafactor is that of transformers, with a fixed rate. Muon
-updates the matrices; AdamW updates the embedding, which is the decoder too, and all vectors.
+updates the matrices; AdamW updates the embedding, which is the decoder too, and all vectors. The row of 8 bits needs
+torchao.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import torch
@@ -49,6 +51,12 @@ def muon_and_adamw(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
     return [muon, adamw()(others)]
 
 
+def adamw_of_8_bits(weights: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit(weights, lr=torch.tensor(RATE), weight_decay=0.0)
+
+
 SETTINGS = {
     "AdamW": of(adamw()),
     "AdamW, no clipping": of(adamw(), max_norm=None),
@@ -61,6 +69,8 @@ SETTINGS = {
     "Muon": Setting(muon_and_adamw),
     "SGD with momentum": of(lambda weights: torch.optim.SGD(weights, lr=30 * RATE, momentum=0.9)),
 }
+if find_spec("torchao"):
+    SETTINGS["AdamW, states of 8 bits"] = of(adamw_of_8_bits)
 QUICK = ["AdamW", "SGD with momentum"]
 
 

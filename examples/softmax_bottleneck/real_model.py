@@ -10,124 +10,40 @@ is the control of the mixtures; one on a shortlist, and a mixture of contexts, a
 Adapters (`--adapters`): what a user would do instead. LoRA on every matrix of the backbone, with the old head and with
 mixtures, for equal steps, and with the old head once more for the seconds of each mixture.
 
-Each learning rate is searched on seed 0. Nats are those of `hf-mos evaluate`: each token of the validation text once,
-with its context. `examples/smollm2.py` makes a folder for `--model`.
+The products are in bf16, by autocast. Each learning rate is searched on seed 0. Nats are those of `hf-mos evaluate`:
+each token of the validation text once, with its context. `examples/smollm2.py` makes a folder for `--model`.
 """
 
 import math
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from corpus import BLOCK_SIZE, Corpus, KeptCorpus
 from models import SOFTMAX, Head, contexts, mixture, with_head
 from plots import plot_costs
 from results import DEFAULT_OUT, Out, Quick, Results, Seeds, mean, perplexities, show, spread, start
-from rich.console import Console
-from rich.progress import track
 from text import DataDir, DatasetConfigName, DatasetName, Source, TrainFile, ValidationFile
-from torch import Tensor
-from training import Recipe, fit, shuffled
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from training import Recipe, fit
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_mos import MoSForCausalLM
-from hf_mos.tools.evaluate import Window, collate, prefix_of, target_nll, tokenize, windows_of
-from hf_mos.training.hidden_states import HiddenStateRows, freeze_backbone, keep_hidden_states, sum_nats
+from hf_mos.training.hidden_states import freeze_backbone
 
-BLOCK_SIZE, WINDOW, STRIDE = 256, 512, 256  # tokens
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (3e-4, 1e-3, 3e-3)
 FULL = [mixture(K) for K in (2, 4, 8, 16)]
 SHORTLISTS = [mixture(K, shortlist_size=M) for M in (16, 64, 256) for K in (4, 16)]
 CONTROLS = [mixture(1), mixture(1, shortlist_size=64), contexts(4)]
 HEADS = [*CONTROLS, *SHORTLISTS, mixture(4, latent_rank=32), *FULL]
 QUICK_HEADS = [mixture(1), mixture(16, shortlist_size=64), mixture(4)]
+NAMES = [head.name for head in HEADS]
 ADAPTED = [SOFTMAX, mixture(16, shortlist_size=64), mixture(4)]
 RANKS = (8, 16)  # of LoRA
 BATCH_SIZE = 2  # blocks
 TOKENS_PER_STEP = BATCH_SIZE * BLOCK_SIZE
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """The tokens of a text, in blocks to train on and in windows that count each token once."""
-
-    name: str
-    blocks: Tensor  # (blocks, BLOCK_SIZE)
-    windows: list[Window]
-
-    @classmethod
-    def read(
-        cls, source: Source, tokenizer: PreTrainedTokenizerBase, train_tokens: int, valid_tokens: int
-    ) -> "Corpus":
-        texts = source.texts()
-        joiner = "\n" if source.files() else "\n\n"
-        tokens = {
-            split: torch.tensor(prefix_of(tokenizer) + tokenize(tokenizer, joiner.join(texts[split])))
-            for split in ("train", "valid")
-        }
-        count = min(len(tokens["train"]), train_tokens) // BLOCK_SIZE
-        valid = tokens["valid"][: valid_tokens + 1].tolist()
-        blocks = tokens["train"][: count * BLOCK_SIZE].view(count, BLOCK_SIZE)
-        return cls(source.name, blocks, [*windows_of(valid, [True] * len(valid), WINDOW, STRIDE)])
-
-    @cached_property
-    def num_targets(self) -> int:
-        return sum(len(window.targets) for window in self.windows)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"text": self.name, "blocks": list(self.blocks.shape), "targets": self.num_targets}
-
-    # The tokens, as `fit` reads them.
-
-    def batches(self, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
-        for chosen in shuffled(len(self.blocks), batch_size, seed):
-            yield {"input_ids": self.blocks[chosen], "labels": self.blocks[chosen]}
-
-    def nats(self, model: PreTrainedModel, split: str) -> float:
-        model.eval()
-        plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # LoRA stays in its layers
-        return sum(float(target_nll(plain, **collate([w])).sum()) for w in self.windows) / self.num_targets
-
-
-@dataclass(frozen=True)
-class KeptCorpus:
-    """The same with the hidden states of the tokens in their place."""
-
-    train: HiddenStateRows
-    valid: HiddenStateRows
-    num_targets: int
-
-    @classmethod
-    def keep(cls, corpus: Corpus, model: MoSForCausalLM, folder: Path) -> "KeptCorpus":
-        rows = {
-            "train": [{"input_ids": block, "labels": block} for block in corpus.blocks],
-            "valid": [{"input_ids": w.inputs.long(), "labels": w.aligned_targets} for w in corpus.windows],
-        }
-        with torch.autocast("cpu", torch.bfloat16):
-            kept = {
-                split: keep_hidden_states(
-                    model, rows[split], folder / split, track=progress(f"hidden states: {split}")
-                )
-                for split in rows
-            }
-        return cls(kept["train"], kept["valid"], corpus.num_targets)
-
-    def batches(self, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
-        for chosen in shuffled(len(self.train), batch_size, seed):
-            rows = [self.train[index] for index in chosen.tolist()]
-            yield {name: torch.stack([row[name] for row in rows]) for name in ("hidden_states", "labels")}
-
-    def nats(self, model: PreTrainedModel, split: str) -> float:
-        return sum_nats(model, self.valid) / self.num_targets
-
-
-def progress(title: str) -> Any:
-    return lambda batches: track(batches, title, console=Console(stderr=True), transient=True)
 
 
 @dataclass(frozen=True)
@@ -148,6 +64,7 @@ class Study:
             **self.corpus.settings,
             "head": head.settings,
             "recipe": recipe,
+            "autocast": "bfloat16",
             "seed": seed,
         }
         return found | ({"lora_rank": self.lora_rank} if self.lora_rank else {})
@@ -248,15 +165,20 @@ def main(
     steps: Annotated[int, typer.Option(help="Steps of each training, of 512 tokens; at most, with --converge.")] = 200,
     converge: Annotated[bool, typer.Option("--converge", help="Train until the validation loss stays.")] = False,
     adapters: Annotated[bool, typer.Option("--adapters", help="The table of adapters, not that of heads.")] = False,
+    heads: Annotated[list[str] | None, typer.Option(help=f"Only these heads: {', '.join(NAMES)}.")] = None,
     seeds: Seeds = 3,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     out: Out = DEFAULT_OUT,
     quick: Quick = False,
 ) -> None:
     start(threads)
-    heads, rates = HEADS, RATES
+    if unknown := set(heads or ()) - set(NAMES):
+        raise typer.BadParameter(f"--heads: expected some of {', '.join(NAMES)}, given {', '.join(sorted(unknown))}")
+    chosen = [head for head in HEADS if not heads or head.name in heads]
+    rates = RATES
     if quick:
-        heads, rates, seeds, steps, train_tokens, valid_tokens = QUICK_HEADS, RATES[1:], 1, 20, 12_000, 3_000
+        chosen = QUICK_HEADS if heads is None else chosen
+        rates, seeds, steps, train_tokens, valid_tokens = RATES[1:], 1, 20, 12_000, 3_000
     tokenizer = AutoTokenizer.from_pretrained(model)
     source = Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name)
     corpus = Corpus.read(source, tokenizer, train_tokens, valid_tokens)
@@ -273,14 +195,15 @@ def main(
         to_convergence=converge,
         evaluate_every=max(1, steps // 20),
     )
-    if adapters:
-        for rank in RANKS[:1] if quick else RANKS:
-            adapter_table(Study(model, corpus, corpus, results, recipe, rank), rates, seeds)
-        return
-    frozen = with_head(load(model), mixture(1), 0)
-    freeze_backbone(frozen)
-    kept = KeptCorpus.keep(corpus, frozen, out / "models" / f"hidden-states-{model.name}")
-    head_table(Study(model, corpus, kept, results, recipe), heads, rates, seeds, out)
+    with torch.autocast("cpu", torch.bfloat16):
+        if adapters:
+            for rank in RANKS[:1] if quick else RANKS:
+                adapter_table(Study(model, corpus, corpus, results, recipe, rank), rates, seeds)
+            return
+        frozen = with_head(load(model), mixture(1), 0)
+        freeze_backbone(frozen)
+        kept = KeptCorpus.keep(corpus, frozen, out / "models" / f"hidden-states-{model.name}")
+        head_table(Study(model, corpus, kept, results, recipe), chosen, rates, seeds, out)
 
 
 if __name__ == "__main__":

@@ -2,22 +2,26 @@
 
     python examples/softmax_bottleneck/retrofit.py --quick
     python examples/softmax_bottleneck/retrofit.py --data-dir ptb
+    python examples/softmax_bottleneck/retrofit.py --data-dir ptb --shortlists
 
 A softmax model is trained until its validation loss no longer falls. From there its own head, the mixture of 4 and
-mixtures in a shared subspace (`latent_rank` R) or on a shortlist (`shortlist_size` M) are fine-tuned for the same
-steps, on the same data in the same order, with the same learning-rate search: the whole model, then the head alone.
-The old head is also trained for the seconds of the mixtures and more. The controls are a latent before the softmax
-(K = 1), the same on a shortlist, and a mixture of contexts. The plot has perplexity against operations and against
-seconds with the softmax as the frontier, and in words two models that are trained from scratch as the checkpoint was:
-a softmax that is widened until it spends the operations of the mixture of 4, and the mixture of 4.
+mixtures in a shared subspace (`latent_rank` R) are fine-tuned for the same steps, on the same data in the same order,
+with the same learning-rate search: the whole model, then the head alone. The old head is also trained for the seconds
+of the mixtures and more. The controls are a latent before the softmax (K = 1) and a mixture of contexts. With
+`--shortlists` the table is of mixtures on a shortlist (`shortlist_size` M): which share of the gain they keep. Their
+controls are one component on a shortlist, and a mixture of contexts with as many parameters. The plot has perplexity
+against operations and against seconds with the softmax as the frontier, and in words two models that are trained from
+scratch as the checkpoint was: a softmax that is widened until it spends the operations of the mixture of 4, and the
+mixture of 4.
 """
 
 from dataclasses import replace
 from typing import Annotated, Any
 
+import torch
 import typer
 from experiment import Configurations, Experiment, train_all
-from models import SOFTMAX, Head, Size, contexts, mixture
+from models import LIKELY, SOFTMAX, Head, Size, contexts, mixture
 from plots import plot_costs
 from results import DEFAULT_OUT, Out, Quick, Results, Seeds, mean, perplexities, show, spread, start
 from text import (
@@ -42,16 +46,20 @@ SHORTLISTS = [
     mixture(1, shortlist_size=64),
     *(mixture(K, shortlist_size=M) for K in (4, 16) for M in (16, 64, 256, 1024)),
 ]
+# Other rules that choose a shortlist.
+CHOSEN = [
+    Head(kind, {"num_mixtures": K, "shortlist_size": M})
+    for kind, M in (("own tokens too", 64), (f"classes above {LIKELY:g}", 256))
+    for K in (4, 16)
+]
 RATES = [{"learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3, 1e-2)]  # tried for each head
 LONGER = [2, 4]  # times the steps, for the old head
 WIDE_RATE, SCRATCH_HEAD_RATE = 1e-2, 5e-3  # from scratch: of the widened softmax; of the mixture's prior and shifts
 
 
-def configurations(base: Experiment, cheap: Head, tries: slice) -> Configurations:
-    """The softmax, the softmax trained for longer, and the mixtures, each with its best learning rates."""
-    softmax = base.tuned(SOFTMAX, RATES[tries])
-    found: Configurations = {"softmax": (softmax, SOFTMAX)}
-    found |= {head.name: (base.tuned(head, RATES[tries]), head) for head in (*CONTROLS, FULL, cheap)}
+def configurations(base: Experiment, heads: list[Head], tries: slice) -> Configurations:
+    """The softmax, the softmax trained for longer, and the other heads, each with its best learning rates."""
+    found: Configurations = {head.name: (base.tuned(head, RATES[tries]), head) for head in (SOFTMAX, *heads)}
     for factor in LONGER:
         longer = base.with_recipe(steps=factor * base.recipe.steps)
         found[f"softmax, {factor} x steps"] = (longer.tuned(SOFTMAX, RATES[tries]), SOFTMAX)
@@ -83,6 +91,21 @@ def compare(found: Configurations, seconds: dict[str, float], seeds: int) -> lis
     return [row(name, *found[name], runs[name], seconds[name.split(",")[0]]) for name in found]
 
 
+def compare_shortlists(base: Experiment, heads: list[Head], tries: slice, rounds: int, seeds: int) -> None:
+    """Shows which share of the gain of the mixture of 4 each head keeps, and at what cost."""
+    found = configurations(base, [FULL, *CONTROLS, contexts(16), *heads], tries)
+    seconds = base.seconds({name: entry for name, entry in found.items() if "steps" not in name}, rounds)
+    rows = compare(found, seconds, seeds)
+    softmax, full = (float(rows[index]["validation"].split()[0]) for index in (0, 1))
+    for each in rows:
+        each["share of the gain"] = f"{(softmax - float(each['validation'].split()[0])) / (softmax - full):.2f}"
+    show(f"On a shortlist, the whole model on {base.text.name}, perplexity", rows)
+    model = base.model(SOFTMAX)
+    with torch.no_grad():
+        likely = model.eval()(base.text.valid[:64]).logits.exp() > LIKELY
+    print(f"\nOf {base.text.vocab_size} classes, {likely.sum(-1).float().mean():.0f} are likelier than {LIKELY:g}.")
+
+
 def main(
     data_dir: DataDir = None,
     train_file: TrainFile = None,
@@ -99,7 +122,8 @@ def main(
     latent_ranks: Annotated[
         list[int] | None, typer.Option(help=f"Ranks of the grid, {RANKS} by default; at most the hidden size.")
     ] = None,
-    grid_seeds: Annotated[int, typer.Option(min=1, help="Runs of the mixtures of the two grids.")] = 1,
+    grid_seeds: Annotated[int, typer.Option(min=1, help="Runs of the mixtures of the grid of ranks.")] = 1,
+    shortlists: Annotated[bool, typer.Option("--shortlists", help="The table of shortlists, not the others.")] = False,
     out: Out = DEFAULT_OUT,
     quick: Quick = False,
 ) -> None:
@@ -107,10 +131,10 @@ def main(
     ranks = latent_ranks or RANKS
     cheap = mixture(4, latent_rank=ranks[len(ranks) // 2])
     subspaces = [mixture(K, latent_rank=R) for K in (4, 8, 16) for R in ranks]
-    tries, grid, rounds = slice(None), subspaces + SHORTLISTS, 4
+    tries, grid, on_shortlist, rounds = slice(None), subspaces, SHORTLISTS + CHOSEN, 4
     if quick:
         vocab_size, hidden_size, num_layers, steps, checkpoint_steps, seeds = 512, 16, 1, 60, 400, 1
-        tries, grid, rounds = slice(1, 2), [cheap, mixture(4, shortlist_size=16)], 2
+        tries, grid, on_shortlist, rounds = slice(1, 2), [cheap], [SHORTLISTS[2], *CHOSEN[::2]], 2
     text = load_text(
         Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size, words
     )
@@ -123,7 +147,10 @@ def main(
         f"{perplexities([checkpoint])[0]:.2f} (validation) and {perplexities([checkpoint], 'test')[0]:.2f} (test)"
     )
     whole = base.with_recipe(steps=steps, to_convergence=False)
-    found = configurations(whole, cheap, tries)
+    if shortlists:
+        compare_shortlists(whole, on_shortlist, tries if quick else slice(3), rounds, seeds)
+        return
+    found = configurations(whole, [*CONTROLS, FULL, cheap], tries)
     others = {head.name: (whole.tuned(head, RATES[tries]), head) for head in grid if head != cheap}
     seconds = whole.seconds({name: entry for name, entry in (found | others).items() if "steps" not in name}, rounds)
     rows = compare(found, seconds, seeds)
@@ -136,7 +163,7 @@ def main(
     show(f"The head alone on {text.name}, with the same learning rates, perplexity", rows_alone)
 
     rows += compare(others, seconds, grid_seeds)
-    show(f"The whole model on {text.name}, with the grids, perplexity", rows)
+    show(f"The whole model on {text.name}, with the grid, perplexity", rows)
 
     scratch = replace(base, checkpoint=None)
     wide = scratch.widened(SOFTMAX, whole.operations(FULL)).with_recipe(learning_rate=WIDE_RATE)

@@ -96,6 +96,7 @@ class Text:
     valid: Tensor
     test: Tensor
     tokenizer: PreTrainedTokenizerFast | None = None
+    measured = ("valid", "test")
 
     def batches(self, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
         for chosen in shuffled(len(self.train), batch_size, seed):
@@ -140,20 +141,15 @@ def load_text(
     words: bool = False,
     block_size: int = 64,
     max_valid_blocks: int = 1024,
-    fast: PreTrainedTokenizerFast | None = None,
 ) -> Text:
-    """Cuts every split into blocks; each text ends with a token of its own.
-
-    `fast` is a pretrained model's tokenizer; `None` trains one on the training texts.
-    """
+    """Cuts every split into blocks; each text ends with a token of its own."""
     texts = source.texts()
-    if fast is None:
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=train_tokenizer(texts["train"], vocab_size, words),
-            bos_token=END_OF_TEXT,
-            eos_token=END_OF_TEXT,
-            pad_token=END_OF_TEXT,
-        )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=train_tokenizer(texts["train"], vocab_size, words),
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+    )
     tokenizer = fast.backend_tokenizer
 
     def blocks(split: str) -> Tensor:

@@ -22,6 +22,8 @@ Inputs = dict[str, Tensor]  # of the model, with labels
 class Data(Protocol):
     """What a training reads: the text of `text.py`, or hidden states of a pretrained model."""
 
+    measured: tuple[str, ...]  # the splits: `valid`, or `valid` and `test`
+
     def batches(self, batch_size: int, seed: int) -> Iterator[Inputs]:
         """Yields batches epoch after epoch, each shuffled; the seed determines the order."""
 
@@ -82,8 +84,9 @@ def fit(model: PreTrainedModel, data: Data, recipe: Recipe, seed: int, name: str
     """Trains the model and measures it, in nats per token.
 
     Returns:
-        `valid_nats` and `test_nats` of the weights that the training ends with (on convergence the best ones),
-        `seconds`, `steps`, `stopped_early`, `parameters`, and the `curve` of (step, seconds, validation nats).
+        `valid_nats`, and `test_nats` if there is a test split, of the weights that the training ends with (on
+        convergence the best ones), `seconds`, `steps`, `stopped_early`, `parameters`, and the `curve` of (step,
+        seconds, validation nats).
     """
     optimizer = make_optimizer(model, recipe)
     batches = data.batches(recipe.batch_size, seed)
@@ -111,12 +114,11 @@ def fit(model: PreTrainedModel, data: Data, recipe: Recipe, seed: int, name: str
                 stopped_early = is_over and stop.cuts > recipe.cuts
     if best is not None:
         model.load_state_dict(best, strict=False)
-    valid_nats = data.nats(model, "valid")
-    if not math.isfinite(valid_nats):
-        raise FloatingPointError(f"{name}: the validation loss is {valid_nats}")
+    nats = {f"{split}_nats": data.nats(model, split) for split in data.measured}
+    if not math.isfinite(nats["valid_nats"]):
+        raise FloatingPointError(f"{name}: the validation loss is {nats['valid_nats']}")
     return {
-        "valid_nats": valid_nats,
-        "test_nats": data.nats(model, "test"),
+        **nats,
         "seconds": round(seconds, 3),
         "steps": step,
         "stopped_early": stopped_early,
