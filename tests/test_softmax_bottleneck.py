@@ -361,6 +361,8 @@ def pretrained(tmp_path, data_dir):
 
 
 def test_heads_of_a_real_model_by_its_command(tmp_path, data_dir, pretrained):
+    from models import Head
+
     arguments = ["--model", pretrained, "--data-dir", data_dir, "--steps", "2", "--seeds", "2", "--out", tmp_path]
     printed = run("real_model.py", *arguments)
     heads = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")][2:]
@@ -372,6 +374,14 @@ def test_heads_of_a_real_model_by_its_command(tmp_path, data_dir, pretrained):
     tried = {run["settings"]["recipe"]["learning_rate"] for run in trained if run["settings"]["seed"] == 0}
     assert tried == {3e-4, 1e-3, 3e-3}
     assert {run["settings"]["seed"] for run in trained} == {0, 1}
+    at_seed_0 = [run for run in trained if run["settings"]["seed"] == 0]
+    for head in heads[1:]:
+        nats = {
+            run["result"]["valid_nats"]
+            for run in at_seed_0
+            if Head.from_settings(run["settings"]["head"]).name == head.replace("softmax", "mixture K=1")
+        }
+        assert len(nats) == 3, f"{head}: the learning rates change nothing"
     assert (tmp_path / "real_model.png").stat().st_size > 0
 
 

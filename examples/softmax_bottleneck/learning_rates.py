@@ -2,7 +2,7 @@
 
     python examples/softmax_bottleneck/learning_rates.py --quick
     python examples/softmax_bottleneck/learning_rates.py --data-dir ptb
-    python examples/softmax_bottleneck/learning_rates.py --train-file valid.txt --validation-file test.txt --model smol
+    python examples/softmax_bottleneck/learning_rates.py --train-file test.txt --validation-file valid.txt --model smol
 
 From the same trained softmax model, the softmax and mixtures with several values of `latent_scale` are fine-tuned with
 one learning rate for all their parameters, over a grid of rates. A scale is given as its product with the width D, so
@@ -97,7 +97,8 @@ def main(
     for width, experiment in starts.items():
         rows = []
         for name, head in heads(width, PRODUCTS).items():
-            with torch.autocast("cpu", torch.bfloat16, enabled=model is not None):
+            # The cache of autocast would not see a weight's update.
+            with torch.autocast("cpu", torch.bfloat16, model is not None, cache_enabled=False):
                 found[width, name] = [(rate, perplexity(experiment, head, rate)) for rate in rates]
             rows.append({"head": name} | {f"{rate:g}": f"{value:.2f}" for rate, value in found[width, name]})
         show(f"D = {width}, fine-tuned on {text.name}, {steps} steps, validation perplexity by learning rate", rows)

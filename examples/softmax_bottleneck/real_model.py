@@ -195,7 +195,7 @@ def main(
         to_convergence=converge,
         evaluate_every=max(1, steps // 20),
     )
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # the cache would not see a weight's update
         if adapters:
             for rank in RANKS[:1] if quick else RANKS:
                 adapter_table(Study(model, corpus, corpus, results, recipe, rank), rates, seeds)
