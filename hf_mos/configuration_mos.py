@@ -63,8 +63,8 @@ class MoSConfig(PreTrainedConfig):
     )
     shortlist_size: int | None = option(
         None,
-        "M: let the components differ only on the M likeliest classes of the softmax that they share, for little more "
-        "than one softmax in cost, whatever K.",
+        "M: let the components differ only on the M likeliest classes; elsewhere they share the logits of their mean. "
+        "Costs little more than one softmax, whatever K.",
     )
     latent_scale: float | None = option(
         None,

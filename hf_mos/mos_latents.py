@@ -121,20 +121,32 @@ class SubspaceLatents(Latents):
 
 
 class ShortlistLatents(Latents):
-    """The latents `hidden_states.unsqueeze(-2) + shifts`, or `+ shifts @ basis.T`, on a shortlist of classes alone.
+    """The latents `mean_latent.unsqueeze(-2) + offsets`, or `+ offsets @ basis.T`, on a shortlist of classes alone.
 
-    Equivalent to: a mixture whose K components differ on the `size` likeliest classes of the hidden state's own
-    softmax, and whose weights are in proportion to `softmax(prior_logits)_k` times the component's partition function.
-    `mos_shortlist.py` has the maths. A decoder that can only be called (an adapter, a quantizer) costs K + 1 products.
+    Equivalent to: a mixture whose K components differ on the `size` likeliest classes of the mean latent's softmax,
+    have that latent's logits elsewhere, and whose weights are in proportion to `softmax(prior_logits)_k` times the
+    component's partition function. `mos_shortlist.py` has the maths. A decoder that can only be called (an adapter, a
+    quantizer) costs K + 1 products.
 
-    Args: hidden_states (..., E), shifts (..., K, E), or shifts (..., K, R) and a basis (E, R).
+    Args: mean_latent (..., E), offsets (..., K, E), or offsets (..., K, R) and a basis (E, R).
     """
 
     per_token = (True, True, False)
 
-    def __init__(self, hidden_states: Tensor, shifts: Tensor, basis: Tensor | None = None, *, size: int) -> None:
-        super().__init__(*(tensor for tensor in (hidden_states, shifts, basis) if tensor is not None))
-        self.hidden_states, self.shifts, self.basis, self.size = hidden_states, shifts, basis, size
+    def __init__(self, mean_latent: Tensor, offsets: Tensor, basis: Tensor | None = None, *, size: int) -> None:
+        super().__init__(*(tensor for tensor in (mean_latent, offsets, basis) if tensor is not None))
+        self.mean_latent, self.offsets, self.basis, self.size = mean_latent, offsets, basis, size
+
+    @classmethod
+    def around_mean(cls, hidden_states: Tensor, shifts: Tensor, basis: Tensor | None, size: int) -> "ShortlistLatents":
+        """The latents `hidden_states.unsqueeze(-2) + shifts`, or `+ shifts @ basis.T`, by their mean and offsets.
+
+        The mean reaches every class and trains as the latent of one softmax does. If the classes outside the shortlist
+        kept the hidden state's logits, a head that trains alone could not change them.
+        """
+        mean = shifts.mean(dim=-2)
+        offsets = shifts - mean.unsqueeze(-2)
+        return cls(hidden_states + (mean if basis is None else mean @ basis.T), offsets, basis, size=size)
 
     @property
     def form(self) -> str:
@@ -145,23 +157,23 @@ class ShortlistLatents(Latents):
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((*self.shifts.shape[:-1], self.hidden_states.shape[-1]))
+        return torch.Size((*self.offsets.shape[:-1], self.mean_latent.shape[-1]))
 
     def check(self) -> None:
-        E, R = self.hidden_states.shape[-1], self.shifts.shape[-1]
+        E, R = self.mean_latent.shape[-1], self.offsets.shape[-1]
         fits = R == E if self.basis is None else self.basis.shape == (E, R)
-        if self.shifts.shape[:-2] != self.hidden_states.shape[:-1] or not fits:
+        if self.offsets.shape[:-2] != self.mean_latent.shape[:-1] or not fits:
             shapes = ", ".join(str(tuple(part.shape)) for part in self.tensors)
             raise ValueError(f"latents: expected (..., E), (..., K, E), or (..., K, R) and (E, R), given {shapes}")
 
     def dense(self) -> Tensor:
-        shifts = self.shifts if self.basis is None else self.shifts @ self.basis.T
-        return self.hidden_states.unsqueeze(-2) + shifts
+        offsets = self.offsets if self.basis is None else self.offsets @ self.basis.T
+        return self.mean_latent.unsqueeze(-2) + offsets
 
     def components(
         self, decoder: Callable[[Tensor], Tensor], prior_logits: Tensor, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
-        shared, own = widen(decoder(self.hidden_states)), widen(decoder(self.dense()))  # (..., V), (..., K, V)
+        shared, own = widen(decoder(self.mean_latent)), widen(decoder(self.dense()))  # (..., V), (..., K, V)
         shortlist = top_classes(shared.detach(), self.size).unsqueeze(-2).expand(*own.shape[:-1], -1)  # (..., K, M)
         shared = shared.unsqueeze(-2).expand_as(own)
         logits = cap_logits(shared.scatter(-1, shortlist, own.gather(-1, shortlist)), softcap)
@@ -169,11 +181,11 @@ class ShortlistLatents(Latents):
         return F.log_softmax(log_gate + torch.logsumexp(logits, dim=-1), dim=-1), logits
 
     def for_inference(self) -> Latents:
-        """Without the basis: `weight @ basis` costs more than wide shifts of a thousand tokens."""
-        return self if self.basis is None else self.like((self.hidden_states, self.shifts @ self.basis.T))
+        """Without the basis: `weight @ basis` costs more than wide offsets of a thousand tokens."""
+        return self if self.basis is None else self.like((self.mean_latent, self.offsets @ self.basis.T))
 
     def projection(self, *arguments: Any) -> Projection:
-        return ShortlistProjection(self.hidden_states, self.shifts, self.basis, self.size, *arguments)
+        return ShortlistProjection(self.mean_latent, self.offsets, self.basis, self.size, *arguments)
 
 
 class Shifted:
@@ -213,7 +225,7 @@ class Shifted:
         shifts = scaled(lambda h: activate(head, head.shift, h), hidden_states, head.latent_scale)
         basis = None if head.latent_rank is None else head.basis.to(shifts)
         if head.shortlist_size is not None:
-            return ShortlistLatents(hidden_states.to(shifts), shifts, basis, size=head.shortlist_size)
+            return ShortlistLatents.around_mean(hidden_states.to(shifts), shifts, basis, head.shortlist_size)
         if basis is None:
             return Latents(hidden_states.unsqueeze(-2) + shifts)
         return SubspaceLatents(hidden_states.to(shifts), shifts, basis)

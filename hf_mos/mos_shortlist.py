@@ -1,19 +1,21 @@
 """A mixture at the price of one softmax: components that differ on a shortlist of the likeliest classes.
 
     n tokens, K mixtures, M shortlist_size, V classes
-    z         = hidden_states @ weight.T (+ bias)                              (n, V)
+    mean_latent = mean_K(latents), offsets_k = latent_k - mean_latent
+    z         = mean_latent @ weight.T (+ bias)                                (n, V)
     shortlist = the M classes of largest z                                     (n, M)
-    component_logits_k = z + [in the shortlist] * shifts_k . weight            (n, K, V), never made
+    component_logits_k = z + [in the shortlist] * offsets_k . weight           (n, K, V), never made
     gate      = softmax(prior_logits), mixture_weights_k in proportion to gate_k * sum_V exp(component_logits_k)
 
-The mixture is exactly ONE softmax, as its components share all other classes:
+So a component has its own logits on the shortlist, those of the full mixture, and the components' mean elsewhere. The
+mixture is exactly ONE softmax, as its components share all other classes:
 
     logits    = logsumexp_K(log gate_k + component_logits_k) on the shortlist, z elsewhere       (n, V)
 
 So a step makes the three wide products of a softmax, and the rest is (n, K, M). With
 `error = softmax(logits) - onehot` and `share = softmax_K(log gate_k + component_logits_k)`:
 
-    d z = error,  d (shifts_k . weight) = share_k * error,  d log gate_k = sum over the shortlist of share_k * error
+    d z = error,  d (offsets_k . weight) = share_k * error,  d log gate_k = sum over the shortlist of share_k * error
 
 A softcap acts on every component's logits. The label has no part in the choice of the shortlist, or a perplexity would
 be no likelihood. The choice carries no gradient.
@@ -64,23 +66,23 @@ class ShortlistProjection(Projection):
 
     def __init__(
         self,
-        hidden_states: Tensor,
-        shifts: Tensor,
+        mean_latent: Tensor,
+        offsets: Tensor,
         basis: Tensor | None,
         size: int,
         log_prior: Tensor,
         decoder: DecoderUse,
         wanted: Wanted,
     ) -> None:
-        self.hidden_states, self.shifts, self.basis, self.size = hidden_states, shifts, basis, size
+        self.mean_latent, self.offsets, self.basis, self.size = mean_latent, offsets, basis, size
         self.decoder, self.weight, self.log_gate = decoder, decoder.weight, log_prior
         self.log_weights = torch.zeros_like(log_prior[:, :1])  # of one softmax
-        wants_hidden, wants_shifts, *wants_basis = wanted.latents
-        self.d_hidden = torch.zeros_like(hidden_states) if wants_hidden else None
-        self.d_shifts = torch.zeros_like(shifts) if wants_shifts else None
+        wants_mean, wants_offsets, *wants_basis = wanted.latents
+        self.d_mean = torch.zeros_like(mean_latent) if wants_mean else None
+        self.d_offsets = torch.zeros_like(offsets) if wants_offsets else None
         self.wants_basis = any(wants_basis)
         self.d_weight = Accumulator(self.weight, wanted.weight, decoder.sum_dtype)
-        # The shifts multiply rows of the decoder, or of the decoder in the basis.
+        # The offsets multiply rows of the decoder, or of the decoder in the basis.
         self.rows_of_classes, self.d_rows = self.weight, self.d_weight
         if basis is not None:
             self.rows_of_classes = self.weight @ basis  # (V, R)
@@ -88,12 +90,12 @@ class ShortlistProjection(Projection):
             self.d_rows = Accumulator(self.rows_of_classes, wants_rows, decoder.sum_dtype)
 
     def logits(self, tokens: Tokens, place: slice, out: Tensor, half: Tensor | None, slope: Tensor | None) -> None:
-        self.rows = self.hidden_states[tokens]
+        self.rows = self.mean_latent[tokens]
         write_product(self.rows, self.weight, self.decoder.bias, out, half)
         self.mix_(tokens, out, slope)
 
     def component_logits(self, tokens: slice) -> Tensor:
-        logits = self.decoder.logits(self.hidden_states[tokens])
+        logits = self.decoder.logits(self.mean_latent[tokens])
         self.mix_(tokens, logits, None)
         return logits.unsqueeze(1)
 
@@ -115,11 +117,11 @@ class ShortlistProjection(Projection):
         z.scatter_(1, self.shortlist, mixed)
 
     def differences(self, tokens: Tokens) -> Tensor:
-        """`shifts_k . weight` on the shortlist, (n, K, M), in `sum_dtype`."""
-        shifts = self.chunk_shifts = self.shifts[tokens]
-        out = shifts.new_empty(*shifts.shape[:2], self.shortlist.shape[1], dtype=self.decoder.sum_dtype)
+        """`offsets_k . weight` on the shortlist, (n, K, M), in `sum_dtype`."""
+        offsets = self.chunk_offsets = self.offsets[tokens]
+        out = offsets.new_empty(*offsets.shape[:2], self.shortlist.shape[1], dtype=self.decoder.sum_dtype)
         for part in self.parts():
-            out[part] = torch.bmm(shifts[part], self.gather(part).transpose(1, 2))
+            out[part] = torch.bmm(offsets[part], self.gather(part).transpose(1, 2))
         return out
 
     def parts(self) -> list[slice]:
@@ -152,24 +154,24 @@ class ShortlistProjection(Projection):
         return d_log_gate - self.log_gate[tokens].exp() * d_log_gate.sum(-1, keepdim=True)
 
     def backward(self, tokens: Tokens, place: slice, error: Tensor, row_weights: Tensor | None) -> None:
-        if self.d_hidden is not None:
-            self.d_hidden[tokens] = weighted(multiply(error, self.weight.t()), row_weights)
+        if self.d_mean is not None:
+            self.d_mean[tokens] = weighted(multiply(error, self.weight.t()), row_weights)
         self.d_weight.add_product(error.t(), weighted(self.rows, row_weights))
-        if self.d_shifts is not None:
-            d_shifts = torch.empty_like(self.chunk_shifts)
+        if self.d_offsets is not None:
+            d_offsets = torch.empty_like(self.chunk_offsets)
             for part in self.parts():
-                torch.bmm(self.d_differences[part], self.gather(part), out=d_shifts[part])
-            self.d_shifts[tokens] = d_shifts
+                torch.bmm(self.d_differences[part], self.gather(part), out=d_offsets[part])
+            self.d_offsets[tokens] = d_offsets
         if self.d_rows.total is not None:
             for part in self.parts():
-                d_rows = torch.bmm(self.d_differences[part].transpose(1, 2), self.chunk_shifts[part])  # (n, M, E)
+                d_rows = torch.bmm(self.d_differences[part].transpose(1, 2), self.chunk_offsets[part])  # (n, M, E)
                 self.d_rows.add_rows(self.shortlist[part].flatten(), d_rows.flatten(0, 1))
 
     def gradients(self) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
         d_weight = self.d_weight.result()
         if self.basis is None:
-            return (self.d_hidden, self.d_shifts), d_weight
+            return (self.d_mean, self.d_offsets), d_weight
         d_basis = None
         if (d_rows := self.d_rows.result()) is not None:
             d_basis = through_basis(d_rows, d_weight, self.weight, self.basis, self.wants_basis)
-        return (self.d_hidden, self.d_shifts, d_basis), d_weight
+        return (self.d_mean, self.d_offsets, d_basis), d_weight

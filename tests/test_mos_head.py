@@ -54,7 +54,7 @@ def by_hand(head, hidden_states):
         latents = h.unsqueeze(-2) + head.latent_scale * shifts
     logits = F.linear(latents, *weights(head.decoder))
     if head.shortlist_size is not None:
-        shared = F.linear(h, *weights(head.decoder))
+        shared = F.linear(latents.mean(-2), *weights(head.decoder))
         inside = torch.zeros_like(shared).scatter(-1, shared.topk(head.shortlist_size).indices, 1).unsqueeze(-2)
         logits = torch.where(inside > 0, logits, shared.unsqueeze(-2))
     if head.softcap is not None:

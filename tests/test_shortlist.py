@@ -130,6 +130,22 @@ def test_exact_at_step_0(dtype: torch.dtype, name: str, options: dict[str, Any])
     assert log_prob_gap(model, softmax, input_ids=random_tokens()) < bound
 
 
+@pytest.mark.parametrize("options", [{}, {"latent_rank": 4}], ids=str)
+def test_one_component_is_one_softmax_of_its_latent(options: dict[str, Any]) -> None:
+    """The mean of the latents reaches every class, not the shortlist alone."""
+    hidden, targets = torch.randn(6, 32, dtype=torch.float64), torch.arange(6)
+    losses, gradients = [], []
+    for size in (None, 5):
+        torch.manual_seed(0)
+        head = tiny_mos(num_mixtures=1, shortlist_size=size, **options).double().lm_head
+        torch.nn.init.normal_(head.shift.weight)
+        losses.append(head(hidden, targets))
+        losses[-1].backward()
+        gradients.append(head.shift.weight.grad)
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
 def test_mixture_weights_are_the_mixtures_own() -> None:
     model = tiny_mos(shortlist_size=5).double()
     head, hidden = model.lm_head, torch.randn(6, 32, dtype=torch.float64)

@@ -367,7 +367,9 @@ def test_heads_of_a_real_model_by_its_command(tmp_path, data_dir, pretrained):
     printed = run("real_model.py", *arguments)
     heads = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")][2:]
     assert heads[:2] == ["as it is", "softmax"]
-    assert {"contexts K=4", "mixture K=1 M=64", "mixture K=16 M=256", "mixture K=4 R=32", "mixture K=16"} <= set(heads)
+    assert {"contexts K=4", "rescored K=2 M=64", "mixture K=16 M=256", "mixture K=4 R=32", "mixture K=16"} <= set(
+        heads
+    )
     runs = json.loads((tmp_path / "real_model.json").read_text())["runs"]
     base, *trained = runs
     assert base["settings"]["base"] == "llama"

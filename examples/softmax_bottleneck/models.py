@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from hf_mos import MoSConfig, MoSForCausalLM, MoSLMHead
-from hf_mos.mos_latents import Latents
+from hf_mos.mos_latents import Latents, ShortlistLatents
 from hf_mos.mos_shortlist import top_classes
 
 
@@ -57,6 +57,18 @@ class TrainedBasisHead(MoSLMHead):
         self.basis = nn.Parameter(basis)
 
 
+class RescoredHead(MoSLMHead):
+    """Equivalent to: one softmax of a trained latent, whose M likeliest classes a second latent scores again."""
+
+    def prior_logits(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states.new_zeros(*hidden_states.shape[:-1], 1)
+
+    def latents(self, hidden_states: Tensor) -> Latents:
+        pair: Any = super().latents(hidden_states)
+        first, second = (pair.offsets[..., k, :] for k in (0, 1))
+        return ShortlistLatents(pair.mean_latent + first, (second - first).unsqueeze(-2), size=pair.size)
+
+
 class ChosenHead(MoSLMHead):
     """Equivalent to: MoSLMHead with `shortlist_size`, in plain torch, whose shortlist another rule chooses."""
 
@@ -65,11 +77,12 @@ class ChosenHead(MoSLMHead):
         raise NotImplementedError
 
     def forward(self, hidden_states: Tensor, targets: Tensor, **options: Any) -> Tensor:
-        z = self.decoder(hidden_states)
+        latents = self.latents(hidden_states)
+        z = self.decoder(latents.mean_latent)
         classes, is_in = self.chosen(z.detach(), targets)
         log_gate = F.log_softmax(self.prior_logits(hidden_states), dim=-1).unsqueeze(-1)
         shared = z.gather(-1, classes)
-        differences = self.latents(hidden_states).shifts @ self.decoder.weight[classes].transpose(-1, -2)
+        differences = latents.offsets @ self.decoder.weight[classes].transpose(-1, -2)
         mixed = torch.logsumexp(log_gate + shared.unsqueeze(-2) + differences, dim=-2)
         logits = z.scatter_add(-1, classes, (mixed - shared) * is_in)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), **options)
@@ -103,6 +116,7 @@ HEAD_CLASSES = {
     "softmax": SoftmaxHead,
     "contexts": ContextsHead,
     "trained basis": TrainedBasisHead,
+    "rescored": RescoredHead,
     "own tokens too": OwnTokensHead,
     f"classes above {LIKELY:g}": LikelyClassesHead,
     "mixture": MoSLMHead,
@@ -147,6 +161,10 @@ SOFTMAX = Head("softmax", {"num_mixtures": 1})
 
 def mixture(num_mixtures: int = 4, **options: Any) -> Head:
     return Head("mixture", {"num_mixtures": num_mixtures, **options})
+
+
+def rescored(shortlist_size: int) -> Head:
+    return Head("rescored", {"num_mixtures": 2, "shortlist_size": shortlist_size})
 
 
 def contexts(num_mixtures: int = 4, **options: Any) -> Head:

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from corpus import BLOCK_SIZE, Corpus, KeptCorpus
-from models import SOFTMAX, Head, contexts, mixture, with_head
+from models import SOFTMAX, Head, contexts, mixture, rescored, with_head
 from plots import plot_costs
 from results import DEFAULT_OUT, Out, Quick, Results, Seeds, mean, perplexities, show, spread, start
 from text import DataDir, DatasetConfigName, DatasetName, Source, TrainFile, ValidationFile
@@ -36,7 +36,7 @@ from hf_mos.training.hidden_states import freeze_backbone
 RATES = (3e-4, 1e-3, 3e-3)
 FULL = [mixture(K) for K in (2, 4, 8, 16)]
 SHORTLISTS = [mixture(K, shortlist_size=M) for M in (16, 64, 256) for K in (4, 16)]
-CONTROLS = [mixture(1), mixture(1, shortlist_size=64), contexts(4)]
+CONTROLS = [mixture(1), rescored(64), contexts(4)]
 HEADS = [*CONTROLS, *SHORTLISTS, mixture(4, latent_rank=32), *FULL]
 QUICK_HEADS = [mixture(1), mixture(16, shortlist_size=64), mixture(4)]
 NAMES = [head.name for head in HEADS]

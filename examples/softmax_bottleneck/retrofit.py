@@ -7,12 +7,14 @@
 A softmax model is trained until its validation loss no longer falls. From there its own head, the mixture of 4 and
 mixtures in a shared subspace (`latent_rank` R) are fine-tuned for the same steps, on the same data in the same order,
 with the same learning-rate search: the whole model, then the head alone. The old head is also trained for the seconds
-of the mixtures and more. The controls are a latent before the softmax (K = 1) and a mixture of contexts. With
-`--shortlists` the table is of mixtures on a shortlist (`shortlist_size` M): which share of the gain they keep. Their
-controls are one component on a shortlist, and a mixture of contexts with as many parameters. The plot has perplexity
-against operations and against seconds with the softmax as the frontier, and in words two models that are trained from
-scratch as the checkpoint was: a softmax that is widened until it spends the operations of the mixture of 4, and the
-mixture of 4.
+of the mixtures and more. The controls are a latent before the softmax (K = 1) and a mixture of contexts. The plot has
+perplexity against operations and against seconds with the softmax as the frontier, and in words two models that are
+trained from scratch as the checkpoint was: a softmax that is widened until it spends the operations of the mixture of
+4, and the mixture of 4.
+
+With `--shortlists` the table is of mixtures on a shortlist (`shortlist_size` M): which share of the gain they keep.
+Their controls are one softmax whose likeliest classes a second latent scores again, and a mixture of contexts with as
+many parameters.
 """
 
 from dataclasses import replace
@@ -21,7 +23,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from experiment import Configurations, Experiment, train_all
-from models import LIKELY, SOFTMAX, Head, Size, contexts, mixture
+from models import LIKELY, SOFTMAX, Head, Size, contexts, mixture, rescored
 from plots import plot_costs
 from results import DEFAULT_OUT, Out, Quick, Results, Seeds, mean, perplexities, show, spread, start
 from text import (
@@ -43,7 +45,7 @@ CONTROLS = [mixture(1), contexts(4)]
 RANKS = [8, 16, 32]  # of the grid
 # One component on a shortlist is one softmax whose likeliest classes are scored again: the control of the others.
 SHORTLISTS = [
-    mixture(1, shortlist_size=64),
+    rescored(64),
     *(mixture(K, shortlist_size=M) for K in (4, 16) for M in (16, 64, 256, 1024)),
 ]
 # Other rules that choose a shortlist.
@@ -148,7 +150,7 @@ def main(
     )
     whole = base.with_recipe(steps=steps, to_convergence=False)
     if shortlists:
-        compare_shortlists(whole, on_shortlist, tries if quick else slice(3), rounds, seeds)
+        compare_shortlists(whole, on_shortlist, tries, rounds, seeds)
         return
     found = configurations(whole, [*CONTROLS, FULL, cheap], tries)
     others = {head.name: (whole.tuned(head, RATES[tries]), head) for head in grid if head != cheap}

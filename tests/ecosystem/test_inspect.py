@@ -101,9 +101,10 @@ def predicted_by_hand(model: MoSForCausalLM, token_ids: list[int]) -> dict[str, 
 
         weights = (head.latent_scale * h @ head.prior.weight.T).softmax(-1)
         shifts = (head.latent_scale * h @ head.shift.weight.T).unflatten(-1, (head.num_mixtures, -1))
-        logits = logits_of(h.unsqueeze(1) + (shifts if head.latent_rank is None else shifts @ head.basis.T))
+        latents = h.unsqueeze(1) + (shifts if head.latent_rank is None else shifts @ head.basis.T)
+        logits = logits_of(latents)
         if head.shortlist_size is not None:
-            shared = logits_of(h)
+            shared = logits_of(latents.mean(1))
             inside = torch.zeros_like(shared).scatter(1, shared.topk(head.shortlist_size).indices, 1).unsqueeze(1)
             logits = torch.where(inside > 0, logits, shared.unsqueeze(1))
             weights = torch.nn.functional.normalize(weights * logits.exp().sum(-1), p=1, dim=-1)
