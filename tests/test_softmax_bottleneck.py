@@ -415,6 +415,6 @@ def test_adapters_of_a_real_model_by_their_command(tmp_path, data_dir, pretraine
     heads = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| LoRA")]
     assert heads == [
         "LoRA 8, softmax",
-        "LoRA 8, mixture K=16 M=64", "LoRA 8, softmax, its seconds",
+        "LoRA 8, mixture K=4 M=64", "LoRA 8, softmax, its seconds",
         "LoRA 8, mixture K=4", "LoRA 8, softmax, its seconds",
     ]  # fmt: skip

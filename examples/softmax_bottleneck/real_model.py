@@ -8,7 +8,7 @@ order (`hf_mos.training.hidden_states`). The base is the model as it is. One sof
 is the control of the mixtures; one on a shortlist, and a mixture of contexts, are further controls.
 
 Adapters (`--adapters`): what a user would do instead. LoRA on every matrix of the backbone, with the old head and with
-mixtures, for equal steps, and with the old head once more for the seconds of each mixture.
+mixtures, for equal steps, and with the old head once more for the seconds of each mixture, at its best rate.
 
 The products are in bf16, by autocast. Each learning rate is searched on seed 0. Nats are those of `hf-mos evaluate`:
 each token of the validation text once, with its context. `examples/smollm2.py` makes a folder for `--model`.
@@ -40,8 +40,8 @@ CONTROLS = [mixture(1), rescored(64), contexts(4)]
 HEADS = [*CONTROLS, *SHORTLISTS, mixture(4, latent_rank=32), *FULL]
 QUICK_HEADS = [mixture(1), mixture(16, shortlist_size=64), mixture(4)]
 NAMES = [head.name for head in HEADS]
-ADAPTED = [SOFTMAX, mixture(16, shortlist_size=64), mixture(4)]
-RANKS = (8, 16)  # of LoRA
+ADAPTED = [SOFTMAX, mixture(4, shortlist_size=64), mixture(4)]
+RANKS = [8, 16]  # of LoRA
 BATCH_SIZE = 2  # blocks
 TOKENS_PER_STEP = BATCH_SIZE * BLOCK_SIZE
 
@@ -141,6 +141,7 @@ def load(model: Path) -> PreTrainedModel:
 
 
 def adapter_table(study: Study, rates: tuple[float, ...], seeds: int) -> None:
+    """Each head beside an adapter, and the old head for its seconds, at the old head's best rate."""
     rows = []
     softmax = {}
     for head in ADAPTED:
@@ -149,7 +150,8 @@ def adapter_table(study: Study, rates: tuple[float, ...], seeds: int) -> None:
             softmax = rows[0]
             continue
         steps = max(1, round(softmax["steps"] * rows[-1]["seconds"] / softmax["seconds"]))
-        rows.append(study.row(f"LoRA {study.lora_rank}, softmax, its seconds", SOFTMAX, rates, seeds, steps))
+        name, its_rate = f"LoRA {study.lora_rank}, softmax, its seconds", (float(softmax["rate"]),)
+        rows.append(study.row(name, SOFTMAX, its_rate, seeds, steps))
     show(f"{study.model.name}, with an adapter, on {study.corpus.name}", rows)
 
 
@@ -165,6 +167,7 @@ def main(
     steps: Annotated[int, typer.Option(help="Steps of each training, of 512 tokens; at most, with --converge.")] = 200,
     converge: Annotated[bool, typer.Option("--converge", help="Train until the validation loss stays.")] = False,
     adapters: Annotated[bool, typer.Option("--adapters", help="The table of adapters, not that of heads.")] = False,
+    lora_ranks: Annotated[list[int] | None, typer.Option(help=f"Ranks of the adapters, {RANKS} by default.")] = None,
     heads: Annotated[list[str] | None, typer.Option(help=f"Only these heads: {', '.join(NAMES)}.")] = None,
     seeds: Seeds = 3,
     threads: Annotated[int, typer.Option(min=1)] = 1,
@@ -197,7 +200,7 @@ def main(
     )
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # the cache would not see a weight's update
         if adapters:
-            for rank in RANKS[:1] if quick else RANKS:
+            for rank in lora_ranks or (RANKS[:1] if quick else RANKS):
                 adapter_table(Study(model, corpus, corpus, results, recipe, rank), rates, seeds)
             return
         frozen = with_head(load(model), mixture(1), 0)
