@@ -34,6 +34,7 @@ from hf_mos import MoSForCausalLM
 from hf_mos.training.hidden_states import freeze_backbone
 
 RATES = (3e-4, 1e-3, 3e-3)
+ADAPTER_RATES = (1e-3, 3e-3, 1e-2)
 FULL = [mixture(K) for K in (2, 4, 8, 16)]
 SHORTLISTS = [mixture(K, shortlist_size=M) for M in (16, 64, 256) for K in (4, 16)]
 CONTROLS = [mixture(1), rescored(64), contexts(4)]
@@ -178,10 +179,10 @@ def main(
     if unknown := set(heads or ()) - set(NAMES):
         raise typer.BadParameter(f"--heads: expected some of {', '.join(NAMES)}, given {', '.join(sorted(unknown))}")
     chosen = [head for head in HEADS if not heads or head.name in heads]
-    rates = RATES
+    rates = ADAPTER_RATES if adapters else RATES
     if quick:
         chosen = QUICK_HEADS if heads is None else chosen
-        rates, seeds, steps, train_tokens, valid_tokens = RATES[1:], 1, 20, 12_000, 3_000
+        rates, seeds, steps, train_tokens, valid_tokens = rates[:2], 1, 20, 12_000, 3_000
     tokenizer = AutoTokenizer.from_pretrained(model)
     source = Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name)
     corpus = Corpus.read(source, tokenizer, train_tokens, valid_tokens)
