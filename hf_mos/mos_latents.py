@@ -1,9 +1,9 @@
 """The latents: the K hidden states (..., K, E) that the decoder sees.
 
 A kind is the way in which a head computes them: [`Shifted`] or [`Projected`]. A form is the way in which the latents
-of some tokens are held until the decoder multiplies them: [`Latents`] or [`SubspaceLatents`]. To add a kind, write its
-class here and name it in `kind_of`. To add a form, write its class here and name it in `FORMS`, and write its
-projection in `mos_projections.py`. The options are fields of `configuration_mos.py`.
+of some tokens are held until the decoder multiplies them: [`Latents`], [`SubspaceLatents`] or [`ShortlistLatents`]. To
+add a kind, write its class here and name it in `kind_of`. To add a form, write its class here and name it in `FORMS`,
+and write its projection in `mos_projections.py`. The options are fields of `configuration_mos.py`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
