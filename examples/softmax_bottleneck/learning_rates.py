@@ -37,7 +37,7 @@ REAL_STEPS, REAL_BATCH_SIZE = 40, 2  # blocks
 def heads(width: int, products: tuple[float, ...]) -> dict[str, Head]:
     """The heads by their name in the table."""
     found = {"softmax": SOFTMAX}
-    if SCALE_TIMES_WIDTH > width:  # else a scale of 1 is no lower than the default
+    if width < SCALE_TIMES_WIDTH:  # else a scale of 1 is no lower than the default
         found["mixture, scale 1"] = mixture(4, latent_scale=1.0)
     return found | {f"mixture, scale {p:.0f} / D": mixture(4, latent_scale=round(p / width, 4)) for p in products}
 
