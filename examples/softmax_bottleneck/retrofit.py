@@ -145,8 +145,8 @@ def main(
         Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size, words
     )
     recipe = checkpoint_recipe(checkpoint_steps)
-    size, results = Size(hidden_size, num_layers), Results(out, "retrofit_shortlists" if shortlists else "retrofit", quick)
-    base = Experiment(text, size, recipe, results).from_checkpoint()
+    results = Results(out, "retrofit_shortlists" if shortlists else "retrofit", quick)
+    base = Experiment(text, Size(hidden_size, num_layers), recipe, results).from_checkpoint()
     checkpoint = base.checkpoint_result()
     print(
         f"The checkpoint: {checkpoint['steps']} steps, {checkpoint['seconds']:.0f} s, perplexity "
