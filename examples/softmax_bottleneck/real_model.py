@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from corpus import BLOCK_SIZE, Corpus, KeptCorpus
-from models import SOFTMAX, Head, contexts, mixture, rescored, with_head
+from models import SOFTMAX, ContextsHead, Head, contexts, mixture, rescored, with_head
 from plots import plot_costs
 from results import DEFAULT_OUT, Out, Quick, Results, Seeds, mean, perplexities, show, spread, start
 from text import DataDir, DatasetConfigName, DatasetName, Source, TrainFile, ValidationFile
@@ -139,8 +139,9 @@ def head_table(study: Study, heads: list[Head], rates: tuple[float, ...], seeds:
 
 def relative_operations(model: MoSForCausalLM) -> float:
     """Operations of a step, in 10^12: two products with the decoder, whose gradient nobody wants."""
-    decoder: Any = model.lm_head.decoder
-    return 2 * 2 * TOKENS_PER_STEP * decoder.weight.numel() * model.lm_head.kind.cost(model.lm_head) / 1e12
+    head: Any = model.lm_head
+    products = 1 if isinstance(head, ContextsHead) else head.kind.cost(head)
+    return 2 * 2 * TOKENS_PER_STEP * head.decoder.weight.numel() * products / 1e12
 
 
 def load(model: Path) -> PreTrainedModel:
