@@ -68,8 +68,8 @@ class MoSConfig(PreTrainedConfig):
     )
     latent_scale: float | None = option(
         None,
-        "Multiplies the shifts and the prior's logits, so that they learn this many times as fast as the rest at the "
-        "same learning rate; None: 320 / D, which suits trained models of any width D.",
+        "Multiplies the effective learning rate of the shifts and the prior; None: 320 / D, measured at D = 32 and "
+        "576. Beside an adapter, which needs a high learning rate, set a lower one, such as 0.1.",
     )
     latent_activation: str = option(
         "identity",
@@ -80,8 +80,8 @@ class MoSConfig(PreTrainedConfig):
     latent_dropout: float = option(0.0, "Dropout probability on the latents, or the shifts, in training, in [0, 1).")
     balance_coefficient: float = option(
         0.0,
-        "Add to each token's loss in training this times the squared coefficient of variation of the mean mixture "
-        "weights (0 if used alike, K - 1 if one is used alone). Revives starved components; 0.01 is mild.",
+        "Weight of a balance loss in training: the squared coefficient of variation of the mean mixture "
+        "weights (0: all equal; K - 1: only one used). Revives starved components; 0.01 is mild.",
     )
     # A conversion takes these from the backbone's own head.
     decoder_bias: bool | None = option(None, "Give the decoder a bias; None: as the backbone.", as_flag=False)

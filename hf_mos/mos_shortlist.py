@@ -1,4 +1,4 @@
-"""A mixture at the price of one softmax: components that differ on a shortlist of the likeliest classes.
+"""A mixture that costs about one softmax: components that differ on a shortlist of the likeliest classes.
 
     n tokens, K mixtures, M shortlist_size, V classes
     mean_latent = mean_K(latents), offsets_k = latent_k - mean_latent

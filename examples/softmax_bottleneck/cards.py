@@ -38,10 +38,10 @@ SEARCHED = ("learning_rate", "head_learning_rate")
 
 # The cards that are kept, by the question that a reader has.
 INDEX = {
-    "retrofit/mixture-K4-D32": "What does a mixture of 4 buy on a trained model?",
-    "retrofit/mixture-K4-R16-D32": "What does the cheaper form, `latent_rank`, keep of it?",
+    "retrofit/mixture-K4-D32": "What does a mixture of 4 gain on a trained model?",
+    "retrofit/mixture-K4-R16-D32": "How much of this gain does `latent_rank` keep?",
     "retrofit/mixture-K1-D32": "Is it the latent that helps, without a mixture?",
-    "from_scratch_to_convergence/mixture-K4-D32-converged": "What does it buy when trained from random weights?",
+    "from_scratch_to_convergence/mixture-K4-D32-converged": "What does it gain when trained from random weights?",
     "from_scratch_to_convergence/mixture-K4-tanh-D32-converged": "Is the paper's own form, with `tanh`, better?",
     "where_it_pays_to_convergence/mixture-K4-D64-converged": "Where does it not pay?",
 }
