@@ -2,7 +2,8 @@
 
     python examples/softmax_bottleneck/learning_rates.py --quick
     python examples/softmax_bottleneck/learning_rates.py --data-dir ptb
-    python examples/softmax_bottleneck/learning_rates.py --train-file test.txt --validation-file valid.txt --model smol
+    python examples/softmax_bottleneck/learning_rates.py --train-file test.txt --validation-file valid.txt \\
+        --model smol/SmolLM2-135M-Instruct
 
 From the same trained softmax model, the softmax and mixtures with several values of `latent_scale` are fine-tuned with
 one learning rate for all their parameters, over a grid of rates. A scale is given as its product with the width D, so

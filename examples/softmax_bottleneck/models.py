@@ -38,8 +38,7 @@ class SoftmaxHead(MoSLMHead):
 class ContextsHead(MoSLMHead):
     """Equivalent to: `log_softmax(decoder(sum_k prior_k(h) latent_k(h)))`, the mixture of contexts of the paper."""
 
-    def prior_logits(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states.new_zeros(*hidden_states.shape[:-1], 1)
+    prior_logits = SoftmaxHead.prior_logits  # of one component
 
     def latents(self, hidden_states: Tensor) -> Latents:
         weights = super().prior_logits(hidden_states).softmax(-1)
@@ -60,8 +59,7 @@ class TrainedBasisHead(MoSLMHead):
 class RescoredHead(MoSLMHead):
     """Equivalent to: one softmax of a trained latent, whose M likeliest classes a second latent scores again."""
 
-    def prior_logits(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states.new_zeros(*hidden_states.shape[:-1], 1)
+    prior_logits = SoftmaxHead.prior_logits  # of one component
 
     def latents(self, hidden_states: Tensor) -> Latents:
         pair: Any = super().latents(hidden_states)

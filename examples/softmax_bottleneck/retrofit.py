@@ -43,7 +43,7 @@ FULL = mixture(4)
 # A latent alone, and mixed before one softmax: what is gained by them is not gained by mixing softmaxes.
 CONTROLS = [mixture(1), contexts(4)]
 RANKS = [8, 16, 32]  # of the grid
-# One component on a shortlist is one softmax whose likeliest classes are scored again: the control of the others.
+# The first is one softmax, and the control of the others.
 SHORTLISTS = [
     rescored(64),
     *(mixture(K, shortlist_size=M) for K in (4, 16) for M in (16, 64, 256)),
