@@ -25,7 +25,7 @@ import typer
 from contenders import CONTENDERS, gradients, largest_error, make_leaves
 from measure import peak_bytes, report, time_in_turn
 
-BARE = "three bare products"
+FLOOR, BARE = "the floor", "three bare products"
 CHUNKS = (256, 10**9)  # rows in which the floor's products are tried
 TOLERANCE = 1e-3  # of the gate, in fp32; the paper's epsilon alone is an error of that order where p is small
 
@@ -110,7 +110,7 @@ def main(
     threads: int = 2,
     device: str = "cpu",
     dtype: str = "float32",
-    only: Annotated[list[str] | None, typer.Option(help="Time only these contenders.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help=f"Time only these contenders, or '{FLOOR}'.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the command on the CPU, at a small size.")] = False,
     memory_of: Annotated[str | None, typer.Option(hidden=True)] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -139,23 +139,27 @@ def main(
 
     leaves, targets = make_leaves(*sizes, torch_dtype, device)
     contenders = {name: c for name, c in contenders.items() if fits(name, c, leaves, targets)}
-    rows = num_tokens * num_mixtures
-    shapes = [(rows, vocab_size), (rows, latent_size), (vocab_size, latent_size)]
-    keep = [torch.zeros(shape, dtype=torch_dtype, device=device) for shape in shapes]
-    calls = {BARE: lambda: bare_products(leaves, keep)}
+    calls, products = {}, {}
+    if not only or FLOOR in only:
+        rows = num_tokens * num_mixtures
+        shapes = [(rows, vocab_size), (rows, latent_size), (vocab_size, latent_size)]
+        keep = [torch.zeros(shape, dtype=torch_dtype, device=device) for shape in shapes]
+        calls[BARE] = lambda: bare_products(leaves, keep)
+        products = floor_calls(leaves, keep, device)
     for name, contender in contenders.items():
         calls[name] = lambda c=contender: gradients(c.loss, leaves, targets, c.leaves)
     if not only:
         calls["mos_cross_entropy, evaluation"] = lambda: torch.no_grad()(CONTENDERS["mos_cross_entropy"].loss)(
             leaves, targets
         )
-    products = floor_calls(leaves, keep, device)
     seconds = time_in_turn(calls | products, rounds, device)
-    floor, choices = floor_of({name: seconds.pop(name) for name in products})
-    seconds = {"the floor": floor} | seconds
+    choices = "not timed"
+    if products:
+        floor, choices = floor_of({name: seconds.pop(name) for name in products})
+        seconds = {FLOOR: floor} | seconds
 
     table = []
-    one = seconds.get("one softmax head", float("nan"))
+    floor, one = (seconds.get(name, float("nan")) for name in (FLOOR, "one softmax head"))
     for name, value in seconds.items():
         row = {"": name, "seconds": value, "of the floor": value / floor, "of one softmax": value / one}
         row["extra MB"] = memory(name) / 1e6 if name in contenders else "-"

@@ -15,6 +15,8 @@ from typing import Annotated, Any
 import matplotlib
 import typer
 from measure import report
+from rich.console import Console
+from rich.progress import track
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -51,15 +53,14 @@ def main(
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     base = {"num_tokens": 256, "num_mixtures": 4, "latent_size": latent_size, "vocab_size": 32000}
+    if quick:
+        base["vocab_size"] = 4000
     rows = []
     axes = QUICK if quick else AXES
-    for axis, values in axes.items():
-        for value in values:
-            settings = base | {axis: value} if not quick else base | {"vocab_size": 4000} | {axis: value}
-            for row in run(settings, rounds, threads):
-                rows.append(
-                    {"axis": axis, "value": value, "loss": row[""]} | {k: row[k] for k in ("seconds", "extra MB")}
-                )
+    points = [(axis, value) for axis, values in axes.items() for value in values]
+    for axis, value in track(points, "points of the plot", console=Console(stderr=True), transient=True):
+        for row in run(base | {axis: value}, rounds, threads):
+            rows.append({"axis": axis, "value": value, "loss": row[""]} | {k: row[k] for k in ("seconds", "extra MB")})
     plot(rows, list(axes), out)
     report(f"Scaling of the loss, around {base}; plot in {out}", rows, base, json_)
 
