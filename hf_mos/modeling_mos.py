@@ -126,7 +126,7 @@ class MoSForCausalLM(AnswersAsBackbone, FusedHeadMixin, PreTrainedModel, Generat
 
     @classmethod
     def from_causal_lm(
-        cls, model: "str | PreTrainedModel", *, num_mixtures: int = 4, **kwargs: Any
+        cls, model: "str | PreTrainedModel", *, num_mixtures: int | None = None, **kwargs: Any
     ) -> "MoSForCausalLM":
         r"""Replaces the head of a causal LM with a mixture. Predictions do not change until it is trained.
 
@@ -136,8 +136,9 @@ class MoSForCausalLM(AnswersAsBackbone, FusedHeadMixin, PreTrainedModel, Generat
         Args:
             model (`str` or `PreTrainedModel`):
                 A path or Hub id, as for `AutoModelForCausalLM.from_pretrained`, or a causal LM.
-            num_mixtures (`int`, defaults to 4):
-                K, the number of softmaxes.
+            num_mixtures (`int`, *optional*):
+                K, the number of softmaxes. Without it: 4 where another option of the latents is given
+                (`latent_rank`, `shortlist_size`, ...), else the cheapest mixture, 16 with `shortlist_size=64`.
             kwargs:
                 The fields of [`MoSConfig`]; with a path or id also the arguments of `from_pretrained`.
 

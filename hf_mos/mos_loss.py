@@ -170,6 +170,7 @@ def loss_and_gradients(
             weight,
             sum_dtype,
             has_slope=options.softcap is not None and wants_gradients,
+            trains_decoder=wanted.decoder_weight,
             shared_share=projection.shared_share,
             chunk_size=options.chunk_size,
         )

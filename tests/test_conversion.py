@@ -210,6 +210,29 @@ def test_options_that_cannot_be_are_refused(options: dict, message: str) -> None
         MoSForCausalLM.from_causal_lm(tiny_causal_lm("llama"), **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "num_mixtures", "shortlist_size"),
+    [
+        ({}, 16, 64),
+        ({"prior_bias": True, "latent_scale": 0.1}, 16, 64),
+        ({"num_mixtures": 4}, 4, None),
+        ({"num_mixtures": 16}, 16, None),
+        ({"latent_rank": 8}, 4, None),
+        ({"shortlist_size": 5}, 4, 5),
+        ({"shortlist_size": None}, 4, None),
+        ({"latent_activation": "tanh"}, 4, None),
+    ],
+)
+def test_a_conversion_that_chooses_no_head_gets_the_cheapest_mixture(
+    options: dict, num_mixtures: int, shortlist_size: int | None, tmp_path: Path
+) -> None:
+    original = tiny_causal_lm("llama")
+    original.save_pretrained(tmp_path)
+    for model in (original, tmp_path):
+        config = MoSForCausalLM.from_causal_lm(model, **options).config
+        assert (config.num_mixtures, config.shortlist_size) == (num_mixtures, shortlist_size)
+
+
 def test_the_path_of_a_mixture_is_refused(tmp_path: Path) -> None:
     MoSForCausalLM.from_causal_lm(tiny_causal_lm("llama")).save_pretrained(tmp_path)
     with pytest.raises(

@@ -61,6 +61,13 @@ def test_a_flag_of_convert_reaches_the_checkpoint(name: str, model: Path, tmp_pa
     assert json.loads((tmp_path / "out" / "config.json").read_text())[name] == VALUES[name]
 
 
+def test_convert_without_a_flag_of_the_head_makes_the_cheapest_mixture(model: Path, tmp_path: Path) -> None:
+    result = convert(model, tmp_path / "out")
+    assert "16, on a shortlist of 64 classes" in result.output
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["num_mixtures"], config["shortlist_size"]) == (16, 64)
+
+
 @pytest.mark.parametrize("name", VALUES)
 def test_a_flag_of_train_reaches_the_options(name: str, model: Path, tmp_path: Path) -> None:
     file = tmp_path / "text.txt"

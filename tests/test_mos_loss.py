@@ -302,6 +302,27 @@ def test_inference_keeps_to_its_budget(dtype, bytes_per_logit):
     assert N * V < largest.numel <= CPU_BUDGET_BYTES / bytes_per_logit < N * K * V
 
 
+@pytest.mark.parametrize(
+    ("V", "trains_decoder", "rows"),
+    [
+        (50_000, True, 156),
+        (50_000, False, 156),
+        (100_000, True, 128),
+        (100_000, False, 78),
+        (300_000, True, 104),
+        (300_000, False, 32),
+    ],
+)
+def test_training_keeps_to_its_budget(V, trains_decoder, rows):
+    """Each chunk adds to the whole gradient of a trained decoder, so it has more rows there, in 120 MiB at most."""
+    N, K = 312, 2
+    latents, prior_logits = torch.randn(N, K, 2, requires_grad=True), torch.randn(N, K, requires_grad=True)
+    weight = torch.randn(V, 2, requires_grad=trains_decoder)
+    with LargestTensor() as largest:
+        mos_cross_entropy(latents, prior_logits, weight, torch.randint(V, (N,))).backward()
+    assert 0.95 * rows * V < largest.numel <= rows * V
+
+
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiles_whole_without_recompiling(form, reduction):

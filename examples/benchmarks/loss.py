@@ -110,7 +110,8 @@ def main(
     threads: int = 2,
     device: str = "cpu",
     dtype: str = "float32",
-    only: Annotated[list[str] | None, typer.Option(help=f"Time only these contenders, or '{FLOOR}'.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Time only these contenders.")] = None,
+    with_floor: Annotated[bool, typer.Option("--floor/--no-floor", help="Time the bare products too.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the command on the CPU, at a small size.")] = False,
     memory_of: Annotated[str | None, typer.Option(hidden=True)] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -140,7 +141,7 @@ def main(
     leaves, targets = make_leaves(*sizes, torch_dtype, device)
     contenders = {name: c for name, c in contenders.items() if fits(name, c, leaves, targets)}
     calls, products = {}, {}
-    if not only or FLOOR in only:
+    if with_floor:
         rows = num_tokens * num_mixtures
         shapes = [(rows, vocab_size), (rows, latent_size), (vocab_size, latent_size)]
         keep = [torch.zeros(shape, dtype=torch_dtype, device=device) for shape in shapes]

@@ -14,6 +14,7 @@ from corpus import Corpus
 from cost import operations, seconds_in_turn
 from models import SOFTMAX, Head, Size, new_softmax_model, with_head
 from results import Results
+from search import best_rate
 from text import Text
 from torch import Tensor
 from training import Recipe, fit
@@ -93,23 +94,8 @@ class Experiment:
         return self.results.run({"checkpoint": saved.parent.name}, lambda: json.loads(saved.read_text("utf-8")))
 
     def tuned(self, head: Head, rates: Sequence[dict[str, float]]) -> "Experiment":
-        """The experiment with the best learning rates by the runs of seed 0; a single rate needs no run.
-
-        It walks from the middle of the rates to the better neighbour, as the loss has one minimum over them.
-        """
-        candidates = [self.with_recipe(**each) for each in rates]
-
-        def nats(place: int) -> float:
-            return candidates[place].train(head, 0)["valid_nats"]
-
-        best = (len(rates) - 1) // 2
-        for step in (1, -1):
-            start = best
-            while 0 <= best + step < len(rates) and nats(best + step) < nats(best):
-                best += step
-            if best != start:
-                break
-        return candidates[best]
+        """The experiment with the best learning rates by the runs of seed 0; a single rate needs no run."""
+        return self.with_recipe(**best_rate(rates, lambda rate: self.with_recipe(**rate).train(head, 0)["valid_nats"]))
 
     @property
     def batch(self) -> Tensor:

@@ -27,6 +27,7 @@ from corpus import BLOCK_SIZE, Corpus, KeptCorpus
 from models import SOFTMAX, ContextsHead, Head, contexts, mixture, rescored, with_head
 from plots import plot_costs
 from results import DEFAULT_OUT, Out, Quick, Results, Seeds, mean, perplexities, show, spread, start
+from search import best_rate
 from text import DataDir, DatasetConfigName, DatasetName, Source, TrainFile, ValidationFile
 from training import Recipe, fit
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -102,13 +103,10 @@ class Study:
             parameter.requires_grad_("lora_" in name or "lm_head.shift" in name or "lm_head.prior" in name)
         return adapted
 
-    def best_rate(self, head: Head, rates: tuple[float, ...], steps: int | None = None) -> float:
-        return min(rates, key=lambda rate: self.train(head, rate, steps=steps)["valid_nats"])
-
     def row(
         self, name: str, head: Head, rates: tuple[float, ...], seeds: int, steps: int | None = None
     ) -> dict[str, Any]:
-        rate = self.best_rate(head, rates, steps)
+        rate = best_rate(rates, lambda rate: self.train(head, rate, steps=steps)["valid_nats"])
         found = [self.train(head, rate, seed, steps) for seed in range(seeds)]
         return {
             "head": name,

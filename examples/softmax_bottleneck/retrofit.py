@@ -17,6 +17,7 @@ Their controls are one softmax whose likeliest classes a second latent scores ag
 many parameters.
 """
 
+import statistics
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -101,10 +102,14 @@ def compare_shortlists(base: Experiment, heads: list[Head], tries: slice, rounds
     long = {head.name: (best, head) for head in LONG_SHORTLISTS if base.text.vocab_size > 1024}
     timed = {name: entry for name, entry in (found | long).items() if "steps" not in name}
     seconds = base.seconds(timed, rounds)
-    rows = compare(found, seconds, seeds) + compare(long, seconds, 1)
-    softmax, full = (float(rows[index]["validation"].split()[0]) for index in (0, 1))
-    for each in rows:
-        each["share of the gain"] = f"{(softmax - float(each['validation'].split()[0])) / (softmax - full):.2f}"
+    runs = train_all(found, seeds) | train_all(long, 1)
+    perplexity = {name: statistics.mean(perplexities(results)) for name, results in runs.items()}
+    gain = {name: perplexity[SOFTMAX.name] - each for name, each in perplexity.items()}
+    rows = [
+        row(name, *entry, runs[name], seconds[name.split(",")[0]])
+        | {"share of the gain": f"{gain[name] / gain[FULL.name]:.2f}"}
+        for name, entry in (found | long).items()
+    ]
     show(f"On a shortlist, the whole model on {base.text.name}, perplexity", rows)
     model = base.model(SOFTMAX)
     with torch.no_grad():

@@ -151,11 +151,13 @@ def convert_command(
     if as_json:
         print_json(vars(conversion) | {"is_exact": conversion.is_exact})
     else:
+        M = conversion.shortlist_size
+        mixed_on = "on all classes" if M is None else f"on a shortlist of {M} classes"
         print_table(
             out.name,
             {
                 "folder": str(out),
-                "softmaxes mixed": str(conversion.num_mixtures),
+                "softmaxes mixed": f"{conversion.num_mixtures}, {mixed_on}",
                 "parameters": f"{conversion.num_parameters:,}, {conversion.num_new_parameters:,} of them new",
                 "dtype": conversion.dtype,
                 "exactness gap": f"{conversion.gap:.2g} nats, of the two heads on the same hidden states, in float64",

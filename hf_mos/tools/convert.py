@@ -37,6 +37,7 @@ class Conversion:
 
     folder: str
     num_mixtures: int
+    shortlist_size: int | None
     num_parameters: int
     num_new_parameters: int
     gap: float  # the largest difference of the two heads' log-probabilities on the same hidden states, in nats
@@ -56,7 +57,6 @@ def convert(
     model: str | Path,
     folder: Path,
     *,
-    num_mixtures: int = 4,
     dtype: str = "auto",
     device: str | None = None,
     revision: str | None = None,
@@ -70,7 +70,7 @@ def convert(
     Args:
         model: folder or Hub id of a causal LM.
         folder: where the checkpoint goes.
-        num_mixtures, head_options: fields of [`MoSConfig`].
+        head_options: fields of [`MoSConfig`]; without any, the mixture is that of `from_causal_lm`.
         dtype, device, revision, trust_remote_code: as in [`load_model`].
         max_shard_size: as in `save_pretrained`.
         overwrite: write into a folder that holds something already.
@@ -83,7 +83,7 @@ def convert(
         check_folder(folder, model, overwrite)
         config = check_options(str(model), None, revision, dtype, device, trust_remote_code)
         refuse_mixture(config, repr(str(model)))
-        check_head_options({"num_mixtures": num_mixtures, **head_options}, config)
+        check_head_options(head_options, config)
     tokenizer = find_tokenizer(model, revision, trust_remote_code)
 
     softmax = load_model(model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -91,7 +91,7 @@ def convert(
     logits = probe(softmax, tokens)
     num_softmax_parameters = softmax.num_parameters()
     projection: Any = softmax.get_output_embeddings()
-    mixture = MoSForCausalLM.from_causal_lm(softmax, num_mixtures=num_mixtures, **head_options)
+    mixture = MoSForCausalLM.from_causal_lm(softmax, **head_options)
     gap = head_gap(mixture.eval(), projection, tokens)
     mixture.save_pretrained(folder, max_shard_size=max_shard_size)
     if tokenizer is not None:
@@ -104,6 +104,7 @@ def convert(
     return Conversion(
         folder=str(folder),
         num_mixtures=config.num_mixtures,
+        shortlist_size=config.shortlist_size,
         num_parameters=reloaded.num_parameters(),
         num_new_parameters=reloaded.num_parameters() - num_softmax_parameters,
         gap=gap,

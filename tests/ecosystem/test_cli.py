@@ -41,6 +41,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
 
     def run(*arguments: Any) -> Printed:
         monkeypatch.setattr(sys, "argv", ["hf-mos", *map(str, arguments)])
+        monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # `python -m pytest` has one, hf-mos has none
         with pytest.raises(SystemExit) as exit:
             cli.run()
         return Printed(int(exit.value.code or 0), *capfd.readouterr())
