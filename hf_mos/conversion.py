@@ -29,7 +29,7 @@ logger = logging.get_logger(__name__)
 # the mixture of 4 on all classes takes 3.6, and its perplexity is the same within the deviation over seeds
 # (`examples/softmax_bottleneck/real_model.py`).
 CHEAPEST_MIXTURE = {"num_mixtures": 16, "shortlist_size": 64}
-LATENT_OPTIONS = {"latent_size", "latent_rank", "shortlist_size", "latent_activation"}  # each chooses another head
+CHOICES_OF_A_HEAD = {"latent_rank", "shortlist_size", "latent_size", "latent_activation"}
 
 
 def convert_causal_lm(
@@ -44,7 +44,7 @@ def convert_causal_lm(
         raise ValueError("text_config: expected none, it is the model's own config")
     if num_mixtures is not None:
         options["num_mixtures"] = num_mixtures
-    elif not options.keys() & LATENT_OPTIONS:
+    elif not options.keys() & CHOICES_OF_A_HEAD:
         options |= CHEAPEST_MIXTURE
     if isinstance(model, PreTrainedModel):
         if kwargs:

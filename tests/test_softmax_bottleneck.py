@@ -379,11 +379,11 @@ def test_heads_of_a_real_model_by_its_command(tmp_path, data_dir, pretrained):
     at_seed_0 = [run for run in trained if run["settings"]["seed"] == 0]
     for head in heads[1:]:
         nats = {
-            run["result"]["valid_nats"]
+            run["settings"]["recipe"]["learning_rate"]: run["result"]["valid_nats"]
             for run in at_seed_0
             if Head.from_settings(run["settings"]["head"]).name == head.replace("softmax", "mixture K=1")
         }
-        assert len(nats) == 3, f"{head}: the learning rates change nothing"
+        assert len(nats) == len(set(nats.values())) >= 2, f"{head}: the learning rates change nothing"
     assert (tmp_path / "real_model.png").stat().st_size > 0
 
 
@@ -417,6 +417,7 @@ def test_adapters_of_a_real_model_by_their_command(tmp_path, data_dir, pretraine
         "LoRA 8, softmax",
         "LoRA 8, mixture K=4 M=64",
         "LoRA 8, mixture K=4 M=64 latent_scale=0.1",
+        "LoRA 8, mixture K=16 M=64 latent_scale=0.1",
         "LoRA 8, mixture K=4 latent_scale=0.1",
     ]
 

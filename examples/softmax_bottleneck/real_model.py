@@ -47,7 +47,8 @@ NAMES = [head.name for head in HEADS]
 ADAPTED = [
     SOFTMAX,
     mixture(4, shortlist_size=64),
-    *(mixture(4, latent_scale=0.1, **options) for options in ({"shortlist_size": 64}, {})),
+    *(mixture(K, latent_scale=0.1, shortlist_size=64) for K in (4, 16)),
+    mixture(4, latent_scale=0.1),
 ]
 RANKS = [8, 16]  # of LoRA
 BATCH_SIZE = 2  # blocks

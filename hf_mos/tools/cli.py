@@ -133,6 +133,8 @@ def convert_command(
 
     $ hf-mos convert gpt2 gpt2-mos
 
+    $ hf-mos convert gpt2 gpt2-mos --num-mixtures 4
+
     $ hf-mos convert Qwen/Qwen3-0.6B-Base qwen-mos --num-mixtures 4 --latent-rank 32 --dtype bfloat16
     """
     from .convert import convert
