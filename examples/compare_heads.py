@@ -8,11 +8,11 @@ backbone runs once over the text. On the hidden states then train, for the same 
 order: one softmax with a latent that is trained, and mixtures, each at its own best of the same learning rates
 (`smollm2_heads.py`). `--tiny` trains and compares a small Llama of its own (`tiny_llama.py`).
 
-Each training is in a process of its own, so that its peak memory is its own. A fresh process then loads the result
-through AutoModelForCausalLM and writes a paragraph.
+Each training is in a process of its own, so that its peak memory is its own. Fresh processes then load the results
+through AutoModelForCausalLM and write a paragraph each.
 
-The output folder holds the mixture with its tokenizer, its model card, results.json and loss.png. It appears at the
-end; an interrupted run leaves nothing.
+The output folder holds the last mixture with its tokenizer, its model card, results.json and loss.png. It appears at
+the end; an interrupted run leaves nothing.
 """
 
 import argparse

@@ -51,7 +51,10 @@ class Settings:
 
     @property
     def heads(self) -> dict[str, dict[str, Any]]:
-        """The options of each head, by its name in the table. K = 1 is one softmax, with a trained latent."""
+        """The options of each head, by its name in the table. K = 1 is one softmax, with a trained latent.
+
+        The last is the result; with a `num_mixtures` of 4 it is what a conversion without options makes.
+        """
         return {
             "softmax, a trained latent": {"num_mixtures": 1},
             f"mixture of {self.num_mixtures}": {"num_mixtures": self.num_mixtures},
@@ -97,10 +100,10 @@ def make_everything(work: Path, arguments: argparse.Namespace, console: Console)
         print(f"perplexity of the held-out documents {runs[-1].perplexity_before:.2f} before, then {tried}")
     console.rule("Loaded in fresh processes through AutoModelForCausalLM")
     paragraphs = {}
-    for run in (runs[0], runs[1]):
+    for run in runs:
         paragraphs[run.name] = generate_paragraph(folder_of(work, run.name), PROMPT)
         print(f"{run.name}: {paragraphs[run.name]}\n")
-    result = folder_of(work, runs[1].name)
+    result = folder_of(work, runs[-1].name)
     console.rule("Results")
     title = f"Heads on the same hidden states, {settings.steps} steps, seed {settings.seed}"
     console.print(terminal_table(title, COLUMNS, table_rows(runs)))
@@ -288,7 +291,7 @@ def write_card(result: Path, settings: Settings, runs: list[Run], arguments: arg
     card = model_card(
         MoSForCausalLM.from_pretrained(result),
         model_id="quickstart-out",
-        eval_results=[perplexity_for_card(runs[1].perplexity)],
+        eval_results=[perplexity_for_card(runs[-1].perplexity)],
         command=command,
         machine=machine(),
         comparison=markdown_table(COLUMNS, table_rows(runs)),

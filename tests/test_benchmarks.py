@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import tiny_causal_lm
+from tokenizers import ByteLevelBPETokenizer
+from transformers import PreTrainedTokenizerFast
+
+from hf_mos import MoSForCausalLM
 
 BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
 SIZES = ["--num-tokens", "16", "--latent-size", "16", "--vocab-size", "64", "--latent-rank", "4"]
@@ -61,3 +66,21 @@ def test_decoding():
     result = run("decode.py", *sizes)
     assert result.returncode == 0, result.stderr
     assert "tokens per second" in " ".join(result.stdout.split())
+
+
+def test_row_skipping_takes_a_full_mixture_alone(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. " * 100)
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator([text.read_text()], vocab_size=300)
+    model = tiny_causal_lm(vocab_size=bpe.get_vocab_size())
+    for name, options in {"full": {"num_mixtures": 2}, "shortlist": {"num_mixtures": 2, "shortlist_size": 8}}.items():
+        MoSForCausalLM.from_causal_lm(model, **options).save_pretrained(tmp_path / name)
+        PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer).save_pretrained(tmp_path / name)
+    result = run("row_skipping.py", str(tmp_path / "full"), "--text-file", str(text), "--json")
+    assert result.returncode == 0, result.stderr
+    shares = [row["share of rows"] for row in json.loads(result.stdout)["rows"]]
+    assert shares == sorted(shares)  # a higher threshold skips more rows
+    refused = run("row_skipping.py", str(tmp_path / "shortlist"), "--text-file", str(text))
+    assert refused.returncode == 1
+    assert "model: expected a full mixture, given a shortlist of 8 classes" in refused.stderr

@@ -1,6 +1,6 @@
 """Would it pay to skip rows of small responsibility in the backward pass? Measured on a trained head.
 
-    python examples/benchmarks/row_skipping.py quickstart-out --text-file some.txt
+    python examples/benchmarks/row_skipping.py model --text-file some.txt
 
 A row (token, component) whose responsibility the working dtype cannot see adds nothing to the gradients, and
 its two backward products could be skipped. This prints, for thresholds up to that of each dtype, the share of such
@@ -46,6 +46,10 @@ def main(
     if not len(blocks):
         raise SystemExit(f"text_file: expected at least {block_size} tokens, given {len(ids)}")
     head = loaded.lm_head
+    if loaded.config.shortlist_size is not None:
+        raise SystemExit(
+            f"model: expected a full mixture, given a shortlist of {loaded.config.shortlist_size} classes"
+        )
     with torch.no_grad():
         hidden_states = loaded.backbone(blocks).logits[:, :-1].flatten(0, 1)
         latents, prior_logits = head.latents(hidden_states).dense(), head.prior_logits(hidden_states)
