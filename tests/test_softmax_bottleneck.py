@@ -374,16 +374,16 @@ def test_heads_of_a_real_model_by_its_command(tmp_path, data_dir, pretrained):
     base, *trained = runs
     assert base["settings"]["base"] == "llama"
     tried = {run["settings"]["recipe"]["learning_rate"] for run in trained if run["settings"]["seed"] == 0}
-    assert {1e-3, 3e-3} <= tried <= {3e-4, 1e-3, 3e-3}  # the walk starts with these two
+    assert tried == {3e-4, 1e-3, 3e-3}
     assert {run["settings"]["seed"] for run in trained} == {0, 1}
     at_seed_0 = [run for run in trained if run["settings"]["seed"] == 0]
     for head in heads[1:]:
         nats = {
-            run["settings"]["recipe"]["learning_rate"]: run["result"]["valid_nats"]
+            run["result"]["valid_nats"]
             for run in at_seed_0
             if Head.from_settings(run["settings"]["head"]).name == head.replace("softmax", "mixture K=1")
         }
-        assert len(nats) == len(set(nats.values())) >= 2, f"{head}: the learning rates change nothing"
+        assert len(nats) == 3, f"{head}: the learning rates change nothing"
     assert (tmp_path / "real_model.png").stat().st_size > 0
 
 

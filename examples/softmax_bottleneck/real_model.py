@@ -11,8 +11,9 @@ Adapters (`--adapters`): what a user would do instead. LoRA on every matrix of t
 mixtures, for equal steps, and with the old head once more, at its best rate, for the seconds of a mixture that takes a
 tenth longer or more.
 
-The products are in bf16, by autocast. Each learning rate is searched on seed 0. Nats are those of `hf-mos evaluate`:
-each token of the validation text once, with its context. `python examples/smollm2.py smol` makes one `--model`.
+The products are in bf16, by autocast. Seed 0 trains with each learning rate, the other seeds with the best. Nats are
+those of `hf-mos evaluate`: each token of the validation text once, with its context. `python examples/smollm2.py smol`
+makes one `--model`.
 """
 
 import math
@@ -27,7 +28,6 @@ from corpus import BLOCK_SIZE, Corpus, KeptCorpus
 from models import SOFTMAX, ContextsHead, Head, contexts, mixture, rescored, with_head
 from plots import plot_costs
 from results import DEFAULT_OUT, Out, Quick, Results, Seeds, mean, perplexities, show, spread, start
-from search import best_rate
 from text import DataDir, DatasetConfigName, DatasetName, Source, TrainFile, ValidationFile
 from training import Recipe, fit
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -107,7 +107,7 @@ class Study:
     def row(
         self, name: str, head: Head, rates: tuple[float, ...], seeds: int, steps: int | None = None
     ) -> dict[str, Any]:
-        rate = best_rate(rates, lambda rate: self.train(head, rate, steps=steps)["valid_nats"])
+        rate = min(rates, key=lambda rate: self.train(head, rate, steps=steps)["valid_nats"])
         found = [self.train(head, rate, seed, steps) for seed in range(seeds)]
         return {
             "head": name,
