@@ -58,8 +58,8 @@ class MoSConfig(PreTrainedConfig):
     text_config: Any = None
     num_mixtures: int = option(
         4,
-        "K, the number of softmaxes. Default: 4. A conversion that sets neither this nor latent_rank, shortlist_size, "
-        "latent_size or latent_activation takes 16, and a shortlist of 64 classes.",
+        "K, the number of softmaxes. A conversion that sets neither this nor latent_rank, shortlist_size, latent_size "
+        "or latent_activation takes 16 on a shortlist of 64 classes; all others take the default.",
     )
     latent_size: int | None = option(None, "E, the width of the latents; None: the decoder's.", as_flag=False)
     latent_rank: int | None = option(

@@ -45,7 +45,7 @@ def with_head_options(command: Callable[..., None]) -> Callable[..., None]:
             default=None,
             annotation=Annotated[
                 (Literal[CHOICES[field.name]] if field.name in CHOICES else value_type(field)) | None,
-                typer.Option(help=help_of(field), show_default=shown_default(field) or False),
+                typer.Option(help=help_of(field), show_default=False if field.default is None else str(field.default)),
             ],
         )
         for field in head_fields()
@@ -78,7 +78,7 @@ def add_head_options(parser: argparse.ArgumentParser) -> None:
         given: dict[str, Any] = {"type": value_type(field), "choices": CHOICES.get(field.name)}
         if value_type(field) is bool:
             given = {"action": argparse.BooleanOptionalAction}
-        default = f" (default: {shown_default(field)})" if shown_default(field) else ""
+        default = "" if field.default is None else f" (default: {field.default})"
         group.add_argument(*names, **given, default=argparse.SUPPRESS, help=help_of(field) + default)
 
 
@@ -88,11 +88,6 @@ def value_type(field: dataclasses.Field) -> type:
         return next(member for member in get_args(field.type) if member is not type(None))
     assert isinstance(field.type, type)
     return field.type
-
-
-def shown_default(field: dataclasses.Field) -> str:
-    """The default to print; empty where there is none, or the help text tells it."""
-    return "" if field.default is None or "Default:" in help_of(field) else str(field.default)
 
 
 def help_of(field: dataclasses.Field) -> str:
