@@ -107,7 +107,8 @@ class MoSConfig(PreTrainedConfig):
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         if self.latent_scale is None:
-            self.latent_scale = default_scale(self.text_config) if self.adds_shifts else 1.0
+            width = embedding_size(self.text_config)
+            self.latent_scale = default_scale(width) if self.adds_shifts and width else 1.0
         self._check_fields()
         # The base class sets the attention and experts implementations of the sub-configs to None unless given, but a
         # loaded backbone uses its own.
@@ -276,9 +277,9 @@ def take_softcap(text_config: PreTrainedConfig) -> float | None:
     return softcap
 
 
-def default_scale(text_config: PreTrainedConfig) -> float:
+def default_scale(width: int) -> float:
     """The scale of the shifts and of the prior's logits, by the width of the hidden state that the head reads."""
-    return SCALE_TIMES_WIDTH / (embedding_size(text_config) or SCALE_TIMES_WIDTH)
+    return SCALE_TIMES_WIDTH / width
 
 
 def embedding_size(text_config: PreTrainedConfig) -> int | None:

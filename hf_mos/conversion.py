@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import logging
 
-from .configuration_mos import SOFTCAP_FIELDS, MoSConfig, take_softcap
+from .configuration_mos import SOFTCAP_FIELDS, MoSConfig, default_scale, take_softcap
 from .modeling_mos import MoSForCausalLM
 from .mos_backbone import path_of
 from .mos_latents import kind_of
@@ -185,6 +185,8 @@ def _config_for(
         raise ValueError("tie_word_embeddings: expected False, the model's own head is not tied, given True")
     given = {name: value for name, value in options.items() if value is not None}
     config = config_class(text_config=backbone.config, **{**own, **given})
+    if config.adds_shifts and "latent_scale" not in given:
+        config.latent_scale = default_scale(projection.in_features)  # the config alone may not tell the head's width
     if config.latent_size not in (None, projection.in_features):
         raise ValueError(
             f"latent_size: expected {projection.in_features}, the head's width, given {config.latent_size}"

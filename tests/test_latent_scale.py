@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import random_tokens, tiny_causal_lm, tiny_mos
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import RemBertConfig, RemBertForCausalLM, Trainer, TrainingArguments
 
 from hf_mos import MoSConfig, MoSForCausalLM
 
@@ -119,6 +119,18 @@ def test_the_trainer_needs_nothing_else(tmp_path: Path) -> None:
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=0.02)  # the epsilon of Adam counts more without the scale
     assert losses[0][-1] < losses[0][0]
+
+
+def test_the_default_follows_the_width_that_the_head_reads() -> None:
+    """Of RemBERT, not its hidden size: its head reads hidden states of `output_embedding_size`."""
+    sizes = {"hidden_size": 16, "output_embedding_size": 64, "input_embedding_size": 8, "intermediate_size": 16}
+    config = RemBertConfig(
+        vocab_size=50, num_hidden_layers=1, num_attention_heads=2, is_decoder=True, pad_token_id=0, **sizes
+    )
+    for options in ({}, {"num_mixtures": 2}, {"latent_rank": 4}):
+        model = MoSForCausalLM.from_causal_lm(RemBertForCausalLM(config), **options)
+        assert model.config.latent_scale == model.lm_head.latent_scale == 320 / 64
+    assert MoSForCausalLM.from_causal_lm(RemBertForCausalLM(config), latent_scale=2.0).config.latent_scale == 2
 
 
 @pytest.mark.parametrize(("width", "scale"), [(32, 10.0), (128, 2.5), (576, 320 / 576)])
