@@ -59,7 +59,7 @@ class MoSConfig(PreTrainedConfig):
     num_mixtures: int = option(
         4,
         "K, the number of softmaxes. A conversion that sets neither this nor latent_rank, shortlist_size, latent_size "
-        "or latent_activation takes 16 on a shortlist of 64 classes; all others take the default.",
+        "or latent_activation takes 16 on a shortlist of 64 classes where V is 4096 or more.",
     )
     latent_size: int | None = option(None, "E, the width of the latents; None: the decoder's.", as_flag=False)
     latent_rank: int | None = option(
@@ -85,7 +85,8 @@ class MoSConfig(PreTrainedConfig):
     balance_coefficient: float = option(
         0.0,
         "Weight of a balance loss in training: the squared coefficient of variation of the mean mixture "
-        "weights (0: all equal; K - 1: only one used). Revives starved components; 0.01 is mild.",
+        "weights (0: all equal; K - 1: only one used). On a shortlist, of the mean gate. Revives starved components; "
+        "0.01 is mild.",
     )
     # A conversion takes these from the backbone's own head.
     decoder_bias: bool | None = option(None, "Give the decoder a bias; None: as the backbone.", as_flag=False)

@@ -25,11 +25,13 @@ from .mos_latents import kind_of
 
 logger = logging.get_logger(__name__)
 
-# The head of a conversion that chooses none: the mixture that is least dear. On SmolLM2-135M it trains in 1.3 to 1.6
-# times the seconds of one softmax, where the mixture of 4 on all classes takes 3.5 to 3.8, and no mixture pays there
-# (`examples/softmax_bottleneck/real_model.py`). Where one pays, on a small converged model, it gains 1.2 times as much
-# as the mixture of 4 (`retrofit.py --shortlists`).
+# The head of a conversion that chooses none: the mixture that is least dear. With a large vocabulary it is one on a
+# shortlist. On SmolLM2-135M this trains in 1.3 to 1.6 times the seconds of one softmax, where the mixture of 4 on all
+# classes takes 3.5 to 3.8, and no mixture pays there (`examples/softmax_bottleneck/real_model.py`). Where one pays, on
+# a small converged model, it gains 1.2 times as much as the mixture of 4 (`retrofit.py --shortlists`). With a small
+# vocabulary the mixture of 4 takes less time.
 CHEAPEST_MIXTURE = {"num_mixtures": 16, "shortlist_size": 64}
+CHEAPEST_FROM = 4096  # classes; below, MoSConfig's own default
 CHOICES_OF_A_HEAD = {"latent_rank", "shortlist_size", "latent_size", "latent_activation"}
 
 
@@ -43,10 +45,9 @@ def convert_causal_lm(
     known_options = f"options of MoSConfig ({', '.join(sorted(fields))})"
     if "text_config" in options:
         raise ValueError("text_config: expected none, it is the model's own config")
+    chooses = num_mixtures is not None or options.keys() & CHOICES_OF_A_HEAD
     if num_mixtures is not None:
         options["num_mixtures"] = num_mixtures
-    elif not options.keys() & CHOICES_OF_A_HEAD:
-        options |= CHEAPEST_MIXTURE
     if isinstance(model, PreTrainedModel):
         if kwargs:
             raise ValueError(f"expected {known_options}, given {sorted(kwargs)}")
@@ -73,6 +74,8 @@ def convert_causal_lm(
     refuse_changed_weights(backbone)
     forget_quantizer(backbone)
     device_map = device_map_of(backbone, projection)
+    if not chooses and projection.out_features >= CHEAPEST_FROM:
+        options |= CHEAPEST_MIXTURE
     config = _config_for(config_class, backbone, projection, options)
     module: Any
     for module in backbone.modules():

@@ -137,8 +137,9 @@ class MoSForCausalLM(AnswersAsBackbone, FusedHeadMixin, PreTrainedModel, Generat
             model (`str` or `PreTrainedModel`):
                 A path or Hub id, as for `AutoModelForCausalLM.from_pretrained`, or a causal LM.
             num_mixtures (`int`, *optional*):
-                K, the number of softmaxes. Without it: 4 where `latent_rank`, `shortlist_size`, `latent_size` or
-                `latent_activation` is given, else the cheapest mixture, 16 with `shortlist_size=64`.
+                K, the number of softmaxes. Without it: 4, but where neither `latent_rank`, `shortlist_size`,
+                `latent_size` nor `latent_activation` is given and the vocabulary has 4,096 classes or more, the
+                cheapest mixture, 16 with `shortlist_size=64`.
             kwargs:
                 The fields of [`MoSConfig`]; with a path or id also the arguments of `from_pretrained`.
 

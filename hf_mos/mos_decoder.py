@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .mos_chunks import AUTOGRAD_BYTES_PER_LOGIT, tokens_per_chunk
 from .mos_latents import Latents, latents_of
-from .mos_log_probs import infer_log_probs, mix_log_probs, mos_log_probs, reduce
+from .mos_log_probs import infer_log_probs, mix_log_probs, reduce
 from .mos_loss import mos_cross_entropy
 from .mos_matmul import is_hooked, is_transformed, may_read
 from .mos_token_scores import ScoreOptions, Scores, score, token_scores
@@ -99,10 +99,11 @@ class ReadDecoder(CalledDecoder):
 
     def log_probs(self, latents: Latents, prior_logits: Tensor, add_log_partition: bool = False) -> Tensor:
         weight, bias = self.decoder.weight.to(latents.dtype), self.decoder.bias
-        differentiable = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        log_probs = mos_log_probs if differentiable else infer_log_probs
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            log_weights, logits = latents.read_components(weight, bias, prior_logits, self.softcap)
+            return mix_log_probs(logits, log_weights, add_log_partition)
         options: dict[str, Any] = {"softcap": self.softcap, "add_log_partition": add_log_partition}
-        return log_probs(latents, prior_logits, weight, decoder_bias=bias, **options)
+        return infer_log_probs(latents, prior_logits, weight, decoder_bias=bias, **options)
 
     def loss(self, latents: Latents, prior_logits: Tensor, targets: Tensor, **options: Unpack[Reduction]) -> Tensor:
         weight, bias = self.decoder.weight, self.decoder.bias

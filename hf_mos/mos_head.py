@@ -150,7 +150,10 @@ class MoSLMHead(nn.Module):
         return self.kind.latents(self, hidden_states)
 
     def _balance_loss(self, prior_logits: Tensor, counts: Tensor, reduction: str) -> Tensor:
-        """The balance loss, added to each token that counts and reduced as the loss is."""
+        """The balance loss, added to each token that counts and reduced as the loss is.
+
+        On a shortlist the weights are the gate's: those of the mixture would need another pass over all classes.
+        """
         weights = F.softmax(prior_logits, dim=-1) * counts.unsqueeze(-1)
         mean_weights = weights.sum(0) / divisor(counts, "mean")
         variation = self.num_mixtures * mean_weights.square().sum() - 1  # variance / mean^2, as the mean is 1 / K

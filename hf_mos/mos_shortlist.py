@@ -113,7 +113,8 @@ class ShortlistProjection(Projection):
         self.cap(z, slope)
         joint = logits.add_(self.log_gate[tokens].unsqueeze(-1))
         mixed = torch.logsumexp(joint, dim=1)
-        self.shares = joint.sub_(mixed.unsqueeze(1)).exp_()
+        # A class at -inf has no share; -inf - -inf would be NaN, and stay it times an error of zero.
+        self.shares = joint.sub_(mixed.clamp(min=torch.finfo(mixed.dtype).min).unsqueeze(1)).exp_()
         z.scatter_(1, self.shortlist, mixed)
 
     def differences(self, tokens: Tokens) -> Tensor:

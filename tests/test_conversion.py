@@ -226,11 +226,16 @@ def test_options_that_cannot_be_are_refused(options: dict, message: str) -> None
 def test_a_conversion_that_chooses_no_head_gets_the_cheapest_mixture(
     options: dict, num_mixtures: int, shortlist_size: int | None, tmp_path: Path
 ) -> None:
-    original = tiny_causal_lm("llama")
+    original = tiny_causal_lm("llama", vocab_size=4096)
     original.save_pretrained(tmp_path)
     for model in (original, tmp_path):
         config = MoSForCausalLM.from_causal_lm(model, **options).config
         assert (config.num_mixtures, config.shortlist_size) == (num_mixtures, shortlist_size)
+
+
+def test_with_a_small_vocabulary_the_full_mixture_is_cheaper() -> None:
+    model = MoSForCausalLM.from_causal_lm(tiny_causal_lm("llama", vocab_size=4095))
+    assert (model.config.num_mixtures, model.config.shortlist_size) == (4, None)
 
 
 def test_the_path_of_a_mixture_is_refused(tmp_path: Path) -> None:

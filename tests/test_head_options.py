@@ -61,8 +61,9 @@ def test_a_flag_of_convert_reaches_the_checkpoint(name: str, model: Path, tmp_pa
     assert json.loads((tmp_path / "out" / "config.json").read_text())[name] == VALUES[name]
 
 
-def test_convert_without_a_flag_of_the_head_makes_the_cheapest_mixture(model: Path, tmp_path: Path) -> None:
-    result = convert(model, tmp_path / "out")
+def test_convert_without_a_flag_of_the_head_makes_the_cheapest_mixture(tmp_path: Path) -> None:
+    tiny_causal_lm("llama", vocab_size=4096).save_pretrained(tmp_path / "model")
+    result = convert(tmp_path / "model", tmp_path / "out")
     assert "16, on a shortlist of 64 classes" in result.output
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["num_mixtures"], config["shortlist_size"]) == (16, 64)

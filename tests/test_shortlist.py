@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from helpers import VOCAB_SIZE, log_prob_gap, random_tokens, tiny_causal_lm, tiny_mos
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_mos import MoSConfig, MoSForCausalLM, mos_cross_entropy, mos_log_probs
 from hf_mos.mos_latents import ShortlistLatents
@@ -118,6 +119,58 @@ def test_blocks_of_classes_and_chunks_of_tokens(reduction: str, softcap: float |
     pairs = (torch.autograd.grad(loss.sum(), leaves, retain_graph=True) for loss in (given, expected))
     for one, other in zip(*pairs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the size of the largest tensor that an operation makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.numbers = max(self.numbers, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2"])
+@pytest.mark.parametrize("options", [{}, {"latent_rank": 4}], ids=str)
+def test_logits_with_gradients_are_those_of_one_softmax(options: dict[str, Any], name: str) -> None:
+    """Values and gradients of the readable maths, without a tensor as wide as K vocabularies."""
+    model = tiny_mos(name, num_mixtures=K, shortlist_size=4, **options).double()
+    head, tokens = model.lm_head, random_tokens(2)
+    hidden, targets = torch.randn(64, head.input_size, dtype=torch.float64), torch.arange(64)
+    with Largest() as largest:
+        log_probs = head(hidden)
+    assert largest.numbers < 64 * K * VOCAB_SIZE
+    decoder = {"decoder_bias": head.decoder.bias, "softcap": head.softcap}
+    expected = mos_log_probs(head.latents(hidden), head.prior_logits(hidden), head.decoder.weight, **decoder)
+    torch.testing.assert_close(log_probs, expected, rtol=1e-12, atol=1e-12)
+    weights = [head.shift.weight, head.prior.weight, head.decoder.weight]
+    gradients = (torch.autograd.grad(F.nll_loss(found, targets), weights) for found in (log_probs, expected))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    logits = model(tokens).logits
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, logits, rtol=1e-10, atol=1e-10)
+
+
+def test_fewer_possible_classes_than_the_shortlist_has() -> None:
+    """Classes at -inf are in the shortlist then; the loss and its gradients are those without these classes."""
+    hidden, shifts, prior_logits, weight = draw(300)
+    live = 7
+    bias = torch.zeros(300, dtype=torch.float64)
+    bias[live:] = float("-inf")
+    gradients = []
+    for classes, decoder_bias in ((300, bias), (live, None)):
+        leaves = [x.clone().requires_grad_() for x in (hidden, shifts, prior_logits, weight[:classes])]
+        *parts, prior, rows = leaves
+        latents = ShortlistLatents(*parts, size=20)
+        loss = mos_cross_entropy(latents, prior, rows, torch.arange(N) % live, decoder_bias=decoder_bias)
+        *others, d_rows = torch.autograd.grad(loss, leaves)
+        gradients.append([loss.detach(), *others, d_rows[:live]])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -42,7 +42,7 @@ def by_hand(model: MoSForCausalLM, tokens: Tensor, labels: Tensor, temperature: 
 )
 @pytest.mark.parametrize("hooked", [False, True])
 def test_scores_and_their_gradients(options: dict, temperature: float, hooked: bool) -> None:
-    model = trained_mos(**options).train()
+    model = trained_mos(**options).double().train()
     if hooked:  # then the decoder is called, and its weight not read
         model.lm_head.decoder.register_forward_hook(lambda module, inputs, output: 0.5 * output)
     model.score_options = ScoreOptions(temperature, SCORES)
@@ -52,10 +52,10 @@ def test_scores_and_their_gradients(options: dict, temperature: float, hooked: b
     scores = model(input_ids=tokens, labels=labels, fused_lm_head=True)
     expected = by_hand(model, tokens, labels, temperature)
     for name in SCORES:
-        torch.testing.assert_close(scores[name], expected[name], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(scores[name], expected[name], atol=1e-10, rtol=1e-10)
     assert scores.label_mask.equal(labels[:, 1:] != -100)
     torch.testing.assert_close(scores.loss, -expected["log_probs"].sum() / scores.label_mask.sum())
-    weights = torch.rand(scores.log_probs.shape)
+    weights = torch.rand(scores.log_probs.shape, dtype=torch.float64)
     for entropy_weight in (0.0, 0.3):
         gradients = []
         for values in (model(input_ids=tokens, labels=labels, fused_lm_head=True), None):
@@ -65,7 +65,7 @@ def test_scores_and_their_gradients(options: dict, temperature: float, hooked: b
                 objective = objective + entropy_weight * values["entropy"].sum()
             gradients.append(torch.autograd.grad(objective, list(model.parameters())))
         for ours, theirs in zip(*gradients, strict=True):
-            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("hooked", [False, True])
