@@ -7,10 +7,11 @@
 For each model type of transformers' causal-LM mapping: build a tiny original, convert it with
 `MoSForCausalLM.from_causal_lm`, and ask of the result
 
-    gap       largest difference of log-probability to the original in fp32, converted in memory and from a folder
+    gap       largest difference of log-probability to the original in fp32, converted in memory to the full mixture
+              and to one on a shortlist, and from a folder to the default
     loss gap  difference of the loss to the original's own, with and without a mixture-of-experts backbone's `aux_loss`
     tokens    greedy generation with the cache gives the original's tokens
-    trains    the loss falls, every parameter of the head gets a finite gradient, and the backbone's get theirs
+    trains    the loss falls, every parameter of the head gets a finite gradient, and all others get theirs
     reloads   saved and loaded by `AutoModelForCausalLM.from_pretrained`, the logits are equal, bit for bit
     alone     the same in a process that cannot import hf_mos (`trust_remote_code=True`)
 
@@ -52,6 +53,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hf_mos import MoSForCausalLM
 
 VOCAB = 96
+HEADS: list[dict[str, Any]] = [{"shortlist_size": None}, {"shortlist_size": 16}]
 TOLERANCE = 1e-5
 SECONDS = 120  # for one architecture
 
@@ -290,20 +292,20 @@ def loss_of(model: PreTrainedModel, batch: dict[str, Tensor], labels: Tensor, ro
 
 
 def train(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[list[float], dict[str, Tensor | None]]:
-    """The losses of some steps on one batch, and the gradients of the first step."""
+    """The losses of some steps on one batch, and the gradients of the last step, when the components differ."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    losses, gradients = [], {}
+    losses: list[float] = []
+    gradients: dict[str, Tensor | None] = {}
     for step in range(5):
         torch.manual_seed(step)
         loss = loss_of(model, batch, batch["input_ids"])
         loss.backward()
         losses.append(loss.item())
-        if not step:
-            gradients = {
-                name: None if parameter.grad is None else parameter.grad.clone()
-                for name, parameter in model.named_parameters()
-            }
+        gradients = {
+            name: None if parameter.grad is None else parameter.grad.clone()
+            for name, parameter in model.named_parameters()
+        }
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
@@ -363,18 +365,20 @@ def compare(
         )
     own_config = original.config.to_dict()
 
-    try:
-        model = MoSForCausalLM.from_causal_lm(original, num_mixtures=3)
-    except ValueError as refusal:
-        row.refusal = str(refusal)
-        return
-    row.gap = largest_gap(log_probs(model, batch), expected)
-    if own_tokens is not None:
-        row.tokens = torch.equal(greedy_tokens(model, batch), own_tokens)
-    if own_loss is not None:
-        row.loss_gap = abs(loss_of(model, batch, labels).item() - own_loss)
-    if own_router_loss is not None:
-        row.loss_gap = max(row.loss_gap, abs(loss_of(model, batch, labels, router=True).item() - own_router_loss))
+    for options in HEADS:
+        try:
+            model = MoSForCausalLM.from_causal_lm(original, num_mixtures=3, **options)
+        except ValueError as refusal:
+            row.refusal = str(refusal)
+            return
+        row.gap = max(row.gap or 0.0, largest_gap(log_probs(model, batch), expected))
+        if own_tokens is not None:
+            row.tokens = row.tokens is not False and torch.equal(greedy_tokens(model, batch), own_tokens)
+        if own_loss is not None:
+            row.loss_gap = max(row.loss_gap or 0.0, abs(loss_of(model, batch, labels).item() - own_loss))
+        if own_router_loss is not None:
+            router_loss = loss_of(model, batch, labels, router=True).item()
+            row.loss_gap = max(row.loss_gap or 0.0, abs(router_loss - own_router_loss))
     if not torch.equal(log_probs(original, batch), expected) or original.config.to_dict() != own_config:
         row.error = "the model that was converted is not what it was"
 
@@ -385,7 +389,9 @@ def compare(
     own_training = asked("train", lambda: train(tiny_original(row.model_type), batch))
     if own_training is not None:
         losses, gradients = train(model, batch)
-        row.trains = trains(losses, gradients, own_training[1], row.notes)
+        new = {id(parameter) for parameter in model.mos_head.parameters()}
+        head = [name for name, parameter in model.named_parameters() if id(parameter) in new]
+        row.trains = trains(losses, gradients, own_training[1], head, row.notes)
     if own_folder.exists():
         row.reloads = reloads(model, folder / "mos", batch)
 
@@ -403,19 +409,13 @@ def trains(
     losses: list[float],
     gradients: dict[str, Tensor | None],
     own_gradients: dict[str, Tensor | None],
+    head: list[str],
     notes: list[str],
 ) -> bool:
-    """The loss falls, the head's gradients are all there, and the backbone's where the original's are."""
-    head = {name: gradient for name, gradient in gradients.items() if name.startswith("lm_head.")}
-    bad = [name for name, gradient in head.items() if gradient is None or not gradient.isfinite().all()]
-    zero = [name for name, gradient in head.items() if gradient is not None and not gradient.any()]
-    lost = [
-        name
-        for name, gradient in gradients.items()
-        if name.startswith("backbone.")
-        and gradient is None
-        and own_gradients.get(name.removeprefix("backbone.")) is not None
-    ]
+    """The loss falls, the gradients of the head's parameters are all there, and others where the original's are."""
+    bad = [name for name in head if (gradient := gradients[name]) is None or not gradient.isfinite().all()]
+    zero = [name for name in head if (gradient := gradients[name]) is not None and not gradient.any()]
+    lost = [name for name, gradient in gradients.items() if gradient is None and own_gradients.get(name) is not None]
     for what, names in (("no finite gradient", bad), ("zero gradient", zero), ("lost gradient", lost)):
         if names:
             notes.append(f"{what}: {', '.join(names)}")
@@ -601,7 +601,7 @@ def main(
     workers: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 2,
 ) -> None:
     """Converts and checks every causal LM architecture of transformers."""
-    known = [model_type for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if model_type != "mos"]
+    known = [name for name, made in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if not made.startswith("MoS")]
     unknown = sorted(set(only or ()) - set(known))
     if unknown:
         raise typer.BadParameter(f"expected model types of transformers' causal-LM mapping, given {unknown}")

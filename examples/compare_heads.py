@@ -5,13 +5,13 @@
 
 The model is SmolLM2-135M-Instruct, which the package index has; the text is the documentation inside Python. Its
 backbone runs once over the text. On the hidden states then train, for the same steps on the same data in the same
-order: one softmax with a latent that is trained, and mixtures, each at its own best of the same learning rates
+order: one softmax with a latent that is trained, and the mixture, each at its own best of the same learning rates
 (`smollm2_heads.py`). `--tiny` trains and compares a small Llama of its own (`tiny_llama.py`).
 
 Each training is in a process of its own, so that its peak memory is its own. Fresh processes then load the results
 through AutoModelForCausalLM and write a paragraph each.
 
-The output folder holds the last mixture with its tokenizer, its model card, results.json and loss.png. It appears at
+The output folder holds the mixture with its tokenizer, its model card, results.json and loss.png. It appears at
 the end; an interrupted run leaves nothing.
 """
 
@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="train a small Llama instead, and download nothing")
     parser.add_argument("--out", type=Path, default=Path("quickstart-out"), help="folder for the results")
     parser.add_argument("--steps", type=positive_int, help=f"optimizer steps of each training ({defaults})")
-    parser.add_argument("--num-mixtures", type=positive_int, default=4, help="softmaxes in the mixture")
+    parser.add_argument("--num-mixtures", type=positive_int, default=16, help="softmaxes in the mixture")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the data")
     parser.add_argument("--max-documents", type=positive_int, help="use fewer documents")
     parser.add_argument(

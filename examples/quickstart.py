@@ -31,7 +31,7 @@ def small_llama(folder: str) -> str:
 
 softmax_model = sys.argv[1] if len(sys.argv) > 1 else small_llama(f"{OUT}/softmax")
 tokenizer = AutoTokenizer.from_pretrained(softmax_model)
-model = MoSForCausalLM.from_causal_lm(softmax_model, num_mixtures=4)  # its predictions are those of the softmax
+model = MoSForCausalLM.from_causal_lm(softmax_model)  # its predictions are those of the softmax
 
 trainer = Trainer(
     model,

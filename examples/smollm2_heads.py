@@ -1,4 +1,4 @@
-"""Heads on the hidden states of SmolLM2-135M-Instruct: one softmax, a mixture, and a mixture on a shortlist.
+"""Heads on the hidden states of SmolLM2-135M-Instruct: one softmax, and the mixture of a conversion without options.
 
 `compare_heads.py` runs it. The backbone and the decoder are frozen, so the backbone runs once over the text, and a
 step costs the head alone. Each head trains for the same steps from the same hidden states in the same order, once with
@@ -53,15 +53,11 @@ class Settings:
     def heads(self) -> dict[str, dict[str, Any]]:
         """The options of each head, by its name in the table. K = 1 is one softmax, with a trained latent.
 
-        The last is the result; with a `num_mixtures` of 4 it is what a conversion without options makes.
+        The last is the result.
         """
         return {
-            "softmax, a trained latent": {"num_mixtures": 1},
-            f"mixture of {self.num_mixtures}": {"num_mixtures": self.num_mixtures},
-            f"mixture of {4 * self.num_mixtures} on 64 classes": {
-                "num_mixtures": 4 * self.num_mixtures,
-                "shortlist_size": 64,
-            },
+            "softmax, a trained latent": {"num_mixtures": 1, "shortlist_size": None},
+            f"mixture of {self.num_mixtures} on 64 classes": {"num_mixtures": self.num_mixtures},
         }
 
 
@@ -155,7 +151,7 @@ def keep_text(work: Path, settings: Settings, model_folder: Path, max_documents:
         if num_targets >= VALIDATION_TOKENS:
             break
 
-    model = MoSForCausalLM.from_causal_lm(str(model_folder), num_mixtures=1)
+    model = MoSForCausalLM.from_causal_lm(str(model_folder), num_mixtures=1, shortlist_size=None)
     freeze_backbone(model)
     train_rows = [{"input_ids": block, "labels": block} for block in blocks]
     validation_rows = [{"input_ids": w.inputs.long(), "labels": w.aligned_targets} for w in windows]
@@ -196,7 +192,7 @@ def train_head(work: Path, settings: Settings, model_folder: Path, head: str) ->
                 name: keep_hidden_states(model, torch.load(work / f"{name}.pt"), work / name)
                 for name in ("train", "validation")
             }
-        trained = {name: weight for name, weight in model.lm_head.named_parameters() if weight.requires_grad}
+        trained = {name: weight for name, weight in model.mos_head.named_parameters() if weight.requires_grad}
         start = copy.deepcopy({name: weight.detach() for name, weight in trained.items()})
         before = perplexity(model, states["validation"])
         found = []

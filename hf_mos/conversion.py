@@ -4,7 +4,6 @@ It does not travel with a checkpoint, whose code only has to run a converted mod
 """
 
 import copy
-import dataclasses
 import inspect
 import os
 import re
@@ -16,89 +15,102 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import logging
 
-from .configuration_mos import SOFTCAP_FIELDS, MoSConfig, default_scale, take_softcap
-from .modeling_mos import MoSForCausalLM
-from .mos_backbone import path_of
-from .mos_latents import kind_of
-
-logger = logging.get_logger(__name__)
-
-# The head of a conversion that chooses none: the mixture that is least dear. With a large vocabulary it is one on a
-# shortlist. On SmolLM2-135M this trains in 1.3 to 1.6 times the seconds of one softmax, where the mixture of 4 on all
-# classes takes 3.5 to 3.8, and no mixture pays there (`examples/softmax_bottleneck/real_model.py`). Where one pays, on
-# a small converged model, it gains 1.2 times as much as the mixture of 4 (`retrofit.py --shortlists`). With a small
-# vocabulary the mixture of 4 takes less time.
-CHEAPEST_MIXTURE = {"num_mixtures": 16, "shortlist_size": 64}
-CHEAPEST_FROM = 4096  # classes; below, MoSConfig's own default
-CHOICES_OF_A_HEAD = {"latent_rank", "shortlist_size", "latent_size", "latent_activation"}
+from .remote_code.configuration_mos import MODEL_TYPE, MoSConfig, check_options, option_defaults
+from .remote_code.modeling_mos import MoSForCausalLM, model_class_for
 
 
-def convert_causal_lm(
-    cls: type[MoSForCausalLM], model: str | PreTrainedModel, num_mixtures: int | None, kwargs: dict[str, Any]
-) -> MoSForCausalLM:
-    """`cls.from_causal_lm(model, num_mixtures=num_mixtures, **kwargs)`, documented there."""
-    config_class: type[MoSConfig] = cls.config_class  # the code beside a checkpoint has a class of its own
-    fields = {field.name for field in dataclasses.fields(config_class)} & config_class.__annotations__.keys()
-    options = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
-    known_options = f"options of MoSConfig ({', '.join(sorted(fields))})"
-    if "text_config" in options:
-        raise ValueError("text_config: expected none, it is the model's own config")
-    chooses = num_mixtures is not None or options.keys() & CHOICES_OF_A_HEAD
-    if num_mixtures is not None:
-        options["num_mixtures"] = num_mixtures
+def from_causal_lm(cls: Any, model: str | os.PathLike | PreTrainedModel, **kwargs: Any) -> MoSForCausalLM:
+    """Replaces the head of a causal LM with a mixture. Predictions do not change until it is trained.
+
+    The weights are not copied: a model that is passed in shares its weights with the result, so that training one
+    trains the other. The model keeps its own head and can still be used.
+
+    Args:
+        model (`str` or `PreTrainedModel`):
+            A path or Hub id, as for `AutoModelForCausalLM.from_pretrained`, or a causal LM.
+        kwargs:
+            The options of [`MoSConfig`] and `tie_word_embeddings`; with a path or id also the arguments of
+            `from_pretrained`.
+
+    Raises:
+        ValueError: the model has no vocabulary projection that can be taken over, an option is unknown or out of
+            range, or it would change the model's predictions.
+    """
+    options = {name: kwargs.pop(name) for name in option_defaults() if name in kwargs}
+    ties = kwargs.pop("tie_word_embeddings", None)
+    known = ", ".join([*option_defaults(), "tie_word_embeddings"])
+    check_options(options)  # before a large model is loaded
     if isinstance(model, PreTrainedModel):
         if kwargs:
-            raise ValueError(f"expected {known_options}, given {sorted(kwargs)}")
+            raise ValueError(f"options: expected {known}, given {', '.join(sorted(kwargs))}")
         refuse_mixture(model.config, type(model).__name__)
         backbone = share_weights(model)
     elif isinstance(model, (str, os.PathLike)):
-        wide = {"model_type": "llama", "hidden_size": 2**20}  # of no width that could refuse a rank
-        config_class(text_config=wide, **options)  # fail before loading
-        if kwargs.get("output_loading_info"):
-            raise ValueError("output_loading_info: expected False, as a model alone is returned, given True")
-        try:
-            backbone = AutoModelForCausalLM.from_pretrained(model, **kwargs)
-        except TypeError as error:  # from_pretrained hands unknown arguments to the model's constructor
-            raise ValueError(f"expected {known_options} or of from_pretrained: {error}") from error
-        except ValueError as error:
-            if other := re.match(r"Unrecognized configuration class <class '.*?(\w+)'>", str(error)):
-                raise ValueError(not_causal(other[1], repr(str(model)))) from error  # without a list of all classes
-            raise
-        refuse_mixture(backbone.config, repr(str(model)))
+        backbone = load_causal_lm(model, known, kwargs)
     else:
         advice = " Merge it first: PeftModel.merge_and_unload()." if hasattr(model, "peft_config") else ""
         raise ValueError(f"model: expected a path, a Hub id or a causal LM, given {type(model).__name__}.{advice}")
     projection = output_projection(backbone)
     refuse_changed_weights(backbone)
     forget_quantizer(backbone)
-    device_map = device_map_of(backbone, projection)
-    if not chooses and projection.out_features >= CHEAPEST_FROM:
-        options |= CHEAPEST_MIXTURE
-    config = _config_for(config_class, backbone, projection, options)
-    module: Any
-    for module in backbone.modules():
-        module._is_hf_initialized = True  # post_init must not draw its weights again
-    result = cls(config, backbone=backbone)
-    result.generation_config = backbone.generation_config
-    config.name_or_path = backbone.name_or_path  # for cards and tokenizers
+    tied = is_tied(backbone, projection)
+    if ties and not tied:
+        raise ValueError("tie_word_embeddings: expected False, the model's own head is not tied, given True")
+    part_device_map(backbone, projection)
+    config: Any = backbone.config
+    made = MoSConfig.from_backbone_config(config, **options)
+    config.__class__ = type(made)  # in place, as the layers hold the same config
+    vars(config).update(vars(made))
+    config.tie_word_embeddings = tied if ties is None else ties
+    config.dtype = backbone.dtype
+    result: Any = backbone
+    result.__class__ = model_class_for(type(backbone)) if cls.backbone_class is None else cls
+    config.architectures = [type(result).__name__]
+    result.put_head()
+    for module in result.modules():
+        module._is_hf_initialized = True  # nothing may draw its weights again
+    result.describe_head()
     result.name_or_path = ""  # PEFT would name it as the base of an adapter; the softmax model is not that base
-    if device_map is not None:
-        result.hf_device_map = device_map
-    return result.train(backbone.training)
+    return result
 
 
-def device_map_of(backbone: PreTrainedModel, projection: nn.Module) -> dict[str, Any] | None:
-    """The `hf_device_map` of the mixture; transformers saves offloaded weights of a model that has one."""
-    given = vars(backbone).pop("hf_device_map", None)
+MoSForCausalLM.from_causal_lm = classmethod(from_causal_lm)  # type: ignore[assignment, method-assign]
+
+
+def load_causal_lm(model: str | os.PathLike, known_options: str, kwargs: dict[str, Any]) -> Any:
+    """Loads a softmax model by the arguments of `from_pretrained`."""
+    if kwargs.get("output_loading_info"):
+        raise ValueError("output_loading_info: expected False, as a model alone is returned, given True")
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+    except TypeError as error:  # from_pretrained hands unknown arguments to the model's constructor
+        raise ValueError(f"options: expected {known_options}, or those of from_pretrained: {error}") from error
+    except ValueError as error:
+        if other := re.match(r"Unrecognized configuration class <class '.*?(\w+)'>", str(error)):
+            raise ValueError(not_causal(other[1], repr(str(model)))) from error  # without a list of all classes
+        raise
+    refuse_mixture(loaded.config, repr(str(model)))
+    return loaded
+
+
+def is_tied(model: Any, projection: nn.Linear) -> bool:
+    """Whether the decoder's weight is the input embedding's."""
+    if projection.weight.is_meta:  # offloading makes two parameters of a tied one
+        return bool(model.config.get_text_config().tie_word_embeddings)
+    return projection.weight is model.get_input_embeddings().weight
+
+
+def part_device_map(model: Any, projection: nn.Module) -> None:
+    """Gives the head its own entry in `hf_device_map`, by which transformers saves offloaded weights."""
+    given = vars(model).get("hf_device_map")
     if given is None:
-        is_offloaded = hasattr(backbone, "_hf_hook") and any(weight.is_meta for weight in backbone.parameters())
-        return {"": "cpu"} if is_offloaded else None  # accelerate's cpu_offload makes no map
-    path = path_of(projection, backbone)
+        if hasattr(model, "_hf_hook") and any(weight.is_meta for weight in model.parameters()):
+            model.hf_device_map = {"": "cpu"}  # accelerate's cpu_offload makes no map
+        return
+    path = next(name for name, module in model.named_modules() if module is projection)
     covering = max((key for key in given if f"{path}.".startswith(f"{key}." if key else "")), key=len)
-    others = {f"backbone.{key}" if key else "": device for key, device in given.items() if key != path}
-    return others | ({"lm_head": given[covering]} if covering else {})
+    model.hf_device_map = given | ({path: given[covering]} if covering else {})
 
 
 def refuse_changed_weights(model: PreTrainedModel) -> None:
@@ -153,7 +165,7 @@ def is_quantised(weight: nn.Parameter) -> bool:
 
 def refuse_mixture(config: PreTrainedConfig, given: str) -> None:
     """Raises a ValueError for the config of a mixture, also of the class in the code beside a checkpoint."""
-    if config.model_type == MoSConfig.model_type:
+    if config.model_type == MODEL_TYPE or isinstance(config, MoSConfig):
         raise ValueError(f"model: expected a causal LM with a softmax head, given {given}, a mixture already")
 
 
@@ -166,41 +178,6 @@ def refuse_other_models(config: PreTrainedConfig, given: str) -> None:
 
 def not_causal(config_class: str, given: str) -> str:
     return f"model: expected a causal LM, given {given}, a {config_class}, which is not one"
-
-
-def _config_for(
-    config_class: type[MoSConfig],
-    backbone: PreTrainedModel,
-    projection: nn.Linear,
-    options: dict[str, Any],
-) -> MoSConfig:
-    """Makes the config of the conversion; raises a ValueError where an option would change the model's predictions."""
-    tied = projection.weight is backbone.get_input_embeddings().weight
-    if projection.weight.is_meta and not tied:  # offloading makes two parameters of a tied one
-        tied = backbone.config.get_text_config().tie_word_embeddings
-    softcap = take_softcap(backbone.config)
-    softcap = softcap if reads_softcap(backbone) else None
-    own = {"tie_word_embeddings": tied, "softcap": softcap, "decoder_bias": projection.bias is not None}
-    for name in ("softcap", "decoder_bias"):
-        if options.get(name) not in (None, own[name]):
-            raise ValueError(f"{name}: expected {own[name]!r}, as the model has it, given {options[name]!r}")
-    if options.get("tie_word_embeddings") and not tied:
-        raise ValueError("tie_word_embeddings: expected False, the model's own head is not tied, given True")
-    given = {name: value for name, value in options.items() if value is not None}
-    config = config_class(text_config=backbone.config, **{**own, **given})
-    if config.adds_shifts and "latent_scale" not in given:
-        config.latent_scale = default_scale(projection.in_features)  # the config alone may not tell the head's width
-    if config.latent_size not in (None, projection.in_features):
-        raise ValueError(
-            f"latent_size: expected {projection.in_features}, the head's width, given {config.latent_size}"
-        )
-    if not kind_of(config).is_exact(config):
-        logger.warning(
-            f"latent_activation={config.latent_activation!r} changes the model's predictions until it is trained; "
-            "only 'identity' is exact at step 0."
-        )
-    config.dtype = backbone.dtype
-    return config
 
 
 def output_projection(model: PreTrainedModel) -> nn.Linear:
@@ -224,13 +201,6 @@ def output_projection(model: PreTrainedModel) -> nn.Linear:
         name = "no class of transformers" if loaded is None else loaded.__name__
         refuse("of the class that its config is loaded as", f"for which that is {name}")
     return projection
-
-
-def reads_softcap(backbone: PreTrainedModel) -> bool:
-    """Whether the model applies its config's softcap; some vision-language models ignore their text model's."""
-    forwards = [vars(base)["forward"] for base in type(backbone).__mro__ if "forward" in vars(base)]
-    names = {name for forward in forwards for name in inspect.unwrap(forward).__code__.co_names}
-    return not names.isdisjoint({*SOFTCAP_FIELDS, "logit_softcap"})
 
 
 def share_weights(model: PreTrainedModel) -> PreTrainedModel:

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mos_log_probs import REDUCTIONS, mix_log_probs, reduce
-from .mos_vocabulary import widen
+from .remote_code.mos_decoder import widen
+from .remote_code.mos_log_probs import REDUCTIONS, mix_log_probs, reduce
 
 
 class MixtureOfSoftmaxes(nn.Module):

@@ -42,7 +42,8 @@ def write(name: str, folder: Path) -> None:
 def check(name: str, folder: Path) -> None:
     causal_lm = AutoModelForCausalLM.from_pretrained(folder / "causal LM" / name)
     mos = AutoModelForCausalLM.from_pretrained(folder / "mixture" / name)
-    assert type(mos) is hf_mos.MoSForCausalLM
+    assert isinstance(mos, hf_mos.MoSForCausalLM)
+    assert isinstance(mos, type(causal_lm))
     ours, theirs = results(causal_lm, mos), load_file(folder / f"{name}.safetensors")
     gaps = {model: float((ours[model] - theirs[model]).abs().max()) for model in ("causal LM", "mixture")}
     print(f"{name}: largest log-probability gap {gaps['mixture']:.1e}, without the mixture {gaps['causal LM']:.1e}")

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    BertConfig,
+    CohereConfig,
     Gemma2Config,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MambaConfig,
     MixtralConfig,
@@ -54,11 +57,27 @@ CONFIGS: dict[str, Any] = {
 }
 BACKBONES = list(CONFIGS)
 WITH_ATTENTION = [name for name in BACKBONES if name != "mamba"]
+# Further ones, for tests of the head's place and name.
+MORE_CONFIGS: dict[str, Any] = {
+    "bert": lambda: BertConfig(
+        **COMMON,
+        **{k: v for k, v in ATTENTION.items() if k != "num_key_value_heads"},
+        is_decoder=True,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    ),
+    "cohere": lambda: CohereConfig(**COMMON, **ATTENTION, logit_scale=0.5),
+    "gpt_neox": lambda: GPTNeoXConfig(
+        **COMMON, **{k: v for k, v in ATTENTION.items() if k != "num_key_value_heads"}, hidden_act="gelu"
+    ),
+}
+# The two kinds of heads: components that differ on all classes, and on a shortlist.
+HEADS: list[dict[str, Any]] = [{"shortlist_size": None}, {"shortlist_size": 5}]
 
 
 def tiny_causal_lm(name: str = "llama", seed: int = 0, **fields: Any) -> PreTrainedModel:
     """An untrained causal LM in evaluation mode; the same weights for the same arguments."""
-    config = CONFIGS[name]()
+    config = (CONFIGS | MORE_CONFIGS)[name]()
     for field, value in fields.items():
         setattr(config, field, value)
     torch.manual_seed(seed)
@@ -66,7 +85,10 @@ def tiny_causal_lm(name: str = "llama", seed: int = 0, **fields: Any) -> PreTrai
 
 
 def tiny_mos(name: str = "llama", num_mixtures: int = 3, seed: int = 0, **options: Any) -> MoSForCausalLM:
-    """A tiny causal LM with a mixture whose components differ, as after training."""
+    """A tiny causal LM with a mixture whose components differ, as after training.
+
+    The components differ on the default shortlist of 64 of the 97 classes unless `shortlist_size` says otherwise.
+    """
     model = MoSForCausalLM.from_causal_lm(tiny_causal_lm(name, seed), num_mixtures=num_mixtures, **options)
     part_components(model)
     return model
@@ -75,8 +97,9 @@ def tiny_mos(name: str = "llama", num_mixtures: int = 3, seed: int = 0, **option
 @torch.no_grad()
 def part_components(model: MoSForCausalLM, distance: float = 0.1) -> None:
     generator = torch.Generator().manual_seed(1)
-    weight = model.lm_head.shift.weight
-    weight += distance / model.lm_head.latent_scale * torch.randn(weight.shape, generator=generator).to(weight)
+    head = model.mos_head
+    weight = head.shift.weight
+    weight += distance / head.latent_scale * torch.randn(weight.shape, generator=generator).to(weight)
 
 
 def random_tokens(batch: int = 2, length: int = 12, seed: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""Runs MoSForCausalLM through the model tests that transformers publishes in its source distribution.
+"""Runs mixtures through the model tests that transformers publishes in its source distribution.
 
     make test-mixins
     python tests/run_transformers_mixins.py build/transformers/transformers-VERSION.tar.gz [arguments of pytest]
@@ -20,8 +20,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import CONFIGS, random_tokens
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hf_mos import MoSConfig, MoSForCausalLM
+from hf_mos.remote_code import modeling_mos
 
 NOT_PUBLISHED = {
     "generation/test_utils.py": "class GenerationTesterMixin: pass\n",
@@ -60,27 +62,33 @@ def main() -> int:
 class Tester:
     """What the mixins ask of a model: a tiny config and inputs for it."""
 
-    causal_lm_class = MoSForCausalLM
     is_training = True
     batch_size, seq_length = 3, 7
     backbone = "llama"
 
     def __init__(self, parent: unittest.TestCase) -> None:
         self.parent = parent
-        text_config = self.get_config().text_config
-        self.hidden_size = text_config.hidden_size
-        self.num_hidden_layers = text_config.num_hidden_layers
-        self.num_attention_heads = text_config.num_attention_heads
-        self.vocab_size = text_config.vocab_size
+        config: Any = self.get_config()
+        self.causal_lm_class = class_of(self.backbone)
+        self.hidden_size = config.hidden_size
+        self.num_hidden_layers = config.num_hidden_layers
+        self.num_attention_heads = config.num_attention_heads
+        self.vocab_size = config.vocab_size
 
     def get_config(self) -> MoSConfig:
-        text_config = CONFIGS[self.backbone]()
-        text_config.initializer_range = 0.02  # the tests of initialisation and training expect an untouched model
-        return MoSConfig(text_config=text_config, num_mixtures=3)
+        backbone_config = CONFIGS[self.backbone]()
+        backbone_config.initializer_range = 0.02  # the tests of initialisation and training expect an untouched model
+        return MoSConfig.from_backbone_config(backbone_config, num_mixtures=3)
 
     def prepare_config_and_inputs_for_common(self) -> tuple[MoSConfig, dict[str, Any]]:
         tokens = random_tokens(self.batch_size, self.seq_length)
         return self.get_config(), {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def class_of(backbone: str) -> type[MoSForCausalLM]:
+    """The made class, by its name."""
+    causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING[type(CONFIGS[backbone]())]
+    return getattr(modeling_mos, f"MoS{causal_lm.__name__}")
 
 
 if "tests.test_modeling_common" in sys.modules:
@@ -89,46 +97,43 @@ if "tests.test_modeling_common" in sys.modules:
     from tests.test_modeling_common import ModelTesterMixin
     from tests.test_training_mixin import TrainingTesterMixin
 
-    class MoSLlamaTest(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin, unittest.TestCase):
-        all_model_classes = (MoSForCausalLM,)
-        all_generative_model_classes = (MoSForCausalLM,)
+    class MixtureTest(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
         make_tester = Tester
         model_tester = None
 
         def setUp(self) -> None:
             self.model_tester = self.make_tester(self)
-
-        @unittest.skip("a folder that holds the bare backbone is refused, and from_causal_lm named")
-        def test_correct_missing_keys(self) -> None: ...
+            self.all_model_classes = self.all_generative_model_classes = (self.model_tester.causal_lm_class,)
 
         def test_config(self) -> None:
-            text_config = json.loads(self.model_tester.get_config().to_json_string())["text_config"]
-            ConfigTester(self, config_class=MoSConfig, text_config=text_config).run_common_tests(
-                can_init_without_params=False
-            )
+            config = self.model_tester.get_config()
+            fields = json.loads(config.to_json_string())
+            ConfigTester(self, config_class=type(config), **fields).run_common_tests()
+
+    class MoSLlamaTest(MixtureTest, unittest.TestCase): ...
 
     class TiedTester(Tester):
         backbone = "llama-tied"
 
-    class MoSTiedLlamaTest(MoSLlamaTest):
+    class MoSTiedLlamaTest(MixtureTest, unittest.TestCase):
         make_tester = TiedTester
 
     class GPT2Tester(Tester):
         backbone = "gpt2"
 
-    class MoSGPT2Test(MoSLlamaTest):
+    class MoSGPT2Test(MixtureTest, unittest.TestCase):
         make_tester = GPT2Tester
 
     class Gemma2Tester(Tester):
         backbone = "gemma2"
 
-    class MoSGemma2Test(MoSLlamaTest):
+    class MoSGemma2Test(MixtureTest, unittest.TestCase):
         make_tester = Gemma2Tester
 
     class MixtralTester(Tester):
         backbone = "mixtral"
 
-    class MoSMixtralTest(MoSLlamaTest):
+    class MoSMixtralTest(MixtureTest, unittest.TestCase):
         make_tester = MixtralTester
 
 

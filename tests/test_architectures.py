@@ -212,7 +212,8 @@ def test_images_pass_through_and_the_class_survives(llava: LlavaForConditionalGe
 
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(loaded.backbone) is LlavaForConditionalGeneration
+    assert type(loaded) is type(model)
+    assert isinstance(loaded, LlavaForConditionalGeneration)
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
 
@@ -221,7 +222,7 @@ def test_a_softcap_that_the_backbone_leaves_unread_is_left_out() -> None:
     original = sweep.tiny_original("gemma3")
     assert isinstance(original, Gemma3ForConditionalGeneration)
     assert original.config.text_config.final_logit_softcapping == 5.0
-    assert MoSForCausalLM.from_causal_lm(original).config.softcap is None
+    assert MoSForCausalLM.from_causal_lm(original).mos_head.softcap is None
 
 
 @torch.no_grad()
@@ -249,7 +250,7 @@ def test_a_padded_vocabulary_is_cut_and_can_be_resized(tmp_path: Path) -> None:
 
 
 def test_a_new_model_of_a_composite_config_reloads(tmp_path: Path) -> None:
-    model = MoSForCausalLM(MoSConfig(text_config=sweep.tiny_config("mllama"), num_mixtures=2)).eval()
+    model = MoSForCausalLM(MoSConfig.from_backbone_config(sweep.tiny_config("mllama"), num_mixtures=2)).eval()
     batch = sweep.batch_for(model)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -257,18 +258,16 @@ def test_a_new_model_of_a_composite_config_reloads(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")  # the word of all versions
-def test_no_cache_is_built_in_training_and_checkpointing_agrees() -> None:
+def test_checkpointing_agrees() -> None:
     model = MoSForCausalLM.from_causal_lm(sweep.tiny_original("git"), num_mixtures=2).train()
-    batch = sweep.batch_for(model.backbone)
+    batch = sweep.batch_for(model)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
 
     def gradients() -> dict[str, torch.Tensor]:
         model.zero_grad()
-        outputs = model(**batch, labels=batch["input_ids"])
-        assert outputs.past_key_values is None
-        outputs.loss.backward()
+        model(**batch, labels=batch["input_ids"]).loss.backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     expected = gradients()
@@ -277,7 +276,7 @@ def test_no_cache_is_built_in_training_and_checkpointing_agrees() -> None:
         torch.testing.assert_close(gradient, expected[name])
 
 
-def test_the_configs_use_cache_is_the_backbones() -> None:
+def test_the_configs_use_cache_is_read() -> None:
     model = MoSForCausalLM.from_causal_lm(sweep.tiny_original("llama"), num_mixtures=2)
     model.config.use_cache = False
     assert model(torch.tensor([[5, 6]])).past_key_values is None

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_mos import MoSForCausalLM
 
 BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
-SIZES = ["--num-tokens", "16", "--latent-size", "16", "--vocab-size", "64", "--latent-rank", "4"]
+SIZES = ["--num-tokens", "16", "--hidden-size", "16", "--vocab-size", "64"]
 
 
 def run(script, *arguments):
@@ -31,7 +31,7 @@ def test_loss_prints_time_and_memory_of_every_contender():
 
 
 def test_a_dry_run_checks_the_command_of_a_gpu_without_one():
-    large = ["--num-tokens", "8192", "--latent-size", "2048", "--vocab-size", "128256", "--only", "mos_cross_entropy"]
+    large = ["--num-tokens", "8192", "--hidden-size", "2048", "--vocab-size", "128256", "--only", "mos_cross_entropy"]
     result = run("loss.py", "--device", "cuda", "--dtype", "bfloat16", *large, "--dry-run", "--json")
     assert result.returncode == 0, result.stderr
     settings = json.loads(result.stdout)["settings"]
@@ -47,7 +47,7 @@ def test_a_wrong_gradient_ends_the_run_before_anything_is_timed(monkeypatch):
     monkeypatch.setattr(wrong, "loss", lambda leaves, targets: 1.01 * contenders.ours(leaves, targets))
     monkeypatch.setattr(loss, "time_in_turn", lambda *_: pytest.fail("timed"))
     with pytest.raises(SystemExit, match="mos_cross_entropy: wrong by"):
-        loss.main(16, 2, 16, 64, 4, threads=1, only=["mos_cross_entropy"])
+        loss.main(16, 2, 16, 64, threads=1, only=["mos_cross_entropy"])
 
 
 def test_decoding():
@@ -74,8 +74,9 @@ def test_row_skipping_takes_a_full_mixture_alone(tmp_path):
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator([text.read_text()], vocab_size=300)
     model = tiny_causal_lm(vocab_size=bpe.get_vocab_size())
-    for name, options in {"full": {"num_mixtures": 2}, "shortlist": {"num_mixtures": 2, "shortlist_size": 8}}.items():
-        MoSForCausalLM.from_causal_lm(model, **options).save_pretrained(tmp_path / name)
+    for name, size in (("full", None), ("shortlist", 8)):
+        mixture = MoSForCausalLM.from_causal_lm(model, num_mixtures=2, shortlist_size=size)
+        mixture.save_pretrained(tmp_path / name)
         PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer).save_pretrained(tmp_path / name)
     result = run("row_skipping.py", str(tmp_path / "full"), "--text-file", str(text), "--json")
     assert result.returncode == 0, result.stderr

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import pytest
-from helpers import VOCAB_SIZE, tiny_causal_lm, tiny_mos
+from helpers import VOCAB_SIZE, tiny_mos
 from huggingface_hub import EvalResult, ModelCard
 
-from hf_mos import MoSForCausalLM
 from hf_mos.tools.card import model_card
 
 TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"
@@ -41,7 +40,7 @@ def test_measurements_are_in_the_metadata_and_in_the_text(tmp_path: Path) -> Non
     assert read.data.eval_results == [perplexity(12.5)]
     assert "| WikiText-2 | test | perplexity | 12.5 |" in read.text
     assert "Measured by `hf-mos evaluate someone/llama-mos` on a laptop." in read.text
-    assert "mixture of 3 softmaxes" in read.text
+    assert "mixture of 3 softmaxes** where LlamaForCausalLM has one" in read.text
     assert f"{VOCAB_SIZE} x 32, tied to the input embedding" in read.text
     assert '"revision": "0123abc", "code_revision": "0123abc"' in read.text
     assert "- It has read nothing.\n" in read.text
@@ -49,11 +48,23 @@ def test_measurements_are_in_the_metadata_and_in_the_text(tmp_path: Path) -> Non
 
 
 def test_a_card_without_measurements_says_so() -> None:
-    card = model_card(MoSForCausalLM.from_causal_lm(tiny_causal_lm(), num_mixtures=3, latent_rank=4), model_id="plain")
+    card = model_card(tiny_mos(), model_id="plain")
     assert card.data.eval_results is None
     assert "None measured." in card.text
-    assert "shared subspace of rank 4" in card.text
-    assert "costs 1.38 times" in card.text  # 1 + 3 * 4 / 32
+
+
+@pytest.mark.parametrize(
+    ("shortlist_size", "differ_on", "cost"),
+    [
+        (None, "all classes", "4.02"),  # 3 + 3 * (32 + 1) / 97
+        (5, "the 5 likeliest classes", "2.18"),  # 1 + 3 * (5 + 32 + 1) / 97
+    ],
+)
+def test_a_card_describes_the_head_and_its_cost(shortlist_size: int | None, differ_on: str, cost: str) -> None:
+    card = model_card(tiny_mos(shortlist_size=shortlist_size), model_id="plain")
+    assert f"| the components differ on | {differ_on}" in card.text
+    assert "the hidden state plus 10 (`latent_scale`) times a shift" in card.text  # 320 / 32
+    assert f"- The head has {cost} times the multiplications of one softmax" in card.text
 
 
 def test_a_figure_needs_its_command() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import BACKBONES, VOCAB_SIZE, greedy, random_tokens, tiny_mos
+from helpers import BACKBONES, HEADS, VOCAB_SIZE, greedy, random_tokens, tiny_mos
 from torch import Tensor, nn
 
 from hf_mos import MoSForCausalLM
@@ -41,9 +41,10 @@ def inputs(batch: int = 2, length: int = 12) -> tuple[Tensor, Tensor]:
     return tokens, torch.ones_like(tokens)
 
 
+@pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("name", BACKBONES)
-def test_compiled_logits(name: str) -> None:
-    model = tiny_mos(name)
+def test_compiled_logits(name: str, head: dict) -> None:
+    model = tiny_mos(name, **head)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     tokens = random_tokens()
     with torch.no_grad():
@@ -52,12 +53,13 @@ def test_compiled_logits(name: str) -> None:
         )
 
 
+@pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "gemma2"])
-def test_compiled_training_step(name: str) -> None:
+def test_compiled_training_step(name: str, head: dict) -> None:
     tokens = random_tokens()
     results = []
     for compile_it in (False, True):
-        model = tiny_mos(name).train()
+        model = tiny_mos(name, **head).train()
         function = torch.compile(model, fullgraph=True, backend="aot_eager") if compile_it else model
         loss = function(input_ids=tokens, labels=tokens).loss
         loss.backward()
@@ -87,9 +89,10 @@ def test_compiled_decoding_with_a_static_cache() -> None:
     assert torch.equal(greedy(model, tokens, cache_implementation="static"), expected)
 
 
+@pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("name", WITH_DYNAMIC_LENGTH)
-def test_exported_with_dynamic_shapes(name: str) -> None:
-    model = LogProbs(tiny_mos(name))
+def test_exported_with_dynamic_shapes(name: str, head: dict) -> None:
+    model = LogProbs(tiny_mos(name, **head))
     dynamic = {0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("length", min=4, max=96)}
     with torch.no_grad():
         program = torch.export.export(model, inputs(), dynamic_shapes=(dynamic, dynamic))
@@ -100,11 +103,12 @@ def test_exported_with_dynamic_shapes(name: str) -> None:
             torch.testing.assert_close(exported, model(*example), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("name", ["llama-tied", "gemma2"])
-def test_onnx(name: str, tmp_path: Path) -> None:
+def test_onnx(name: str, head: dict, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = LogProbs(tiny_mos(name))
+    model = LogProbs(tiny_mos(name, **head))
     dynamic = {0: "batch", 1: "length"}
     with torch.no_grad():
         torch.onnx.export(

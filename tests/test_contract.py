@@ -18,9 +18,9 @@ from helpers import (
     tiny_mos,
 )
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, QuantoConfig
+from transformers import AutoModelForCausalLM, QuantoConfig
 
-from hf_mos import MoSConfig, MoSForCausalLM
+from hf_mos import MoSForCausalLM
 
 
 def log_probs(model: MoSForCausalLM, tokens: Tensor, **kwargs: Any) -> Tensor:
@@ -119,7 +119,7 @@ def test_attention_implementations(name: str, implementation: str, tmp_path: Pat
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=implementation)
     model.set_attn_implementation(implementation)
     for candidate in (loaded, model):
-        assert candidate.backbone.config._attn_implementation == implementation
+        assert candidate.config._attn_implementation == implementation
         torch.testing.assert_close(log_probs(candidate, tokens), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -129,21 +129,21 @@ def test_attention_implementations(name: str, implementation: str, tmp_path: Pat
 @pytest.mark.parametrize("name", BACKBONES)
 def test_resized_embeddings_keep_the_mixture(name: str, tmp_path: Path) -> None:
     model = tiny_mos(name)
-    is_tied = model.lm_head.decoder.weight is model.get_input_embeddings().weight
+    is_tied = model.lm_head.weight is model.get_input_embeddings().weight
     tokens = random_tokens() % 60
 
     def component_logits() -> Tensor:
         with torch.no_grad():
-            return model.lm_head.decoder(model.lm_head.latents(model.backbone(input_ids=tokens).logits).dense())
+            return model.lm_head.components(model.head_inputs(input_ids=tokens))[1]
 
     expected = component_logits()[..., :60]
     for size, multiple, rows in ((VOCAB_SIZE + 6, None, 103), (VOCAB_SIZE + 6, 64, 128), (60, None, 60)):
         model.resize_token_embeddings(size, pad_to_multiple_of=multiple, mean_resizing=False)
         torch.testing.assert_close(component_logits()[..., :60], expected)
-        assert model.config.vocab_size == model.config.text_config.vocab_size == rows
+        assert model.config.vocab_size == rows
         assert model.get_input_embeddings().weight.shape[0] == rows
-        assert model.lm_head.decoder.weight.shape[0] == model.lm_head.decoder.out_features == rows
-        assert (model.lm_head.decoder.weight is model.get_input_embeddings().weight) is is_tied
+        assert model.lm_head.weight.shape[0] == model.lm_head.out_features == rows
+        assert (model.lm_head.weight is model.get_input_embeddings().weight) is is_tied
         assert log_probs(model, tokens).shape[-1] == rows
         loss = model.train()(input_ids=tokens, labels=tokens).loss
         loss.backward()
@@ -170,16 +170,16 @@ def test_tie_weights(name: str) -> None:
     model = tiny_mos(name)
     embedding = model.get_input_embeddings()
     is_tied = model.config.tie_word_embeddings
-    assert (model.lm_head.decoder.weight is embedding.weight) is is_tied
+    assert (model.lm_head.weight is embedding.weight) is is_tied
     embedding.weight = nn.Parameter(torch.randn_like(embedding.weight))
     model.tie_weights()
-    assert (model.lm_head.decoder.weight is embedding.weight) is is_tied
+    assert (model.lm_head.weight is embedding.weight) is is_tied
 
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_embeddings_can_be_read_and_set(name: str) -> None:
     model = tiny_mos(name)
-    assert model.get_output_embeddings() is model.lm_head.decoder
+    assert model.get_output_embeddings() is model.lm_head
     assert isinstance(model.get_input_embeddings(), nn.Embedding)
     model.set_input_embeddings(nn.Embedding(11, 32))
     model.set_output_embeddings(nn.Linear(32, 11, bias=False))
@@ -251,19 +251,13 @@ def test_copies_and_pickles(name: str) -> None:
     tokens = random_tokens()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(log_probs(twin, tokens), log_probs(model, tokens))
-        tied = (m.lm_head.decoder.weight is m.get_input_embeddings().weight for m in (twin, model))
+        tied = (m.lm_head.weight is m.get_input_embeddings().weight for m in (twin, model))
         assert len(set(tied)) == 1
     for twin in (copy.deepcopy(model.config), pickle.loads(pickle.dumps(model.config))):
         assert twin.to_dict() == model.config.to_dict()
 
 
-# ------------------------------------------------------------------------------------------- registration and the rest
-
-
-def test_auto_classes() -> None:
-    config = AutoConfig.for_model("mos", text_config=tiny_causal_lm().config)
-    assert type(config) is MoSConfig
-    assert type(AutoModelForCausalLM.from_config(config)) is MoSForCausalLM
+# ------------------------------------------------------------------------------------------------------------ the rest
 
 
 def test_tags(tmp_path: Path) -> None:
@@ -274,14 +268,14 @@ def test_tags(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "mamba"])
-def test_quantizers_skip_prior_and_decoder(name: str, tmp_path: Path) -> None:
+def test_quantizers_skip_the_head(name: str, tmp_path: Path) -> None:
     pytest.importorskip("optimum.quanto")
     model = tiny_mos(name)
     model.save_pretrained(tmp_path)
     config = QuantoConfig(weights="int8")
     quantized = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.bfloat16)
-    linear = {name for name, module in quantized.named_modules() if type(module) is nn.Linear}
-    assert {"lm_head.prior", "lm_head.decoder"} <= linear
+    linear = {name for name, module in quantized.named_modules() if isinstance(module, nn.Linear)}
+    assert {"lm_head.prior", "lm_head"} <= linear
     assert quantized.lm_head.prior.weight.dtype == torch.float32
     assert any(type(module).__name__ == "QLinear" for module in quantized.modules())
     assert torch.equal(quantized.lm_head.prior.weight, model.lm_head.prior.weight)
@@ -293,22 +287,3 @@ def test_parameter_counts(name: str) -> None:
     original = tiny_causal_lm(name)
     added = MoSForCausalLM.from_causal_lm(original, num_mixtures=3).num_parameters() - original.num_parameters()
     assert added == 3 * 32 * 32 + 3 * 32
-
-
-@pytest.mark.parametrize("name", BACKBONES)
-def test_config_answers_for_the_backbone(name: str) -> None:
-    original = tiny_causal_lm(name)
-    config = MoSForCausalLM.from_causal_lm(original).config
-    fields = ("vocab_size", "hidden_size", "num_hidden_layers", "pad_token_id", "bos_token_id", "eos_token_id")
-    for field in fields:
-        assert getattr(config, field) == getattr(original.config, field)
-    assert hasattr(config, "num_attention_heads") is (name != "mamba")
-    config.pad_token_id = 5
-    assert config.text_config.pad_token_id == 5
-
-
-@pytest.mark.parametrize("name", BACKBONES)
-def test_decoder_is_the_backbones(name: str) -> None:
-    model = tiny_mos(name)
-    assert model.get_decoder() is model.backbone.get_decoder()
-    assert model.base_model is model.backbone.base_model

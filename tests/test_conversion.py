@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import BACKBONES, VOCAB_SIZE, greedy, log_prob_gap, random_tokens, tiny_causal_lm
+import torch.nn.functional as F
+from helpers import (
+    BACKBONES,
+    HEADS,
+    VOCAB_SIZE,
+    greedy,
+    log_prob_gap,
+    part_components,
+    random_tokens,
+    tiny_causal_lm,
+)
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, T5Config, T5ForConditionalGeneration
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -14,19 +24,21 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from hf_mos import MoSConfig, MoSForCausalLM
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-def test_predictions_are_those_of_the_causal_lm(name: str) -> None:
+@pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.parametrize("name", [*BACKBONES, "bert", "cohere", "gpt_neox"])
+def test_predictions_are_those_of_the_causal_lm(name: str, head: dict) -> None:
     original = tiny_causal_lm(name)
-    model = MoSForCausalLM.from_causal_lm(original, num_mixtures=4)
+    model = MoSForCausalLM.from_causal_lm(original, num_mixtures=4, **head)
     tokens = random_tokens(3, 10)
     assert log_prob_gap(model, original, input_ids=tokens) <= 1e-5
     assert torch.equal(greedy(model, tokens, 16), greedy(original, tokens, 16))
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-def test_loss_is_that_of_the_causal_lm(name: str) -> None:
+@pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.parametrize("name", [*BACKBONES, "bert", "cohere", "gpt_neox"])
+def test_loss_is_that_of_the_causal_lm(name: str, head: dict) -> None:
     original = tiny_causal_lm(name)
-    model = MoSForCausalLM.from_causal_lm(original, num_mixtures=2)
+    model = MoSForCausalLM.from_causal_lm(original, num_mixtures=2, **head)
     tokens = random_tokens()
     labels = tokens.clone()
     labels[0, :5] = -100
@@ -41,16 +53,16 @@ def test_an_untied_decoder_can_be_given_to_a_tied_model(name: str, tmp_path: Pat
     original = tiny_causal_lm("llama-tied" if name == "llama" else name)
     model = MoSForCausalLM.from_causal_lm(original, tie_word_embeddings=False)
     assert log_prob_gap(model, original, input_ids=random_tokens()) <= 1e-5
-    assert model.lm_head.decoder.weight is not model.get_input_embeddings().weight
+    assert model.lm_head.weight is not model.get_input_embeddings().weight
     assert model.config.tie_word_embeddings is False
     assert not model.all_tied_weights_keys
     with torch.no_grad():
-        model.lm_head.decoder.weight.mul_(2)
+        model.lm_head.weight.mul_(2)
     model.save_pretrained(tmp_path)
     loaded = MoSForCausalLM.from_pretrained(tmp_path)
     assert log_prob_gap(loaded, model, input_ids=random_tokens()) == 0
     for untied in (loaded, MoSForCausalLM(loaded.config)):
-        assert untied.lm_head.decoder.weight is not untied.get_input_embeddings().weight
+        assert untied.lm_head.weight is not untied.get_input_embeddings().weight
 
 
 def test_the_control_with_one_mixture_is_the_softmax() -> None:
@@ -62,8 +74,7 @@ def test_the_control_with_one_mixture_is_the_softmax() -> None:
 def component_divergence(model: MoSForCausalLM, tokens: Tensor) -> float:
     """Mean Kullback-Leibler divergence between pairs of components, in nats."""
     with torch.no_grad():
-        hidden_states = model.backbone(input_ids=tokens).logits
-        log_probs = model.lm_head.decoder(model.lm_head.latents(hidden_states).dense()).log_softmax(-1)  # (B, T, K, V)
+        log_probs = model.lm_head.components(model.head_inputs(input_ids=tokens))[1].log_softmax(-1)  # (B, T, K, V)
     left, right = log_probs.unsqueeze(-2), log_probs.unsqueeze(-3)
     return float((left.exp() * (left - right)).sum(-1).mean())
 
@@ -82,12 +93,13 @@ def train(model: PreTrainedModel, tokens: Tensor, steps: int) -> list[float]:
     return losses
 
 
+@pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mamba"])
-def test_components_part_when_trained_and_clones_do_not(name: str) -> None:
+def test_components_part_when_trained_and_clones_do_not(name: str, head: dict) -> None:
     tokens = random_tokens(4, 16)
     models = {}
     for kind in ("retrofit", "clones"):
-        models[kind] = MoSForCausalLM.from_causal_lm(tiny_causal_lm(name), num_mixtures=3)
+        models[kind] = MoSForCausalLM.from_causal_lm(tiny_causal_lm(name), num_mixtures=3, **head)
     with torch.no_grad():
         models["clones"].lm_head.prior.weight.zero_()
     divergences = {kind: [component_divergence(model, tokens)] for kind, model in models.items()}
@@ -137,7 +149,7 @@ def test_a_path_is_loaded_once(tmp_path: Path) -> None:
     gc.collect()
     new = [value for value in gc.get_objects() if issubclass(type(value), Tensor) and id(value) not in before]
     wide = [tensor for tensor in new if VOCAB_SIZE in tensor.shape]
-    owned = {model.get_input_embeddings().weight.data_ptr(), model.lm_head.decoder.weight.data_ptr()}
+    owned = {model.get_input_embeddings().weight.data_ptr(), model.lm_head.weight.data_ptr()}
     assert {tensor.data_ptr() for tensor in wide} == owned
 
 
@@ -146,10 +158,10 @@ def test_a_path_takes_the_arguments_of_from_pretrained(tmp_path: Path) -> None:
     original.generation_config = GenerationConfig(max_new_tokens=7, temperature=0.5, do_sample=True)
     original.save_pretrained(tmp_path)
     model = MoSForCausalLM.from_causal_lm(
-        str(tmp_path), num_mixtures=2, dtype=torch.bfloat16, device_map="cpu", revision="main", latent_dropout=0.1
+        str(tmp_path), num_mixtures=2, dtype=torch.bfloat16, device_map="cpu", revision="main", latent_scale=0.1
     )
     assert model.config.num_mixtures == 2
-    assert model.config.latent_dropout == 0.1
+    assert model.config.latent_scale == 0.1
     assert model.dtype == model.config.dtype == torch.bfloat16
     assert model.lm_head.shift.weight.dtype == torch.bfloat16
     assert model.lm_head.prior.weight.dtype == torch.float32
@@ -191,17 +203,13 @@ def test_mode_is_kept(training: bool) -> None:
         ({"num_mixtures": 0}, "num_mixtures: expected an int of at least 1, given 0"),
         ({"num_mixtures": "four"}, "num_mixtures: expected an int of at least 1, given 'four'"),
         ({"num_mixtures": True}, "num_mixtures: expected an int of at least 1, given True"),
-        ({"latent_dropout": 1.0}, "latent_dropout"),
-        ({"latent_dropout": "a"}, "latent_dropout"),
-        ({"latent_activation": "relu"}, "latent_activation"),
-        ({"latent_size": 7}, "latent_size"),
-        ({"latent_rank": 33}, "latent_rank: expected at most D = 32, the width of the hidden state, given 33"),
-        ({"softcap": 30.0}, "softcap"),
-        ({"softcap": -1.0}, "softcap"),
-        ({"decoder_bias": True}, "decoder_bias"),
+        ({"shortlist_size": 0}, "shortlist_size: expected an int of at least 1, or None, given 0"),
+        ({"latent_scale": 0}, "latent_scale: expected a finite number above 0, or None, given 0"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings: expected False"),
-        ({"text_config": {"model_type": "llama"}}, "text_config"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings: expected a bool"),
         ({"num_mixture": 4}, "num_mixture"),
+        ({"latent_rank": 4}, "latent_rank"),
+        ({"softcap": 30.0}, "softcap"),
         ({"dtype": torch.bfloat16}, "dtype"),
     ],
 )
@@ -210,32 +218,40 @@ def test_options_that_cannot_be_are_refused(options: dict, message: str) -> None
         MoSForCausalLM.from_causal_lm(tiny_causal_lm("llama"), **options)
 
 
+@pytest.mark.parametrize("vocab_size", [70, 4096])
 @pytest.mark.parametrize(
     ("options", "num_mixtures", "shortlist_size"),
     [
         ({}, 16, 64),
-        ({"prior_bias": True, "latent_scale": 0.1}, 16, 64),
-        ({"num_mixtures": 4}, 4, None),
-        ({"num_mixtures": 16}, 16, None),
-        ({"latent_rank": 8}, 4, None),
-        ({"shortlist_size": 5}, 4, 5),
-        ({"shortlist_size": None}, 4, None),
-        ({"latent_activation": "tanh"}, 4, None),
+        ({"latent_scale": 0.1}, 16, 64),
+        ({"num_mixtures": 4}, 4, 64),
+        ({"num_mixtures": 4, "shortlist_size": 5}, 4, 5),
+        ({"shortlist_size": None}, 16, None),
     ],
 )
-def test_a_conversion_that_chooses_no_head_gets_the_cheapest_mixture(
-    options: dict, num_mixtures: int, shortlist_size: int | None, tmp_path: Path
+def test_one_default_whatever_else_is_given(
+    options: dict, num_mixtures: int, shortlist_size: int | None, vocab_size: int, tmp_path: Path
 ) -> None:
-    original = tiny_causal_lm("llama", vocab_size=4096)
+    original = tiny_causal_lm("llama", vocab_size=vocab_size)
     original.save_pretrained(tmp_path)
     for model in (original, tmp_path):
-        config = MoSForCausalLM.from_causal_lm(model, **options).config
-        assert (config.num_mixtures, config.shortlist_size) == (num_mixtures, shortlist_size)
+        converted = MoSForCausalLM.from_causal_lm(model, **options)
+        for owner in (converted.config, converted.lm_head):
+            assert (owner.num_mixtures, owner.shortlist_size) == (num_mixtures, shortlist_size)
 
 
-def test_with_a_small_vocabulary_the_full_mixture_is_cheaper() -> None:
-    model = MoSForCausalLM.from_causal_lm(tiny_causal_lm("llama", vocab_size=4095))
-    assert (model.config.num_mixtures, model.config.shortlist_size) == (4, None)
+def test_a_shortlist_larger_than_the_vocabulary_is_the_whole(tmp_path: Path) -> None:
+    original = tiny_causal_lm("llama", vocab_size=40)
+    model = MoSForCausalLM.from_causal_lm(original, num_mixtures=3)
+    part_components(model)
+    tokens = random_tokens() % 40
+    assert log_prob_gap(MoSForCausalLM.from_causal_lm(original), original, input_ids=tokens) < 1e-5
+    outputs = model.train()(input_ids=tokens, labels=tokens, skip_logits=False)
+    torch.testing.assert_close(outputs.logits.exp().sum(-1), torch.ones(2, 12))
+    nll = F.nll_loss(outputs.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    torch.testing.assert_close(outputs.loss, nll)
+    model.save_pretrained(tmp_path)
+    assert log_prob_gap(MoSForCausalLM.from_pretrained(tmp_path), model.eval(), input_ids=tokens) == 0
 
 
 def test_the_path_of_a_mixture_is_refused(tmp_path: Path) -> None:
@@ -246,13 +262,6 @@ def test_the_path_of_a_mixture_is_refused(tmp_path: Path) -> None:
         MoSForCausalLM.from_causal_lm(tmp_path)
     with pytest.raises(ValueError, match="a mixture already"):
         MoSForCausalLM.from_causal_lm(MoSForCausalLM.from_pretrained(tmp_path))
-
-
-def test_a_rank_is_judged_by_the_width_of_the_model_at_the_path(tmp_path: Path) -> None:
-    tiny_causal_lm("llama", hidden_size=576, num_attention_heads=8, head_dim=72).save_pretrained(tmp_path)
-    assert MoSForCausalLM.from_causal_lm(tmp_path, latent_rank=576).lm_head.latent_rank == 576
-    with pytest.raises(ValueError, match=r"latent_rank: expected at most D = 576, .*, given 577"):
-        MoSForCausalLM.from_causal_lm(tmp_path, latent_rank=577)
 
 
 def test_a_model_that_is_no_causal_lm_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -271,7 +280,7 @@ def test_unknown_options_are_refused_with_a_path(tmp_path: Path) -> None:
 
 
 def test_a_mixture_is_not_converted_again() -> None:
-    with pytest.raises(ValueError, match="softmax head, given MoSForCausalLM"):
+    with pytest.raises(ValueError, match="softmax head, given MoSLlamaForCausalLM, a mixture already"):
         MoSForCausalLM.from_causal_lm(MoSForCausalLM.from_causal_lm(tiny_causal_lm()))
 
 
@@ -289,7 +298,8 @@ def test_the_class_beside_a_checkpoint_converts_with_its_own_config(tmp_path: Pa
     MoSForCausalLM.from_causal_lm(tiny_causal_lm("llama")).save_pretrained(tmp_path)
     remote = get_class_from_dynamic_module("modeling_mos.MoSForCausalLM", tmp_path)
     model = remote.from_causal_lm(tiny_causal_lm("llama"), num_mixtures=2)
-    assert type(model) is remote is not MoSForCausalLM
-    assert type(model.config) is remote.config_class is not MoSConfig
+    assert isinstance(model, remote)
+    assert not isinstance(model, MoSForCausalLM)
+    assert not isinstance(model.config, MoSConfig)
     tokens = random_tokens()
     assert log_prob_gap(tiny_causal_lm("llama"), model, input_ids=tokens) < 1e-5

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import (
     BACKBONES,
+    HEADS,
     PAD,
     VOCAB_SIZE,
     WITH_ATTENTION,
@@ -47,9 +48,10 @@ def teacher_forced(model: MoSForCausalLM, tokens: Tensor, steps: int = NEW, **kw
     return tokens
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-def test_greedy_with_cache_is_greedy_without(name: str) -> None:
-    model = tiny_mos(name)
+@pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.parametrize("name", [*BACKBONES, "bert", "cohere"])
+def test_greedy_with_cache_is_greedy_without(name: str, head: dict[str, Any]) -> None:
+    model = tiny_mos(name, **head)
     tokens = random_tokens()
     expected = teacher_forced(model, tokens)
     assert torch.equal(greedy(model, tokens, NEW), expected)
@@ -226,7 +228,7 @@ def test_temperature_acts_on_the_mixture() -> None:
     torch.testing.assert_close(outputs.logits[0].log_softmax(-1), log_probs)
 
 
-@pytest.mark.parametrize("options", [{}, {"latent_rank": 4}, {"shortlist_size": 5}, {"prior_bias": True}], ids=str)
+@pytest.mark.parametrize("options", HEADS, ids=str)
 @pytest.mark.parametrize("name", BACKBONES)
 def test_logits_processors_see_the_softmaxs_logits(name: str, options: dict[str, Any]) -> None:
     """A repetition penalty multiplies logits, so that their scale decides what it does."""
@@ -251,23 +253,24 @@ def test_logits_processors_see_the_softmaxs_logits(name: str, options: dict[str,
         torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-5)
 
 
-def test_logits_of_generation_are_log_probabilities_times_the_mean_partition_function() -> None:
-    model = tiny_mos()
+@pytest.mark.parametrize("options", HEADS, ids=str)
+def test_logits_of_generation_are_log_probabilities_times_the_mean_partition_function(options: dict[str, Any]) -> None:
+    model = tiny_mos(**options)
     tokens = random_tokens()
     head = model.lm_head
     with torch.no_grad():
-        hidden_states = model.backbone(input_ids=tokens).logits
+        hidden_states = model.head_inputs(input_ids=tokens)
         logits = model(input_ids=tokens, add_log_partition=True).logits
         log_probs = model(input_ids=tokens).logits
-        partitions = head.decoder(head.latents(hidden_states).dense()).logsumexp(-1)
-        weights = head.prior_logits(hidden_states).softmax(-1)
-    mean_partition = 1 / (weights / partitions.exp()).sum(-1, keepdim=True)
+        log_weights, component_logits = head.components(hidden_states)
+        partitions = component_logits.logsumexp(-1)
+    mean_partition = 1 / (log_weights.exp() / partitions.exp()).sum(-1, keepdim=True)
     torch.testing.assert_close(logits, log_probs + mean_partition.log())
     with torch.enable_grad():
         torch.testing.assert_close(model(input_ids=tokens, add_log_partition=True).logits, logits)
 
 
-@pytest.mark.parametrize("options", [{}, {"latent_rank": 4}, {"shortlist_size": 5}, {"softcap": None}], ids=str)
+@pytest.mark.parametrize("options", HEADS, ids=str)
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_logits_of_generation_do_not_depend_on_the_path(name: str, options: dict[str, Any]) -> None:
     """With gradients they are computed in another way than without."""

@@ -1,39 +1,34 @@
-"""The head's flags: each field of MoSConfig that a conversion may set is a flag of every command, from one place."""
+"""The head's flags: each option of a conversion is a flag of every command, from one place, and what a head costs."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import tiny_causal_lm
+import torch
+from helpers import random_tokens, tiny_causal_lm, tiny_mos
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from hf_mos import MoSConfig
 from hf_mos.tools.cli import app
 from hf_mos.tools.exit_codes import OptionError
-from hf_mos.tools.head_options import head_fields
+from hf_mos.tools.head_options import Flag, head_cost, head_flags
 from hf_mos.tools.train_options import parse_options
 
-VALUES: dict[str, Any] = {
-    "num_mixtures": 3,
-    "latent_rank": 4,
-    "shortlist_size": 5,
-    "latent_scale": 2.0,
-    "latent_activation": "tanh",
-    "latent_bias": True,
-    "prior_bias": True,
-    "latent_dropout": 0.25,
-    "balance_coefficient": 0.5,
-    "tie_word_embeddings": False,
-}
+VALUES: list[tuple[str, Any]] = [
+    ("num_mixtures", 3),
+    ("shortlist_size", 5),
+    ("shortlist_size", None),
+    ("latent_scale", 2.0),
+    ("tie_word_embeddings", False),
+]
 
 
-def flag_of(name: str, value: Any) -> list[str]:
+def words_of(name: str, value: Any) -> list[str]:
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
-    return [f"--{flag}", str(value)]
+    return [f"--{flag}", "all" if value is None else str(value)]
 
 
 @pytest.fixture(scope="module")
@@ -47,64 +42,67 @@ def convert(*arguments: Any) -> Any:
     return CliRunner().invoke(app, ["convert", *map(str, arguments)])
 
 
-def test_every_field_of_the_head_has_a_help_text_and_is_tested_here() -> None:
-    own = {field.name for field in dataclasses.fields(MoSConfig)} & set(MoSConfig.__annotations__) - {"text_config"}
-    described = {field.name for field in dataclasses.fields(MoSConfig) if field.metadata.get("help")}
-    assert described == own
-    assert {field.name for field in head_fields()} == set(VALUES)
+def test_every_option_of_the_head_is_tested_here() -> None:
+    defaults = {flag.name: flag.default for flag in head_flags()}
+    assert defaults == {"num_mixtures": 16, "shortlist_size": 64, "latent_scale": None, "tie_word_embeddings": None}
+    assert defaults.keys() == dict(VALUES).keys()
 
 
-@pytest.mark.parametrize("name", VALUES)
-def test_a_flag_of_convert_reaches_the_checkpoint(name: str, model: Path, tmp_path: Path) -> None:
-    result = convert(model, tmp_path / "out", *flag_of(name, VALUES[name]))
+@pytest.mark.parametrize(("name", "value"), VALUES)
+def test_a_flag_of_convert_reaches_the_checkpoint(name: str, value: Any, model: Path, tmp_path: Path) -> None:
+    result = convert(model, tmp_path / "out", *words_of(name, value))
     assert result.exit_code == 0, result.output
-    assert json.loads((tmp_path / "out" / "config.json").read_text())[name] == VALUES[name]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())[name] == value
 
 
-def test_convert_without_a_flag_of_the_head_makes_the_cheapest_mixture(tmp_path: Path) -> None:
-    tiny_causal_lm("llama", vocab_size=4096).save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("vocab_size", [97, 4096])
+def test_convert_without_a_flag_makes_the_default_head(vocab_size: int, tmp_path: Path) -> None:
+    tiny_causal_lm("llama", vocab_size=vocab_size).save_pretrained(tmp_path / "model")
     result = convert(tmp_path / "model", tmp_path / "out")
     assert "16, on a shortlist of 64 classes" in result.output
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["num_mixtures"], config["shortlist_size"]) == (16, 64)
 
 
-@pytest.mark.parametrize("name", VALUES)
-def test_a_flag_of_train_reaches_the_options(name: str, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "value"), VALUES)
+def test_a_flag_of_train_reaches_the_options(name: str, value: Any, model: Path, tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text("text")
     start = ["--model", str(model), "--train-file", str(file), "--output-dir", str(tmp_path / "out")]
-    options, _, _ = parse_options([*start, *flag_of(name, VALUES[name])])
-    assert options.head_options == {name: VALUES[name]}
+    options, _, _ = parse_options([*start, *words_of(name, value)])
+    assert options.head_options == {name: value}
     assert parse_options(start)[0].head_options == {}
     with pytest.raises(ValueError, match="--head softmax: expected no options"):
-        parse_options([*start, "--head", "softmax", *flag_of(name, VALUES[name])])
+        parse_options([*start, "--head", "softmax", *words_of(name, value)])
 
 
-@pytest.mark.parametrize("field", head_fields(), ids=lambda field: field.name)
+@pytest.mark.parametrize("flag", head_flags(), ids=lambda flag: flag.name)
 def test_both_commands_explain_a_flag_in_the_same_words(
-    field: dataclasses.Field, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    flag: Flag, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "400")
-    help_text = field.metadata["help"]
-    flag = f"--{field.name.replace('_', '-')}"
     shown = " ".join(CliRunner().invoke(app, ["convert", "--help"], env={"COLUMNS": "400"}).output.split())
-    assert flag in shown
-    assert help_text in shown
     with pytest.raises(SystemExit):
         parse_options(["--help"])
     printed = " ".join(capsys.readouterr().out.split())
-    assert flag in printed
-    assert help_text in printed
+    name = f"--{flag.name.replace('_', '-')}"
+    words = [name if flag.metavar is None else f"{name} {flag.metavar}", flag.help]
+    assert all(word in text for text in (shown, printed) for word in words)
+    if flag.default is not None:
+        assert f"{flag.help} (default: {flag.default})" in printed
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("num_mixtures", 0), ("latent_rank", 0), ("latent_dropout", 1.0), ("latent_activation", "relu")],
+    [("num_mixtures", 0), ("shortlist_size", 0), ("shortlist_size", "None"), ("latent_scale", 0.0)],
 )
 def test_a_value_out_of_range_is_a_wrong_command_line(name: str, value: Any, tmp_path: Path) -> None:
-    result = convert("missing", tmp_path / "out", *flag_of(name, value))
+    result = convert("missing", tmp_path / "out", *words_of(name, value))
     assert result.exit_code == 2
+    (tmp_path / "text.txt").write_text("text")
+    start = ["--model", "missing", "--train-file", str(tmp_path / "text.txt"), "--output-dir", str(tmp_path / "out")]
+    with pytest.raises(OptionError, match=f"{name}: expected"):
+        parse_options([*start, *words_of(name, value)])
 
 
 def test_train_refuses_an_abbreviation_and_a_missing_output_folder(model: Path, tmp_path: Path) -> None:
@@ -115,3 +113,17 @@ def test_train_refuses_an_abbreviation_and_a_missing_output_folder(model: Path, 
         parse_options(start)
     with pytest.raises(OptionError, match=r"--learning-rat: .*closest is --learning-rate"):
         parse_options([*start, "--output-dir", str(tmp_path / "out"), "--learning-rat", "1"])
+
+
+@pytest.mark.parametrize(("num_mixtures", "shortlist_size"), [(1, None), (4, None), (1, 5), (16, 5), (3, 97)])
+def test_the_cost_of_a_head_is_what_torch_counts(num_mixtures: int, shortlist_size: int | None) -> None:
+    options = {"num_mixtures": num_mixtures, "shortlist_size": shortlist_size}
+    softmax, mixture = tiny_causal_lm(), tiny_mos(**options)
+    counts = []
+    for model in (softmax, mixture):
+        with FlopCounterMode(display=False) as counter, torch.enable_grad():
+            model(random_tokens())
+        counts.append(counter.get_total_flops())
+    of_softmax = 2 * random_tokens().numel() * 32 * 97
+    cost = head_cost(num_mixtures, shortlist_size, hidden_size=32, vocab_size=97)
+    assert cost == pytest.approx(1 + (counts[1] - counts[0]) / of_softmax)

@@ -36,13 +36,18 @@ def trained(model: MoSForCausalLM, rows: Any, folder: Path, steps: int = 6) -> t
     trainer = Trainer(model, arguments, train_dataset=rows)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return losses, {name: weight.detach() for name, weight in model.lm_head.named_parameters()}
+    return losses, {name: weight.detach() for name, weight in model.mos_head.named_parameters()}
+
+
+def backbone_of(model: MoSForCausalLM) -> list[Tensor]:
+    """The weights before the head, as the softmax model has them."""
+    return [*model.base_model.parameters()]
 
 
 @pytest.mark.parametrize("train_decoder", [None, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_trains_as_with_a_frozen_backbone_that_runs(name: str, train_decoder: bool | None, tmp_path: Path) -> None:
-    model, rows = tiny_mos(name, prior_bias=True), rows_of()
+    model, rows = tiny_mos(name), rows_of()
     freeze_backbone(model, train_decoder)
     twin = copy.deepcopy(model)
     kept = keep_hidden_states(twin, rows, tmp_path / "states")
@@ -51,10 +56,12 @@ def test_trains_as_with_a_frozen_backbone_that_runs(name: str, train_decoder: bo
     assert losses == pytest.approx(expected_losses, abs=1e-6)
     for weight_name in expected:
         torch.testing.assert_close(weights[weight_name], expected[weight_name], atol=1e-6, rtol=1e-5)
-    start = tiny_mos(name, prior_bias=True)
-    for backbone in (model.backbone, twin.backbone):
-        assert all(torch.equal(*pair) for pair in zip(backbone.parameters(), start.backbone.parameters(), strict=True))
-    moved = not torch.equal(model.lm_head.decoder.weight, start.lm_head.decoder.weight)
+    start = tiny_mos(name)
+    for same in (model, twin):
+        assert all(torch.equal(*pair) for pair in zip(backbone_of(same), backbone_of(start), strict=True))
+    assert not torch.equal(model.lm_head.shift.weight, start.lm_head.shift.weight)
+    assert not torch.equal(model.lm_head.prior.weight, start.lm_head.prior.weight)
+    moved = not torch.equal(model.lm_head.weight, start.lm_head.weight)
     assert moved == (train_decoder is None and not model.config.tie_word_embeddings)
 
 
@@ -66,7 +73,7 @@ def test_the_result_is_one_checkpoint(tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=tokens).logits, model(input_ids=tokens).logits)
-        states = model.backbone(input_ids=tokens).logits
+        states = model.head_inputs(input_ids=tokens)
         assert torch.equal(model(hidden_states=states).logits, model(input_ids=tokens).logits)
         losses = [model(labels=tokens, **inputs).loss for inputs in ({"hidden_states": states}, {"input_ids": tokens})]
     torch.testing.assert_close(*losses)
@@ -75,7 +82,7 @@ def test_the_result_is_one_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_file_holds_what_the_backbone_returns(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_the_file_holds_what_the_head_reads(dtype: torch.dtype, tmp_path: Path) -> None:
     model, rows = tiny_mos().to(dtype), rows_of(7, lengths=(12, 12, 5))
     freeze_backbone(model)
     kept = keep_hidden_states(model, rows, tmp_path, batch_size=2)
@@ -84,7 +91,7 @@ def test_the_file_holds_what_the_backbone_returns(dtype: torch.dtype, tmp_path: 
     assert model.training is False
     for row, given in zip(rows, kept, strict=True):
         with torch.no_grad():
-            expected = model.backbone(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+            expected = model.head_inputs(input_ids=torch.tensor([row["input_ids"]]))[0]
         torch.testing.assert_close(
             given["hidden_states"], expected, atol=2e-2 if dtype != torch.float32 else 1e-5, rtol=1e-2
         )
@@ -130,19 +137,28 @@ def test_hidden_states_of_something_else_are_made_anew(change: str, tmp_path: Pa
         rows = rows_of(5)
     elif change == "weights":
         with torch.no_grad():
-            next(model.backbone.parameters()).mul_(1.1)
+            next(model.parameters()).mul_(1.1)
     else:
         (tmp_path / PROGRESS_FILE).write_text("{")
     counted = Counted()
     kept = keep_hidden_states(model, rows, tmp_path, batch_size=1, track=counted)
     assert counted.batches == len(rows)
     with torch.no_grad():
-        expected = model.backbone(input_ids=torch.tensor([rows[0]["input_ids"]])).logits[0]
+        expected = model.head_inputs(input_ids=torch.tensor([rows[0]["input_ids"]]))[0]
     torch.testing.assert_close(kept[0]["hidden_states"], expected)
 
 
+def test_heads_of_another_kind_use_the_same_hidden_states(tmp_path: Path) -> None:
+    rows, counted = rows_of(4), Counted()
+    for options in ({"num_mixtures": 2}, {"num_mixtures": 4, "shortlist_size": None, "latent_scale": 0.5}):
+        model = tiny_mos(**options)
+        freeze_backbone(model)
+        keep_hidden_states(model, rows, tmp_path, batch_size=1, track=counted)
+    assert counted.batches == len(rows)
+
+
 def with_adapter(model: MoSForCausalLM) -> None:
-    layer: Any = model.backbone.get_submodule("model.layers.0.self_attn")
+    layer: Any = model.get_submodule("model.layers.0.self_attn")
     layer.q_proj.base_layer = nn.Linear(2, 2)
 
 
@@ -164,7 +180,7 @@ def test_untrue_hidden_states_are_refused(make: Any, train_decoder: bool | None,
 
 
 def with_dropout_module(model: MoSForCausalLM) -> MoSForCausalLM:
-    model.backbone.get_submodule("transformer.drop").p = 0.2  # type: ignore[assignment]
+    model.get_submodule("transformer.drop").p = 0.2  # type: ignore[assignment]
     return model
 
 

@@ -2,8 +2,8 @@
 
 import importlib
 import itertools
+import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,31 +11,25 @@ import torch.nn.functional as F
 from helpers import LargestTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import hf_mos
-from hf_mos import mos_cross_entropy, mos_log_probs
-from hf_mos.mos_chunks import CPU_BUDGET_BYTES
-from hf_mos.mos_latents import ShortlistLatents, SubspaceLatents, as_latents
-from hf_mos.mos_log_probs import infer_log_probs, mix_log_probs
+from hf_mos import mos_cross_entropy, mos_log_probs, remote_code
+from hf_mos.remote_code.mos_decoder import CPU_BUDGET_BYTES
+from hf_mos.remote_code.mos_log_probs import infer_log_probs
 
 IGNORED = -100
 
-# The forms of latents: a rank for the shifts, a shortlist on which the components differ.
-FORMS = [{}, {"rank": 2}, {"shortlist": 3}, {"rank": 2, "shortlist": 3}]
+# On all classes, and on a shortlist: of latents, and of their mean and offsets.
+FORMS = [(None, False), (3, False), (3, True)]
 
 
-def draw(N=7, K=3, E=5, V=11, rank=None, shortlist=None, bias=False, ignored="some", dtype=torch.float64, seed=0):
+def draw(N=7, K=3, D=5, V=11, pair=False, bias=False, ignored="some", dtype=torch.float64, seed=0):
     """Leaves named by what they are, and targets."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    leaves = {"prior_logits": normal(N, K), "decoder_weight": normal(V, E)}
-    if rank is None and shortlist is None:
-        leaves["latents"] = normal(N, K, E)
-    else:
-        leaves |= {"hidden_states": normal(N, E), "shifts": normal(N, K, rank or E)}
-        leaves |= {} if rank is None else {"basis": normal(E, rank)}
+    leaves = {"prior_logits": normal(N, K), "decoder_weight": normal(V, D)}
+    leaves |= {"mean": normal(N, D), "offsets": normal(N, K, D)} if pair else {"latents": normal(N, K, D)}
     if bias:
         leaves["decoder_bias"] = normal(V)
     targets = torch.randint(0, V, (N,), generator=generator)
@@ -46,30 +40,22 @@ def draw(N=7, K=3, E=5, V=11, rank=None, shortlist=None, bias=False, ignored="so
     return leaves, targets
 
 
-def arguments(leaves, shortlist=None):
-    latents = leaves.get("latents")
-    if shortlist is not None:
-        latents = ShortlistLatents(leaves["hidden_states"], leaves["shifts"], leaves.get("basis"), size=shortlist)
-    elif latents is None:
-        latents = SubspaceLatents(leaves["hidden_states"], leaves["shifts"], leaves["basis"])
+def arguments(leaves):
+    latents = leaves["latents"] if "latents" in leaves else (leaves["mean"], leaves["offsets"])
     return (latents, leaves["prior_logits"], leaves["decoder_weight"]), leaves.get("decoder_bias")
 
 
-def reference(leaves, targets, softcap=None, reduction="mean", shortlist=None):
-    positional, bias = arguments(leaves, shortlist)
-    return reduce(mos_log_probs(*positional, decoder_bias=bias, softcap=softcap), targets, reduction)
+def reference(leaves, targets, reduction="mean", **options):
+    positional, bias = arguments(leaves)
+    return reduce(mos_log_probs(*positional, decoder_bias=bias, **options), targets, reduction)
 
 
-def factored_reference(leaves, targets, reduction="mean", shortlist=None):
-    """The wide product and the narrow ones in plain torch, to compare rounding with."""
-    weight = leaves["decoder_weight"]
-    shared = F.linear(leaves["hidden_states"], weight, leaves["decoder_bias"])
-    narrow = weight if "basis" not in leaves else weight @ leaves["basis"]
-    if shortlist is None:
-        component_logits = shared.unsqueeze(1) + F.linear(leaves["shifts"], narrow)
-        return reduce(mix_log_probs(component_logits, leaves["prior_logits"]), targets, reduction)
-    chosen = shared.float().topk(shortlist).indices
-    differences = leaves["shifts"] @ narrow[chosen].mT
+def shortlist_in_plain_torch(leaves, targets, shortlist_size, reduction="mean"):
+    """The wide product and the products on the shortlist, to compare rounding with."""
+    ((mean, offsets), _, weight), bias = arguments(leaves)
+    shared = F.linear(mean, weight, bias)
+    chosen = shared.float().topk(shortlist_size).indices
+    differences = offsets @ weight[chosen].mT
     log_gate = leaves["prior_logits"].float().log_softmax(-1).unsqueeze(-1)
     mixed = torch.logsumexp(log_gate + shared.gather(1, chosen).unsqueeze(1).float() + differences.float(), 1)
     return reduce(shared.float().scatter(1, chosen, mixed).log_softmax(-1), targets, reduction)
@@ -82,8 +68,8 @@ def reduce(log_probs, targets, reduction):
     return nll.sum() / (1 if reduction == "sum" else (targets != IGNORED).sum().clamp(min=1))
 
 
-def fast(leaves, targets, shortlist=None, **options):
-    positional, bias = arguments(leaves, shortlist)
+def fast(leaves, targets, **options):
+    positional, bias = arguments(leaves)
     return mos_cross_entropy(*positional, targets, decoder_bias=bias, **options)
 
 
@@ -106,36 +92,36 @@ def assert_same(expected, given, tolerance=1e-12):
         )
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(("shortlist_size", "pair"), FORMS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("bias", [False, True])
-def test_equals_reference_in_float64(form, reduction, softcap, bias):
+def test_equals_reference_in_float64(shortlist_size, pair, reduction, softcap, bias):
     for (N, K), chunk_size, ignored in itertools.product(
         [(1, 1), (7, 3), (8, 2)], [None, 1, 3], ["none", "some", "all"]
     ):
-        leaves, targets = draw(N=N, K=K, **form, bias=bias, ignored=ignored)
-        options = {"softcap": softcap, "reduction": reduction, "shortlist": form.get("shortlist")}
+        leaves, targets = draw(N=N, K=K, pair=pair, bias=bias, ignored=ignored)
+        options = {"softcap": softcap, "reduction": reduction, "shortlist_size": shortlist_size}
         expected = run(reference, leaves, targets, **options)
         given = run(fast, leaves, targets, **options, chunk_size=chunk_size)
         assert_same(expected, given)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(("shortlist_size", "pair"), FORMS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_each_gradient_alone(form, reduction):
-    leaves, targets = draw(**form, bias=True)
-    options = {"softcap": 3.0, "reduction": reduction, "shortlist": form.get("shortlist")}
+def test_each_gradient_alone(shortlist_size, pair, reduction):
+    leaves, targets = draw(pair=pair, bias=True)
+    options = {"softcap": 3.0, "reduction": reduction, "shortlist_size": shortlist_size}
     expected = run(reference, leaves, targets, **options)
     for name in leaves:
         given = run(fast, leaves, targets, requires_grad=[name], **options, chunk_size=2)
         assert_same({key: expected[key] for key in ("loss", name)}, given)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(("shortlist_size", "pair"), FORMS)
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_gradcheck(form, softcap):
-    leaves, targets = draw(N=3, K=2, E=3, V=5, **form, bias=True)
+def test_gradcheck(shortlist_size, pair, softcap):
+    leaves, targets = draw(N=3, K=2, D=3, V=5, pair=pair, bias=True)
     names = list(leaves)
 
     def loss(*values):
@@ -144,24 +130,23 @@ def test_gradcheck(form, softcap):
             targets,
             softcap=softcap,
             reduction="none",
-            shortlist=form.get("shortlist"),
+            shortlist_size=shortlist_size,
         )
 
     assert torch.autograd.gradcheck(loss, [leaves[name].requires_grad_() for name in names])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("form", [{}, {"rank": 2}, {"shortlist": 20}, {"rank": 2, "shortlist": 20}], ids=str)
+@pytest.mark.parametrize("shortlist_size", [None, 20])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_half_precision_errs_no_more_than_plain_torch(dtype, form, reduction):
-    leaves, targets = draw(N=96, K=3, E=16, V=53, **form, bias=True, dtype=dtype)
-    shortlist = form.get("shortlist")
-    if shortlist is not None:
-        leaves["decoder_bias"][:shortlist] += 30  # a shortlist that rounding does not change
-        leaves["shifts"] /= 4
-    options = {"reduction": reduction, "shortlist": shortlist}
+def test_half_precision_errs_no_more_than_plain_torch(dtype, shortlist_size, reduction):
+    leaves, targets = draw(N=96, K=3, D=16, V=53, pair=shortlist_size is not None, bias=True, dtype=dtype)
+    if shortlist_size is not None:
+        leaves["decoder_bias"][:shortlist_size] += 30  # a shortlist that rounding does not change
+        leaves["offsets"] /= 4
+    options = {"reduction": reduction, "shortlist_size": shortlist_size}
     exact = run(reference, {name: x.double() for name, x in leaves.items()}, targets, **options)
-    plain = run(factored_reference if form else reference, leaves, targets, **options)
+    plain = run(shortlist_in_plain_torch if shortlist_size else reference, leaves, targets, **options)
     given = run(fast, leaves, targets, **options, chunk_size=7)
     for name in exact:
         plain_error = (plain[name].double() - exact[name]).norm()
@@ -171,7 +156,7 @@ def test_half_precision_errs_no_more_than_plain_torch(dtype, form, reduction):
 
 
 def test_autocast_runs_products_in_its_dtype_and_keeps_gradients_wide():
-    leaves, targets = draw(N=32, E=16, V=53, dtype=torch.float32)
+    leaves, targets = draw(N=32, D=16, V=53, dtype=torch.float32)
     exact = run(fast, leaves, targets)
 
     def under_autocast(leaves, targets):
@@ -209,8 +194,8 @@ class CountProducts(TorchDispatchMode):
     ("frozen", "gradients", "products"), [((), True, 3), (("decoder_weight",), True, 2), ((), False, 1)]
 )
 def test_makes_no_product_that_nobody_needs(frozen, gradients, products):
-    N, K, E, V = 8, 2, 16, 64
-    leaves, targets = draw(N=N, K=K, E=E, V=V, ignored="none")
+    N, K, D, V = 8, 2, 16, 64
+    leaves, targets = draw(N=N, K=K, D=D, V=V, ignored="none")
     leaves = {name: x.requires_grad_(name not in frozen) for name, x in leaves.items()}
     with CountProducts() as counter, torch.set_grad_enabled(gradients):
         loss = fast(leaves, targets)
@@ -258,6 +243,9 @@ def test_integer_targets_of_any_width():
         ({"decoder_bias": torch.zeros(10, dtype=torch.float64)}, "decoder_bias: expected"),
         ({"reduction": "average"}, "reduction: expected"),
         ({"chunk_size": 0}, "chunk_size: expected"),
+        ({"shortlist_size": 0}, "shortlist_size: expected an int of at least 1, or None, given 0"),
+        ({"latents": (torch.zeros(7, 5), torch.zeros(7, 3, 5))}, "shortlist_size: expected an int"),
+        ({"latents": (torch.zeros(7, 5), torch.zeros(7, 3, 4)), "shortlist_size": 3}, "latents: expected"),
     ],
 )
 def test_bad_input_names_what_was_expected(change, message):
@@ -266,24 +254,24 @@ def test_bad_input_names_what_was_expected(change, message):
         mos_cross_entropy(**{**leaves, "targets": targets, **change})
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(("shortlist_size", "pair"), FORMS)
 @pytest.mark.parametrize("N", [1, 2, 40])
-def test_inference_equals_reference(form, N):
-    leaves, _ = draw(N=N, K=4, **form, bias=True)
-    positional, bias = arguments(leaves, form.get("shortlist"))
-    options = {"decoder_bias": bias, "softcap": 2.0}
-    inferred = infer_log_probs(as_latents(positional[0]), *positional[1:], **options)
-    torch.testing.assert_close(inferred, mos_log_probs(*positional, **options))
+def test_inference_equals_reference(shortlist_size, pair, N):
+    leaves, _ = draw(N=N, K=4, pair=pair, bias=True)
+    positional, bias = arguments(leaves)
+    options = {"decoder_bias": bias, "softcap": 2.0, "shortlist_size": shortlist_size}
+    torch.testing.assert_close(infer_log_probs(*positional, **options), mos_log_probs(*positional, **options))
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_inference_keeps_what_underflows_and_what_cannot_be(form):
+@pytest.mark.parametrize(("shortlist_size", "pair"), FORMS)
+def test_inference_keeps_what_underflows_and_what_cannot_be(shortlist_size, pair):
     """Log-probabilities far below the smallest number of fp32, and classes that no component gives a probability."""
-    leaves, _ = draw(N=3, K=4, **form, bias=True, dtype=torch.float32)
+    leaves, _ = draw(N=3, K=4, pair=pair, bias=True, dtype=torch.float32)
     leaves["decoder_bias"][2:4] = torch.tensor([-500.0, float("-inf")])
-    positional, bias = arguments(leaves, form.get("shortlist"))
-    inferred = infer_log_probs(as_latents(positional[0]), *positional[1:], decoder_bias=bias)
-    torch.testing.assert_close(inferred, mos_log_probs(*positional, decoder_bias=bias))
+    positional, bias = arguments(leaves)
+    options = {"decoder_bias": bias, "shortlist_size": shortlist_size}
+    inferred = infer_log_probs(*positional, **options)
+    torch.testing.assert_close(inferred, mos_log_probs(*positional, **options))
     assert (inferred[:, 2] < -400).all()
     assert (inferred[:, 3] == float("-inf")).all()
 
@@ -298,7 +286,7 @@ def test_inference_keeps_to_its_budget(dtype, bytes_per_logit):
         torch.randn(V, 4, dtype=dtype),
     )
     with LargestTensor() as largest:
-        infer_log_probs(as_latents(latents), prior_logits, weight)
+        infer_log_probs(latents, prior_logits, weight)
     assert N * V < largest.numel <= CPU_BUDGET_BYTES / bytes_per_logit < N * K * V
 
 
@@ -323,15 +311,15 @@ def test_training_keeps_to_its_budget(V, trains_decoder, rows):
     assert 0.95 * rows * V < largest.numel <= rows * V
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(("shortlist_size", "pair"), FORMS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiles_whole_without_recompiling(form, reduction):
+def test_compiles_whole_without_recompiling(shortlist_size, pair, reduction):
     torch.compiler.reset()
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
     for seed in range(3):  # another number of ignored targets each time
-        leaves, targets = draw(**form, bias=True, seed=seed)
+        leaves, targets = draw(pair=pair, bias=True, seed=seed)
         targets[:seed] = IGNORED
-        options = {"reduction": reduction, "softcap": 2.0, "shortlist": form.get("shortlist")}
+        options = {"reduction": reduction, "softcap": 2.0, "shortlist_size": shortlist_size}
         expected = run(fast, leaves, targets, **options)
         with torch._dynamo.config.patch(error_on_recompile=seed > 0):
             given = run(compiled, leaves, targets, **options)
@@ -340,9 +328,8 @@ def test_compiles_whole_without_recompiling(form, reduction):
 
 def test_operator_can_be_defined_twice(tmp_path):
     """A process may load the package and, as remote code, its copy."""
-    for path in Path(hf_mos.__file__).parent.glob("*.py"):
-        (tmp_path / "copy_of_mos" / path.name).parent.mkdir(exist_ok=True)
-        (tmp_path / "copy_of_mos" / path.name).write_text(path.read_text() if path.name != "__init__.py" else "")
+    shutil.copytree(remote_code.__path__[0], tmp_path / "copy_of_mos")
+    (tmp_path / "copy_of_mos" / "__init__.py").write_text("")
     sys.path.insert(0, str(tmp_path))
     try:
         copied = importlib.import_module("copy_of_mos.mos_loss").mos_cross_entropy
@@ -356,12 +343,12 @@ def test_operator_can_be_defined_twice(tmp_path):
         torch.testing.assert_close(compiled(*positional, targets), mos_cross_entropy(*positional, targets))
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(("shortlist_size", "pair"), FORMS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_second_derivative_is_refused(form, reduction):
-    leaves, targets = draw(**form)
+def test_a_second_derivative_is_refused(shortlist_size, pair, reduction):
+    leaves, targets = draw(pair=pair)
     weight = leaves["decoder_weight"].requires_grad_()
-    loss = fast(leaves, targets, reduction=reduction, shortlist=form.get("shortlist")).sum()
+    loss = fast(leaves, targets, reduction=reduction, shortlist_size=shortlist_size).sum()
     with pytest.raises(
         RuntimeError, match="create_graph: expected False, as the loss with labels is differentiable once"
     ):

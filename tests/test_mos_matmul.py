@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_mos import mos_matmul
-from hf_mos.mos_matmul import COLUMNS, NARROW, TILE, add_product_, multiply, multiply_into
+from hf_mos.remote_code import mos_matmul
+from hf_mos.remote_code.mos_matmul import COLUMNS, NARROW, TILE, add_product_, multiply, multiply_into
 
 # Rows, width, classes; the last do not fill their tile.
 SIZES = [(1, 8, 5), (COLUMNS, 16, 40), (7, 16, TILE), (33, 24, 2 * TILE + 3)]
@@ -25,11 +25,11 @@ def onednn(request, monkeypatch):
 
 @pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize(("n", "E", "V"), SIZES)
+@pytest.mark.parametrize(("n", "D", "V"), SIZES)
 @pytest.mark.parametrize("has_bias", [False, True])
 @torch.no_grad()
-def test_equals_linear(n, E, V, dtype, has_bias):
-    rows, weight = torch.randn(n, E, dtype=dtype), torch.randn(V, E, dtype=dtype)
+def test_equals_linear(n, D, V, dtype, has_bias):
+    rows, weight = torch.randn(n, D, dtype=dtype), torch.randn(V, D, dtype=dtype)
     bias = torch.randn(V, dtype=dtype) if has_bias else None
     expected = F.linear(rows, weight, bias)
     torch.testing.assert_close(multiply(rows, weight, bias), expected)
@@ -40,12 +40,12 @@ def test_equals_linear(n, E, V, dtype, has_bias):
 
 @pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("E", [3, NARROW + 1])
+@pytest.mark.parametrize("D", [3, NARROW + 1])
 @torch.no_grad()
-def test_adds_a_product(E, dtype):
+def test_adds_a_product(D, dtype):
     """To a sum, and to memory that was never written; the left matrix is a transposed part of a wider buffer."""
-    error, rows = torch.randn(9, TILE + 5, dtype=dtype)[:7], torch.randn(7, E, dtype=dtype)
-    total = torch.full((TILE + 5, E), torch.nan, dtype=dtype)
+    error, rows = torch.randn(9, TILE + 5, dtype=dtype)[:7], torch.randn(7, D, dtype=dtype)
+    total = torch.full((TILE + 5, D), torch.nan, dtype=dtype)
     add_product_(total, error.t(), rows, is_first=True)
     torch.testing.assert_close(total, error.t() @ rows)
     add_product_(total, error.t(), rows, is_first=False)

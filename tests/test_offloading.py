@@ -16,12 +16,11 @@ from accelerate import (
     init_empty_weights,
     load_checkpoint_and_dispatch,
 )
-from helpers import BACKBONES, greedy, log_prob_gap, random_tokens, tiny_causal_lm, tiny_mos
+from helpers import BACKBONES, HEADS, greedy, log_prob_gap, random_tokens, tiny_causal_lm, tiny_mos
 from transformers import AutoModelForCausalLM
 
 from hf_mos import MoSForCausalLM
 
-FORMS: list[dict[str, Any]] = [{}, {"latent_rank": 4}, {"shortlist_size": 5, "latent_rank": 4}]
 TOKENS = random_tokens()
 EXACT = 5e-6
 # transformers says so when it saves what is offloaded, and when it generates from it.
@@ -51,16 +50,16 @@ def assert_works(model: MoSForCausalLM, expected: Any, folder: Path, gap: float 
 # ------------------------------------------------------------------------------------ conversion of an offloaded model
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize(
     "offload", [cpu_offload, lambda m: cpu_offload_with_hook(m), "disk"], ids=["cpu", "hook", "disk"]
 )
-def test_conversion_of_a_model_that_was_offloaded(offload: Any, name: str, form: dict, tmp_path: Path) -> None:
+def test_conversion_of_a_model_that_was_offloaded(offload: Any, name: str, head: dict, tmp_path: Path) -> None:
     softmax = tiny_causal_lm(name)
     base = copy.deepcopy(softmax)
     disk_offload(base, tmp_path / "offload") if offload == "disk" else offload(base)
-    assert_works(MoSForCausalLM.from_causal_lm(base, **form), softmax, tmp_path / "saved", gap=1e-5)
+    assert_works(MoSForCausalLM.from_causal_lm(base, **head), softmax, tmp_path / "saved", gap=1e-5)
     assert log_prob_gap(base, softmax, input_ids=TOKENS) <= EXACT  # still works
 
 
@@ -88,7 +87,7 @@ def test_conversion_with_a_device_map(device_map: Any, name: str, tmp_path: Path
 
 def placed(model: MoSForCausalLM, how: str, folder: Path) -> MoSForCausalLM:
     model.save_pretrained(folder / "model")
-    device_map = {"backbone": "cpu", "lm_head": "disk"}
+    device_map = {"model": "cpu", "lm_head": "disk"}
     if how == "load_checkpoint_and_dispatch":
         with init_empty_weights():
             empty = MoSForCausalLM(copy.deepcopy(model.config)).eval()
@@ -132,11 +131,11 @@ HOW = [
 ]
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2"])
 @pytest.mark.parametrize("how", HOW)
-def test_a_placed_mixture_predicts_the_same(how: str, name: str, form: dict, tmp_path: Path) -> None:
-    model = tiny_mos(name, **form)
+def test_a_placed_mixture_predicts_the_same(how: str, name: str, head: dict, tmp_path: Path) -> None:
+    model = tiny_mos(name, **head)
     if how.endswith("to disk") and model.config.tie_word_embeddings:
         pytest.skip("accelerate looks on the disk for each name of a tied weight, for every model")
     twin = placed(model, how, tmp_path)
@@ -148,9 +147,9 @@ def test_a_placed_mixture_predicts_the_same(how: str, name: str, form: dict, tmp
 
 
 @pytest.mark.parametrize("make", [MoSForCausalLM, AutoModelForCausalLM.from_config])
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_no_buffer_stays_on_the_meta_device(make: Callable[..., Any], form: dict) -> None:
-    config = tiny_mos(**form).config
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_no_buffer_stays_on_the_meta_device(make: Callable[..., Any], head: dict) -> None:
+    config = tiny_mos(**head).config
     with init_empty_weights():
         model = make(config)
     assert all(weight.is_meta for weight in model.parameters())
@@ -158,13 +157,13 @@ def test_no_buffer_stays_on_the_meta_device(make: Callable[..., Any], form: dict
     assert infer_auto_device_map(model, max_memory={"cpu": "1GB"}) == {"": "cpu"}
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_new_tensors_lie_where_the_decoder_computes(form: dict) -> None:
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_new_tensors_lie_where_the_decoder_computes(head: dict) -> None:
     base = tiny_causal_lm()
     with torch.device("meta"):
         on_meta = copy.deepcopy(base).to("meta")
-    assert all(weight.is_meta for weight in MoSForCausalLM.from_causal_lm(on_meta, **form).parameters())
+    assert all(weight.is_meta for weight in MoSForCausalLM.from_causal_lm(on_meta, **head).parameters())
     base.to(torch.bfloat16)
-    head = MoSForCausalLM.from_causal_lm(base, **form).lm_head
-    assert head.shift.weight.dtype == torch.bfloat16
-    assert head.shift.weight.device.type == "cpu"
+    shift = MoSForCausalLM.from_causal_lm(base, **head).lm_head.shift
+    assert shift.weight.dtype == torch.bfloat16
+    assert shift.weight.device.type == "cpu"

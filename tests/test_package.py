@@ -137,7 +137,7 @@ def test_the_sdist_has_what_the_wheel_is_built_from(distributions: Path) -> None
     (sdist,) = distributions.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "hf_mos/modeling_mos.py"} <= names
+    assert {"pyproject.toml", "README.md", "LICENSE", "hf_mos/remote_code/modeling_mos.py"} <= names
 
 
 def test_constraints_pin_every_declared_requirement() -> None:

@@ -25,4 +25,4 @@ def test_it_is_short_and_leaves_a_checkpoint_that_loads_without_hf_mos(tmp_path:
     assert "Return a new" in process.stdout
     folder = tmp_path / "quickstart-model"
     assert len(AutoTokenizer.from_pretrained(folder)) == 2048
-    assert run_python(LOAD, folder, cache=tmp_path).split() == ["MoSForCausalLM", "4"]
+    assert run_python(LOAD, folder, cache=tmp_path).split() == ["MoSLlamaForCausalLM", "16"]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import VOCAB_SIZE, random_tokens, tiny_causal_lm, tiny_mos
+from helpers import HEADS, VOCAB_SIZE, random_tokens, tiny_causal_lm, tiny_mos
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,8 +19,9 @@ def test_one_softmax_reaches_its_bound_and_no_more(name):
     assert log_prob_rank(log_probs).rank == HIDDEN_SIZE + 1
 
 
-def test_a_mixture_reaches_the_vocabulary():
-    log_probs = log_prob_matrix(tiny_mos(), random_tokens(8, 16))
+@pytest.mark.parametrize("head", HEADS)
+def test_a_mixture_reaches_the_vocabulary(head):
+    log_probs = log_prob_matrix(tiny_mos(**head), random_tokens(8, 16))
     assert log_prob_rank(log_probs).rank == VOCAB_SIZE
 
 

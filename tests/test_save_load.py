@@ -5,17 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import BACKBONES, greedy, log_prob_gap, random_tokens, run_python, tiny_causal_lm, tiny_mos
+from helpers import BACKBONES, HEADS, greedy, log_prob_gap, random_tokens, run_python, tiny_causal_lm, tiny_mos
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-import hf_mos
-from hf_mos import MoSConfig, MoSForCausalLM
+from hf_mos import MoSConfig, MoSForCausalLM, remote_code
 
-# The package's own file, the conversion and the classifier do not travel.
-AT_HOME = {"__init__.py", "conversion.py", "mixture_of_softmaxes.py"}
-CODE_FILES = {path.name for path in Path(hf_mos.__file__).parent.glob("*.py")} - AT_HOME
+CODE_FILES = {path.name for path in Path(remote_code.__path__[0]).glob("*.py")} - {"__init__.py"}
 
 
 def assert_same_weights(model: PreTrainedModel, other: PreTrainedModel) -> None:
@@ -29,8 +26,7 @@ def assert_same_weights(model: PreTrainedModel, other: PreTrainedModel) -> None:
 def fields(config: MoSConfig) -> dict:
     """The config without what a file or a loaded model adds."""
     added = {"transformers_version", "_name_or_path", "dtype", "architectures", "auto_map"}
-    ours = {key: value for key, value in config.to_dict().items() if key not in added}
-    return ours | {"text_config": {key: value for key, value in ours["text_config"].items() if key not in added}}
+    return {key: value for key, value in config.to_dict().items() if key not in added}
 
 
 def stored_keys(path: Path) -> set[str]:
@@ -38,12 +34,13 @@ def stored_keys(path: Path) -> set[str]:
         return set(weights.keys())
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-def test_saved_and_loaded_is_the_same(name: str, tmp_path: Path) -> None:
-    model = tiny_mos(name)
+@pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.parametrize("name", [*BACKBONES, "bert", "cohere", "gpt_neox"])
+def test_saved_and_loaded_is_the_same(name: str, head: dict, tmp_path: Path) -> None:
+    model = tiny_mos(name, **head)
     model.save_pretrained(tmp_path)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert type(loaded) is MoSForCausalLM
+    assert type(loaded) is type(model)
     assert not any(info.values())
     assert_same_weights(model, loaded)
     assert fields(loaded.config) == fields(model.config)
@@ -59,15 +56,29 @@ def test_files_of_a_checkpoint(name: str, tmp_path: Path) -> None:
     files = {path.name for path in tmp_path.iterdir()}
     assert files == CODE_FILES | {"config.json", "generation_config.json", "model.safetensors"}
     assert all(Path(file).suffix in {".py", ".json", ".safetensors"} for file in files)
-    is_tied = model.lm_head.decoder.weight is model.get_input_embeddings().weight
-    assert ("lm_head.decoder.weight" in stored_keys(tmp_path / "model.safetensors")) is not is_tied
+    is_tied = model.lm_head.weight is model.get_input_embeddings().weight
+    softmax_folder = tmp_path / "softmax"
+    tiny_causal_lm(name).save_pretrained(softmax_folder)
+    keys = stored_keys(tmp_path / "model.safetensors")
+    assert keys == stored_keys(softmax_folder / "model.safetensors") | {
+        "lm_head.prior.weight",
+        "lm_head.shift.weight",
+    }
+    assert ("lm_head.weight" in keys) is not is_tied
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["auto_map"] == {
         "AutoConfig": "configuration_mos.MoSConfig",
         "AutoModelForCausalLM": "modeling_mos.MoSForCausalLM",
     }
-    assert config["architectures"] == ["MoSForCausalLM"]
+    softmax_config = json.loads((softmax_folder / "config.json").read_text())
+    assert config["architectures"] == [f"MoS{softmax_config['architectures'][0]}"]
     assert config["model_type"] == "mos"
+    assert config["backbone_model_type"] == softmax_config["model_type"]
+    own = {"num_mixtures", "shortlist_size", "latent_scale", "auto_map", "backbone_model_type"}
+    assert own <= config.keys() - softmax_config.keys()
+    assert config["num_mixtures"] == 3
+    assert config["shortlist_size"] == 64
+    assert config["latent_scale"] == 10.0
 
 
 WITHOUT_HF_MOS = """
@@ -149,8 +160,8 @@ def test_needs_no_trust_where_hf_mos_is_imported(tmp_path: Path) -> None:
     code = """
 import hf_mos
 from transformers import AutoConfig, AutoModelForCausalLM
-print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])) is hf_mos.MoSForCausalLM)
-print(type(AutoConfig.from_pretrained(sys.argv[1])) is hf_mos.MoSConfig)
+print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])) is hf_mos.MoSLlamaForCausalLM)
+print(isinstance(AutoConfig.from_pretrained(sys.argv[1]), hf_mos.MoSConfig))
 """
     assert run_python(code, tmp_path, cache=cache, without_hf_mos=False).split() == ["True", "True"]
 
@@ -170,18 +181,19 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 root = Path(sys.argv[1])
 remote_class = get_class_from_dynamic_module("modeling_mos.MoSForCausalLM", str(root / "mine"))
-assert remote_class is not hf_mos.MoSForCausalLM
-assert remote_class.config_class is not hf_mos.MoSConfig
+assert not issubclass(remote_class, hf_mos.MoSForCausalLM)
 tokens = torch.arange(3, 15).view(2, 6)
 package = hf_mos.MoSForCausalLM.from_pretrained(root / "mine")
 remote = remote_class.from_pretrained(root / "mine")
+assert isinstance(package, hf_mos.MoSForCausalLM) and not isinstance(remote, hf_mos.MoSForCausalLM)
+assert not isinstance(remote.config, hf_mos.MoSConfig)
 trusted = AutoModelForCausalLM.from_pretrained(root / "mine", trust_remote_code=True)
 for model in (package, remote, trusted):
     assert torch.equal(model(tokens).logits, package(tokens).logits)
     model.train()(tokens, labels=tokens).loss.backward()
     model.save_pretrained(root / "again")
-    assert type(AutoModelForCausalLM.from_pretrained(root / "again")) is hf_mos.MoSForCausalLM
-    assert type(AutoConfig.from_pretrained(root / "again")) is hf_mos.MoSConfig
+    assert type(AutoModelForCausalLM.from_pretrained(root / "again")) is hf_mos.MoSLlamaForCausalLM
+    assert isinstance(AutoConfig.from_pretrained(root / "again"), hf_mos.MoSConfig)
 # A config of the one class makes a model of the other.
 assert hf_mos.MoSForCausalLM(remote.config).lm_head.num_mixtures == 3
 assert remote_class(package.config).lm_head.num_mixtures == 3
@@ -204,7 +216,7 @@ def test_half_precision_keeps_the_prior_in_fp32(name: str, dtype: torch.dtype, t
             assert candidate.dtype == dtype
             assert str(candidate.config.dtype) in str(dtype)
             assert candidate.lm_head.prior.weight.dtype == torch.float32
-            assert candidate.lm_head.shift.weight.dtype == candidate.lm_head.decoder.weight.dtype == dtype
+            assert candidate.lm_head.shift.weight.dtype == candidate.lm_head.weight.dtype == dtype
             outputs = candidate(input_ids=random_tokens(), labels=random_tokens())
             assert outputs.logits.dtype == outputs.loss.dtype == torch.float32
     assert torch.equal(loaded.lm_head.prior.weight, model.lm_head.prior.weight)
@@ -240,19 +252,6 @@ def test_save_original_format_can_be_asked_for(tmp_path: Path) -> None:
         assert_same_weights(model, AutoModelForCausalLM.from_pretrained(tmp_path / str(choice)))
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-def test_a_foreign_folder_is_refused(name: str, tmp_path: Path) -> None:
-    tiny_causal_lm(name).save_pretrained(tmp_path)
-    for loader in (MoSForCausalLM, MoSConfig):
-        with pytest.raises(ValueError, match="from_causal_lm"):
-            loader.from_pretrained(tmp_path)
-
-
-def test_a_config_without_a_backbone_is_refused() -> None:
-    with pytest.raises(ValueError, match="text_config: expected the config of a causal LM"):
-        MoSConfig()
-
-
 def test_a_checkpoint_without_its_head_is_refused(tmp_path: Path) -> None:
     model = tiny_mos()
     state = {key: value for key, value in model.state_dict().items() if "lm_head.prior" not in key}
@@ -269,33 +268,30 @@ def test_a_checkpoint_of_another_head_is_refused(tmp_path: Path) -> None:
 
 def test_options_can_be_changed_at_loading(tmp_path: Path) -> None:
     tiny_mos().save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, latent_dropout=0.3, attn_implementation="eager")
-    assert model.config.latent_dropout == model.lm_head.dropout.p == 0.3
-    assert model.backbone.config._attn_implementation == "eager"
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, shortlist_size=None, attention_dropout=0.3, attn_implementation="eager"
+    )
+    assert model.config.shortlist_size is model.lm_head.shortlist_size is None
+    assert model.config.attention_dropout == 0.3
+    assert model.config._attn_implementation == "eager"
+    model = MoSForCausalLM.from_pretrained(tmp_path, shortlist_size=7, latent_scale=2.0)
+    for owner in (model.config, model.lm_head):
+        assert (owner.num_mixtures, owner.shortlist_size, owner.latent_scale) == (3, 7, 2.0)
 
 
 def test_a_config_survives_its_file(tmp_path: Path) -> None:
     for name in BACKBONES:
-        config = tiny_mos(name, latent_dropout=0.1, num_mixtures=5).config
+        config = tiny_mos(name, shortlist_size=7, num_mixtures=5).config
         config.save_pretrained(tmp_path)
-        loaded = AutoConfig.from_pretrained(tmp_path)
-        assert fields(loaded) == fields(config)
-        assert type(loaded.text_config) is type(config.text_config)
+        for loaded in (AutoConfig.from_pretrained(tmp_path), MoSConfig.from_pretrained(tmp_path)):
+            assert fields(loaded) == fields(config)
+            assert type(loaded) is type(config)
+            assert isinstance(loaded, type(tiny_causal_lm(name).config))
 
 
 def test_a_new_model_from_a_config() -> None:
     for name in BACKBONES:
         config = tiny_mos(name).config
         model = AutoModelForCausalLM.from_config(config)
-        assert type(model) is MoSForCausalLM
+        assert type(model) is type(tiny_mos(name))
         assert model(input_ids=random_tokens()).logits.exp().sum(-1).sub(1).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_basis_is_there_again_and_not_trained(dtype: torch.dtype, tmp_path: Path) -> None:
-    model = MoSForCausalLM.from_causal_lm(tiny_causal_lm(), latent_rank=4).to(dtype)
-    model.save_pretrained(tmp_path)
-    assert "lm_head.basis" not in stored_keys(tmp_path / "model.safetensors")
-    loaded = MoSForCausalLM.from_pretrained(tmp_path, dtype=dtype)
-    assert torch.equal(loaded.lm_head.basis, model.lm_head.basis)
-    assert not loaded.lm_head.basis.requires_grad

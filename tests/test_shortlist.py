@@ -1,4 +1,4 @@
-"""Components that differ on a shortlist: what is particular to them. The tests of all forms run over them too."""
+"""Components that differ on a shortlist: what is particular to them. The tests of both heads run over them too."""
 
 import copy
 from typing import Any
@@ -9,21 +9,27 @@ import torch.nn.functional as F
 from helpers import VOCAB_SIZE, log_prob_gap, random_tokens, tiny_causal_lm, tiny_mos
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig
 
 from hf_mos import MoSConfig, MoSForCausalLM, mos_cross_entropy, mos_log_probs
-from hf_mos.mos_latents import ShortlistLatents
-from hf_mos.mos_log_probs import infer_log_probs
-from hf_mos.mos_shortlist import BLOCK, SEARCHED_ROWS, top_classes
+from hf_mos.remote_code.mos_log_probs import infer_log_probs
+from hf_mos.remote_code.mos_shortlist import BLOCK, SEARCHED_ROWS, top_classes
 from hf_mos.training.mixture_statistics import mixture_statistics, predict_in_chunks
 
-N, K, E = 9, 3, 12
+N, K, D = 9, 3, 12
 
 
 def draw(V: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The mean latents, offsets whose mean is zero, the prior's logits and the decoder's weight."""
     generator = torch.Generator().manual_seed(V)
-    shapes = ((N, E), (N, K, E), (N, K), (V, E))
-    hidden, shifts, prior_logits, weight = (torch.randn(*shape, generator=generator, dtype=dtype) for shape in shapes)
-    return scale * hidden, shifts, prior_logits, weight
+    shapes = ((N, D), (N, K, D), (N, K), (V, D))
+    mean, offsets, prior_logits, weight = (torch.randn(*shape, generator=generator, dtype=dtype) for shape in shapes)
+    return scale * mean, offsets - offsets.mean(1, keepdim=True), prior_logits, weight
+
+
+def whole(mean: Tensor, offsets: Tensor) -> Tensor:
+    """The latents (N, K, D)."""
+    return mean.unsqueeze(1) + offsets
 
 
 @pytest.mark.parametrize("V", [1, BLOCK - 1, BLOCK, 5 * BLOCK, 40 * BLOCK + 7])
@@ -46,74 +52,75 @@ def test_top_classes_of_ties_are_distinct(value: float) -> None:
 @pytest.mark.parametrize("size", [1, 4, 20])
 def test_is_the_mixture_of_components_that_share_their_tails(size: int, softcap: float | None) -> None:
     """By the definition, component by component, in probability space."""
-    hidden, shifts, prior_logits, weight = draw(40 * BLOCK + 7)
-    shared = hidden @ weight.T
+    mean, offsets, prior_logits, weight = draw(40 * BLOCK + 7)
+    shared = mean @ weight.T
     inside = torch.zeros_like(shared).scatter(1, shared.topk(size).indices, 1).unsqueeze(1)
-    logits = shared.unsqueeze(1) + inside * (shifts @ weight.T)
+    logits = shared.unsqueeze(1) + inside * (offsets @ weight.T)
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     partition = logits.exp().sum(-1)  # (N, K)
     mixture_weights = F.normalize(prior_logits.softmax(-1) * partition, p=1, dim=-1)
     expected = (mixture_weights.unsqueeze(-1) * logits.softmax(-1)).sum(1).log()
-    latents = ShortlistLatents(hidden, shifts, size=size)
-    for function in (mos_log_probs, infer_log_probs):
-        torch.testing.assert_close(function(latents, prior_logits, weight, softcap=softcap), expected)
+    options = {"softcap": softcap, "shortlist_size": size}
+    torch.testing.assert_close(mos_log_probs(whole(mean, offsets), prior_logits, weight, **options), expected)
+    for latents in ((mean, offsets), whole(mean, offsets)):
+        torch.testing.assert_close(infer_log_probs(latents, prior_logits, weight, **options), expected)
 
 
-@pytest.mark.parametrize("size", [0, 1])
-def test_a_shortlist_of_all_classes_is_the_full_mixture(size: int) -> None:
-    hidden, shifts, prior_logits, weight = draw(70)
-    dense = hidden.unsqueeze(1) + shifts
-    log_gate_and_partition = prior_logits.log_softmax(-1) + torch.logsumexp(dense @ weight.T, dim=-1)
-    full = mos_log_probs(dense, log_gate_and_partition, weight)
-    latents = ShortlistLatents(hidden, shifts, size=70 + size)
-    torch.testing.assert_close(infer_log_probs(latents, prior_logits, weight), full)
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_shortlist_of_all_classes_is_the_full_mixture(more: int) -> None:
+    mean, offsets, prior_logits, weight = draw(70)
+    latents = whole(mean, offsets)
+    log_gate_and_partition = prior_logits.log_softmax(-1) + torch.logsumexp(latents @ weight.T, dim=-1)
+    full = mos_log_probs(latents, log_gate_and_partition, weight)
+    given = infer_log_probs((mean, offsets), prior_logits, weight, shortlist_size=70 + more)
+    torch.testing.assert_close(given, full)
     targets = torch.arange(N)
-    torch.testing.assert_close(mos_cross_entropy(latents, prior_logits, weight, targets), F.nll_loss(full, targets))
+    loss = mos_cross_entropy((mean, offsets), prior_logits, weight, targets, shortlist_size=70 + more)
+    torch.testing.assert_close(loss, F.nll_loss(full, targets))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_losses_of_all_labels_are_one_distribution(dtype: torch.dtype) -> None:
     """The label has no part in the choice of the shortlist."""
     V = 40 * BLOCK + 7
-    hidden, shifts, prior_logits, weight = draw(V, dtype)
+    mean, offsets, prior_logits, weight = draw(V, dtype)
     part = slice(0, 2)
-    latents = ShortlistLatents(hidden[part].repeat(V, 1), shifts[part].repeat(V, 1, 1), size=5)
+    latents = (mean[part].repeat(V, 1), offsets[part].repeat(V, 1, 1))
     targets = torch.arange(V).repeat_interleave(2)
-    nll = mos_cross_entropy(latents, prior_logits[part].repeat(V, 1), weight, targets, reduction="none")
+    options: dict[str, Any] = {"shortlist_size": 5, "reduction": "none"}
+    nll = mos_cross_entropy(latents, prior_logits[part].repeat(V, 1), weight, targets, **options)
     torch.testing.assert_close((-nll).exp().view(V, 2).sum(0), torch.ones(2, dtype=dtype))
 
 
 def test_a_confident_token_whose_shortlist_holds_all_the_mass() -> None:
-    hidden, shifts, prior_logits, weight = draw(40 * BLOCK + 7, torch.float32, scale=60.0)
-    leaves = [x.requires_grad_() for x in (hidden, shifts, prior_logits, weight)]
+    mean, offsets, prior_logits, weight = draw(40 * BLOCK + 7, torch.float32, scale=60.0)
+    leaves = [x.requires_grad_() for x in (mean, offsets, prior_logits, weight)]
     targets = torch.arange(N)
-    loss = mos_cross_entropy(ShortlistLatents(hidden, shifts, size=4), prior_logits, weight, targets)
+    loss = mos_cross_entropy((mean, offsets), prior_logits, weight, targets, shortlist_size=4)
     given = torch.autograd.grad(loss, leaves)
     wide = [x.detach().double().requires_grad_() for x in leaves]
-    latents = ShortlistLatents(wide[0], wide[1], size=4)
-    exact = F.nll_loss(mos_log_probs(latents, wide[2], wide[3]), targets)
+    offsets = wide[1] - wide[1].mean(1, keepdim=True)
+    exact = F.nll_loss(mos_log_probs(whole(wide[0], offsets), wide[2], wide[3], shortlist_size=4), targets)
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
     for one, other in zip(given, torch.autograd.grad(exact, wide), strict=True):
         assert one.isfinite().all()
+        one = one - one.mean(1, keepdim=True) if one.dim() == 3 else one  # of offsets whose mean is zero
         torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("rank", [None, 4])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_blocks_of_classes_and_chunks_of_tokens(reduction: str, softcap: float | None, rank: int | None) -> None:
-    hidden, shifts, prior_logits, weight = draw(40 * BLOCK + 7)
-    basis = None if rank is None else torch.randn(E, rank, dtype=torch.float64)
-    shifts = shifts[..., :rank] if rank else shifts
+def test_blocks_of_classes_and_chunks_of_tokens(reduction: str, softcap: float | None) -> None:
+    leaves = [x.clone().requires_grad_() for x in draw(40 * BLOCK + 7)]
+    mean, offsets, prior_logits, weight = leaves
+    offsets = offsets - offsets.mean(1, keepdim=True)
     targets = torch.randint(0, 40 * BLOCK + 7, (N,))
     targets[::4] = -100
-    leaves = [x.clone().requires_grad_() for x in (hidden, shifts, basis, prior_logits, weight) if x is not None]
-    *parts, prior_logits, weight = leaves
-    latents = ShortlistLatents(*parts, size=6)
-    log_probs = mos_log_probs(latents, prior_logits, weight, softcap=softcap)
+    options: dict[str, Any] = {"softcap": softcap, "shortlist_size": 6}
+    log_probs = mos_log_probs(whole(mean, offsets), prior_logits, weight, **options)
     expected = F.nll_loss(log_probs, targets, reduction=reduction)
     given = mos_cross_entropy(
-        latents, prior_logits, weight, targets, softcap=softcap, reduction=reduction, chunk_size=2
+        (mean, offsets), prior_logits, weight, targets, reduction=reduction, chunk_size=2, **options
     )
     torch.testing.assert_close(given, expected, rtol=1e-12, atol=1e-12)
     pairs = (torch.autograd.grad(loss.sum(), leaves, retain_graph=True) for loss in (given, expected))
@@ -134,19 +141,18 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2"])
-@pytest.mark.parametrize("options", [{}, {"latent_rank": 4}], ids=str)
-def test_logits_with_gradients_are_those_of_one_softmax(options: dict[str, Any], name: str) -> None:
+def test_logits_with_gradients_are_those_of_one_softmax(name: str) -> None:
     """Values and gradients of the readable maths, without a tensor as wide as K vocabularies."""
-    model = tiny_mos(name, num_mixtures=K, shortlist_size=4, **options).double()
+    model = tiny_mos(name, num_mixtures=K, shortlist_size=4).double()
     head, tokens = model.lm_head, random_tokens(2)
-    hidden, targets = torch.randn(64, head.input_size, dtype=torch.float64), torch.arange(64)
+    hidden, targets = torch.randn(64, head.in_features, dtype=torch.float64), torch.arange(64)
     with Largest() as largest:
         log_probs = head(hidden)
     assert largest.numbers < 64 * K * VOCAB_SIZE
-    decoder = {"decoder_bias": head.decoder.bias, "softcap": head.softcap}
-    expected = mos_log_probs(head.latents(hidden), head.prior_logits(hidden), head.decoder.weight, **decoder)
+    options: dict[str, Any] = {"decoder_bias": head.bias, "softcap": head.softcap, "shortlist_size": 4}
+    expected = mos_log_probs(head.latents(hidden), head.prior_logits(hidden), head.weight, **options)
     torch.testing.assert_close(log_probs, expected, rtol=1e-12, atol=1e-12)
-    weights = [head.shift.weight, head.prior.weight, head.decoder.weight]
+    weights = [head.shift.weight, head.prior.weight, head.weight]
     gradients = (torch.autograd.grad(F.nll_loss(found, targets), weights) for found in (log_probs, expected))
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
@@ -157,16 +163,16 @@ def test_logits_with_gradients_are_those_of_one_softmax(options: dict[str, Any],
 
 def test_fewer_possible_classes_than_the_shortlist_has() -> None:
     """Classes at -inf are in the shortlist then; the loss and its gradients are those without these classes."""
-    hidden, shifts, prior_logits, weight = draw(300)
+    mean, offsets, prior_logits, weight = draw(300)
     live = 7
     bias = torch.zeros(300, dtype=torch.float64)
     bias[live:] = float("-inf")
     gradients = []
     for classes, decoder_bias in ((300, bias), (live, None)):
-        leaves = [x.clone().requires_grad_() for x in (hidden, shifts, prior_logits, weight[:classes])]
-        *parts, prior, rows = leaves
-        latents = ShortlistLatents(*parts, size=20)
-        loss = mos_cross_entropy(latents, prior, rows, torch.arange(N) % live, decoder_bias=decoder_bias)
+        leaves = [x.clone().requires_grad_() for x in (mean, offsets, prior_logits, weight[:classes])]
+        *pair, prior, rows = leaves
+        options: dict[str, Any] = {"decoder_bias": decoder_bias, "shortlist_size": 20}
+        loss = mos_cross_entropy(tuple(pair), prior, rows, torch.arange(N) % live, **options)
         *others, d_rows = torch.autograd.grad(loss, leaves)
         gradients.append([loss.detach(), *others, d_rows[:live]])
     for one, other in zip(*gradients, strict=True):
@@ -175,22 +181,20 @@ def test_fewer_possible_classes_than_the_shortlist_has() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2", "gpt2"])
-@pytest.mark.parametrize("options", [{}, {"latent_rank": 4}], ids=str)
-def test_exact_at_step_0(dtype: torch.dtype, name: str, options: dict[str, Any]) -> None:
+def test_exact_at_step_0(dtype: torch.dtype, name: str) -> None:
     softmax = tiny_causal_lm(name).to(dtype)
-    model = MoSForCausalLM.from_causal_lm(copy.deepcopy(softmax), num_mixtures=4, shortlist_size=5, **options)
+    model = MoSForCausalLM.from_causal_lm(copy.deepcopy(softmax), num_mixtures=4, shortlist_size=5)
     bound = 2e-5 if dtype == torch.float32 else 2e-2
     assert log_prob_gap(model, softmax, input_ids=random_tokens()) < bound
 
 
-@pytest.mark.parametrize("options", [{}, {"latent_rank": 4}], ids=str)
-def test_one_component_is_one_softmax_of_its_latent(options: dict[str, Any]) -> None:
+def test_one_component_is_one_softmax_of_its_latent() -> None:
     """The mean of the latents reaches every class, not the shortlist alone."""
     hidden, targets = torch.randn(6, 32, dtype=torch.float64), torch.arange(6)
     losses, gradients = [], []
     for size in (None, 5):
         torch.manual_seed(0)
-        head = tiny_mos(num_mixtures=1, shortlist_size=size, **options).double().lm_head
+        head = tiny_mos(num_mixtures=1, shortlist_size=size).double().lm_head
         torch.nn.init.normal_(head.shift.weight)
         losses.append(head(hidden, targets))
         losses[-1].backward()
@@ -234,15 +238,9 @@ def test_trains_and_its_components_part(tmp_path: Any) -> None:
     [
         ({"shortlist_size": 0}, "shortlist_size: expected an int of at least 1, or None, given 0"),
         ({"shortlist_size": 2.5}, "shortlist_size: expected an int of at least 1, or None, given 2.5"),
-        ({"shortlist_size": 4, "latent_activation": "tanh"}, "shortlist_size: expected None where the latents"),
+        ({"shortlist_size": True}, "shortlist_size: expected an int of at least 1, or None, given True"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
-        MoSConfig(text_config={"model_type": "llama", "vocab_size": VOCAB_SIZE}, **options)
-
-
-def test_shapes_that_do_not_fit() -> None:
-    hidden, shifts, prior_logits, weight = draw(70)
-    with pytest.raises(ValueError, match=r"latents: expected \(..., E\), \(..., K, E\)"):
-        mos_log_probs(ShortlistLatents(hidden, shifts[..., :4], size=3), prior_logits, weight)
+        MoSConfig.from_backbone_config(LlamaConfig(vocab_size=VOCAB_SIZE), **options)

@@ -80,7 +80,7 @@ def test_the_contexts_control_mixes_before_its_one_softmax():
     latents = hidden_states.unsqueeze(1) + scale * head.shift(hidden_states).view(5, 3, D)
     mixed = (weights.unsqueeze(-1) * latents).sum(1)
     with torch.no_grad():
-        torch.testing.assert_close(head(hidden_states), head.decoder(mixed).log_softmax(-1))
+        torch.testing.assert_close(head(hidden_states), F.linear(mixed, head.weight).log_softmax(-1))
 
 
 def test_a_seed_gives_every_head_the_same_backbone():
@@ -88,7 +88,7 @@ def test_a_seed_gives_every_head_the_same_backbone():
 
     size = Size(D, 1)
     models = [with_head(new_softmax_model(size, V, LENGTH, seed=3), head, 3) for head in (mixture(4), contexts(2))]
-    first, second = (dict(model.backbone.named_parameters()) for model in models)
+    first, second = (dict(model.transformer.named_parameters()) for model in models)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -108,7 +108,7 @@ def test_other_shortlists_choose_as_they_say():
         torch.nn.init.normal_(head.shift.weight)
         torch.nn.init.normal_(head.prior.weight)
 
-    z = heads[1].decoder(states)
+    z = F.linear(states, heads[1].weight)
     classes, is_in = heads[1].chosen(z, targets)
     for b in range(2):
         for t in range(LENGTH):
@@ -148,11 +148,11 @@ def test_training_the_head_alone_leaves_the_backbone():
     from training import Recipe, fit
 
     model = with_head(new_softmax_model(Size(D, 1), V, LENGTH, 0), mixture(2), 0)
-    before = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()}
-    decoder = model.lm_head.decoder.weight.clone()
+    before = {name: tensor.clone() for name, tensor in model.transformer.state_dict().items()}
+    decoder = model.lm_head.weight.clone()
     result = fit(model, some_text(), Recipe(3, 1e-2, batch_size=4, train_backbone=False), seed=0, name="")
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.backbone.state_dict().items())
-    assert not torch.equal(decoder, model.lm_head.decoder.weight)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.transformer.state_dict().items())
+    assert not torch.equal(decoder, model.lm_head.weight)
     assert result["steps"] == 3
     assert result["seconds"] > 0
 
@@ -217,9 +217,9 @@ def test_retrofit_by_its_command(tmp_path, data_dir):
     from models import mixture
 
     arguments = ["--data-dir", data_dir, *TINY, "--checkpoint-steps", "60", "--seeds", "1", "--out", tmp_path / "out"]
-    printed = run("retrofit.py", *arguments, "--latent-ranks", 2, "--latent-ranks", 4)
+    printed = run("retrofit.py", *arguments)
     results = (tmp_path / "out" / "retrofit.json").read_text()
-    assert "| mixture K=4 R=4 |" in printed
+    assert "| contexts K=4 |" in printed
     assert str(data_dir.parent) not in results
     assert (tmp_path / "out" / "retrofit.png").stat().st_size > 0
     assert re.search(r"^\| softmax, hidden size \d+ \| 60 \|", printed, flags=re.MULTILINE)
@@ -321,18 +321,17 @@ def test_words_are_tokens_and_unknown_ones_are_one(data_dir):
     assert int(text.train.max()) < text.vocab_size
 
 
-def test_the_trained_basis_starts_as_the_fixed_one_and_learns():
+def test_the_dropout_control_is_the_mixture_but_in_training():
     from models import Head, Size, mixture, new_softmax_model, with_head
-    from training import Recipe, fit
 
-    options = {"num_mixtures": 2, "latent_rank": 3}
-    fixed, moving = (
-        with_head(new_softmax_model(Size(D, 1), V, LENGTH, 0), head, 0)
-        for head in (mixture(2, latent_rank=3), Head("trained basis", options))
-    )
-    assert torch.equal(fixed.lm_head.basis, moving.lm_head.basis)
-    fit(moving, some_text(), Recipe(3, 1e-2, batch_size=4), seed=0, name="")
-    assert not torch.equal(fixed.lm_head.basis, moving.lm_head.basis)
+    backbone, tokens = new_softmax_model(Size(D, 1), V, LENGTH, 0), torch.randint(V, (3, LENGTH))
+    plain, control = (with_head(backbone, head, 0) for head in (mixture(3), Head("dropout", {"num_mixtures": 3})))
+    torch.nn.init.normal_(plain.lm_head.shift.weight, std=0.1)
+    control.lm_head.load_state_dict(plain.lm_head.state_dict())
+    with torch.no_grad():
+        expected = plain.eval()(input_ids=tokens, labels=tokens).loss
+        torch.testing.assert_close(control.eval()(input_ids=tokens, labels=tokens).loss, expected)
+        assert (control.train()(input_ids=tokens, labels=tokens).loss - expected).abs() > 1e-4
 
 
 def test_a_text_that_is_not_there_is_named():
@@ -367,9 +366,7 @@ def test_heads_of_a_real_model_by_its_command(tmp_path, data_dir, pretrained):
     printed = run("real_model.py", *arguments)
     heads = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")][2:]
     assert heads[:2] == ["as it is", "softmax"]
-    assert {"contexts K=4", "rescored K=2 M=64", "mixture K=16 M=256", "mixture K=4 R=32", "mixture K=16"} <= set(
-        heads
-    )
+    assert {"contexts K=4", "rescored K=2 M=64", "mixture K=16 M=256", "mixture K=16"} <= set(heads)
     runs = json.loads((tmp_path / "real_model.json").read_text())["runs"]
     base, *trained = runs
     assert base["settings"]["base"] == "llama"

@@ -1,25 +1,22 @@
 """Checks the per-token scores that preference trainers read against their definitions."""
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import LargestTensor, random_tokens, tiny_causal_lm, tiny_mos
+from helpers import HEADS, LargestTensor, random_tokens, tiny_mos
 from torch import Tensor, nn
 
-from hf_mos import MoSForCausalLM
-from hf_mos.mos_token_scores import SCORES, ScoreOptions
+from hf_mos import MoSForCausalLM, MoSLMHead
+from hf_mos.training.token_scores import SCORES, ScoreOptions, score_tokens
+
+MODELS: list[dict[str, Any]] = [{"shortlist_size": None}, {"shortlist_size": 5}, {"name": "gemma2"}, {"name": "gpt2"}]
 
 
-def trained_mos(name: str = "llama", **options: Any) -> MoSForCausalLM:
-    model = MoSForCausalLM.from_causal_lm(tiny_causal_lm(name), num_mixtures=3, **options)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for key, weight in model.lm_head.named_parameters():
-            if key != "decoder.weight":
-                weight += 0.1 * torch.randn(weight.shape, generator=generator)
-    return model
+def scoring(options: ScoreOptions) -> Any:
+    return functools.partial(score_tokens, options)
 
 
 def by_hand(model: MoSForCausalLM, tokens: Tensor, labels: Tensor, temperature: float) -> dict[str, Tensor]:
@@ -37,14 +34,12 @@ def by_hand(model: MoSForCausalLM, tokens: Tensor, labels: Tensor, temperature: 
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize(
-    "options", [{}, {"latent_rank": 4}, {"name": "gemma2"}, {"latent_bias": True}, {"shortlist_size": 5}], ids=str
-)
+@pytest.mark.parametrize("options", MODELS, ids=str)
 @pytest.mark.parametrize("hooked", [False, True])
 def test_scores_and_their_gradients(options: dict, temperature: float, hooked: bool) -> None:
-    model = trained_mos(**options).double().train()
-    if hooked:  # then the decoder is called, and its weight not read
-        model.lm_head.decoder.register_forward_hook(lambda module, inputs, output: 0.5 * output)
+    model = tiny_mos(**options).double().train()
+    if hooked:  # then the scores are those of the logits that the hook returns
+        model.lm_head.register_forward_hook(lambda module, inputs, output: 0.5 * output)
     model.score_options = ScoreOptions(temperature, SCORES)
     tokens = random_tokens()
     labels = tokens.clone()
@@ -68,15 +63,12 @@ def test_scores_and_their_gradients(options: dict, temperature: float, hooked: b
             torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize("hooked", [False, True])
-@pytest.mark.parametrize("options", [{}, {"latent_rank": 4}, {"name": "gemma2"}, {"shortlist_size": 5}], ids=str)
-def test_log_probs_alone_without_gradients_make_no_distribution(options: dict, hooked: bool) -> None:
-    model = trained_mos(**options)
-    if hooked:
-        model.lm_head.decoder.register_forward_hook(lambda module, inputs, output: 0.5 * output)
+@pytest.mark.parametrize("options", MODELS, ids=str)
+def test_log_probs_alone_without_gradients_make_no_distribution(options: dict) -> None:
+    model = tiny_mos(**options)
     hidden_states, targets = torch.randn(7, 32), torch.arange(7)
     with torch.no_grad():
-        scores = model.lm_head(hidden_states, targets=targets, scores=ScoreOptions())
+        scores = model.lm_head(hidden_states, targets=targets, function=scoring(ScoreOptions()))
         expected = model.lm_head(hidden_states).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(scores[0], expected, atol=1e-5, rtol=1e-5)
     assert scores[1:] == (None,) * 4
@@ -102,17 +94,16 @@ def test_scores_of_no_token_have_gradients() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("options", HEADS, ids=str)
 def test_no_tensor_is_as_wide_as_the_batch_and_the_vocabulary(
-    temperature: float, monkeypatch: pytest.MonkeyPatch
+    options: dict, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_mos.mos_chunks.CPU_BUDGET_BYTES", 2**16)
-    model = tiny_mos()
-    head = model.lm_head
-    head.decoder = nn.Linear(32, 8192, bias=False)
+    monkeypatch.setattr("hf_mos.remote_code.mos_decoder.CPU_BUDGET_BYTES", 2**16)
+    head = MoSLMHead.take_over(nn.Linear(32, 8192, bias=False), num_mixtures=3, **options)
     hidden_states = torch.randn(64, 32, requires_grad=True)
     with LargestTensor() as largest:
-        options = ScoreOptions(temperature, SCORES)
-        scores = head(hidden_states, targets=torch.arange(64), scores=options)
+        wanted = ScoreOptions(temperature, SCORES)
+        scores = head(hidden_states, targets=torch.arange(64), function=scoring(wanted))
         scores[0].sum().backward()
     assert largest.numel < 64 * 8192
 

@@ -94,7 +94,7 @@ def test_help_names_the_options(tmp_path: Path) -> None:
     assert len(options) == len(set(options))  # each once
     assert not any("_" in word for word in words if word.startswith("--"))
     assert "default: None" not in printed
-    assert "(default: 4)" in printed  # of num_mixtures
+    assert "(default: 16)" in printed  # of num_mixtures
     assert printed.count("\n") < 170
     whole = run_script(tmp_path, [sys.executable], "--help-all")
     every = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(TrainingArguments) if field.init}
@@ -159,16 +159,16 @@ def test_resumes_bit_for_bit(tmp_path: Path, base: Path, text_file: Path, run: C
 def test_trains_a_mixture_on(tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None]) -> None:
     first, second, third = tmp_path / "first", tmp_path / "second", tmp_path / "third"
     data = ["--train-file", text_file, "--max-steps", 3]
-    run("--model", base, "--num-mixtures", 2, "--latent-rank", 4, "--output-dir", first, *data)
-    run("--model", first, "--output-dir", second, *data)
+    run("--model", base, "--num-mixtures", 2, "--shortlist-size", "all", "--output-dir", first, *data)
+    run("--model", first, "--shortlist-size", "all", "--output-dir", second, *data)
     model = AutoModelForCausalLM.from_pretrained(second)
-    assert (model.config.num_mixtures, model.config.latent_rank) == (2, 4)
+    assert (model.config.num_mixtures, model.config.shortlist_size) == (2, None)
     losses = [json.loads((out / "eval_results.json").read_text())["eval_loss"] for out in (first, second)]
     assert losses[1] < losses[0]
     with pytest.raises(ValueError, match="--num-mixtures: the model has 2, given 5"):
         run("--model", first, "--num-mixtures", 5, "--output-dir", third, *data)
-    run("--model", first, "--balance-coefficient", 0.25, "--output-dir", third, *data)  # of the training alone
-    assert AutoModelForCausalLM.from_pretrained(third).config.balance_coefficient == 0.25
+    with pytest.raises(ValueError, match="--shortlist-size: the model has all, given 64"):
+        run("--model", first, "--shortlist-size", 64, "--output-dir", third, *data)
 
 
 def test_new_weights_and_the_softmax_to_compare(
@@ -209,7 +209,7 @@ def test_rows_of_a_dataset_end_with_the_end_token(tmp_path: Path, base: Path, ru
         ("--model BASE --train-file TEXT --block-size 65", "--block-size: expected at most the model's 64 positions"),
         ("--model BASE --train-file TEXT --block-size 1", "--block-size: expected at least 2 tokens, given 1"),
         ("--model BASE --train-file TEXT --num-mixtures 0", "num_mixtures: expected an int of at least 1, given 0"),
-        ("--model BASE --train-file TEXT --latent-rank 33", "latent_rank: expected at most D = 32"),
+        ("--model BASE --train-file TEXT --shortlist-size x", "shortlist_size: expected an int of at least 1, or all"),
         ("--model BASE --train-file TEXT --learning-rat 1", r"--learning-rat: expected .*closest is --learning-rate"),
         ("--model ./none --train-file TEXT", "model: expected a folder or a Hub id, given './none', which is neither"),
         ("--model BASE --train-file TEXT --tp-size 2", "--tp-size, --fsdp-size: expected a --model that has a"),
@@ -284,10 +284,10 @@ def test_a_frozen_backbone_runs_once(
     blocks = int((out / "hidden_states" / "hidden_states.bin").stat().st_size / (32 * 32 * 4))
     assert f"{blocks * 32 * 32 * 4:,} bytes in {out}" in capsys.readouterr().err
     model, before = MoSForCausalLM.from_pretrained(out), MoSForCausalLM.from_causal_lm(str(base), num_mixtures=3)
-    for ours, theirs in zip(model.backbone.parameters(), before.backbone.parameters(), strict=True):
+    for ours, theirs in zip(model.model.parameters(), before.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert model.lm_head.shift.weight.abs().max() > 0
-    assert torch.equal(model.lm_head.decoder.weight, before.lm_head.decoder.weight) == bool(decoder)
+    assert torch.equal(model.lm_head.weight, before.lm_head.weight) == bool(decoder)
     metrics = json.loads((out / "all_results.json").read_text())
     text = text_file.read_text()
     assert metrics["perplexity"] < 1000

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BACKBONES, VOCAB_SIZE, LargestTensor, random_tokens, tiny_causal_lm, tiny_mos
+from helpers import BACKBONES, HEADS, VOCAB_SIZE, LargestTensor, random_tokens, tiny_causal_lm, tiny_mos
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
@@ -57,17 +57,17 @@ def parameters(model: MoSForCausalLM) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
 
 
+@pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("name", BACKBONES)
-def test_trains(name: str, tmp_path: Path) -> None:
-    model = MoSForCausalLM.from_causal_lm(tiny_causal_lm(name), num_mixtures=3)
+def test_trains(name: str, head: dict, tmp_path: Path) -> None:
+    model = MoSForCausalLM.from_causal_lm(tiny_causal_lm(name), num_mixtures=3, **head)
     before = parameters(model)
     run = trainer(model, tmp_path, max_steps=20, learning_rate=3e-3, lr_scheduler_type="constant")
     run.train()
     assert losses(run)[-1] < 0.8 * losses(run)[0]
     changed = {key for key, weight in parameters(model).items() if not torch.equal(before[key], weight)}
     assert {"lm_head.prior.weight", "lm_head.shift.weight"} <= changed
-    decoder = model.lm_head.decoder.weight
-    assert changed & {key for key, weight in model.named_parameters() if weight is decoder}
+    assert changed & {key for key, weight in model.named_parameters() if weight is model.lm_head.weight}
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "mixtral"])
@@ -186,15 +186,25 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
+def with_dropout(name: str, seed: int = 0) -> MoSForCausalLM:
+    model = tiny_mos(name, seed=seed)
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.2
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.2
+    return model
+
+
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2"])
 def test_a_resumed_run_is_bit_identical(name: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-2}
-    whole = trainer(tiny_mos(name, latent_dropout=0.2), tmp_path / "whole", **options)
+    whole = trainer(with_dropout(name), tmp_path / "whole", **options)
     whole.train()
 
-    first = trainer(tiny_mos(name, latent_dropout=0.2), tmp_path / "parts", callbacks=[StopAt(3)], **options)
+    first = trainer(with_dropout(name), tmp_path / "parts", callbacks=[StopAt(3)], **options)
     first.train()
-    other = tiny_mos(name, seed=5, latent_dropout=0.2)  # everything comes from the checkpoint
+    other = with_dropout(name, seed=5)  # everything comes from the checkpoint
     second = trainer(other, tmp_path / "parts", **options)
     second.train(resume_from_checkpoint=True)
     assert second.state.global_step == 6
@@ -266,11 +276,12 @@ def test_prediction_loss_only_keeps_no_logits(tmp_path: Path) -> None:
     assert everything.predict(everything.eval_dataset).predictions.shape == (16, 12, VOCAB_SIZE)
 
 
+@pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("training", [True, False])
-def test_skip_logits_makes_no_tensor_as_wide_as_the_vocabulary(training: bool) -> None:
+def test_skip_logits_makes_no_tensor_as_wide_as_the_vocabulary(training: bool, head: dict) -> None:
     vocab_size, batch, length = 30000, 8, 64
     original = tiny_causal_lm(vocab_size=vocab_size)
-    model = MoSForCausalLM.from_causal_lm(original, num_mixtures=2).train(training)
+    model = MoSForCausalLM.from_causal_lm(original, num_mixtures=2, **head).train(training)
     tokens = random_tokens(batch, length)
     with LargestTensor() as largest, torch.set_grad_enabled(training):
         loss = model(input_ids=tokens, labels=tokens, skip_logits=True).loss
@@ -313,10 +324,10 @@ def test_evaluation_computes_the_component_logits_once() -> None:
 def test_logits_are_skipped_in_training_only_with_labels() -> None:
     tokens = random_tokens()
     model = tiny_mos().train()
-    assert model(input_ids=tokens, labels=tokens).logits == ()  # test_delegation.py checks that it cannot be read
+    assert model(input_ids=tokens, labels=tokens).logits == ()  # test_class.py checks that it cannot be read
     assert model(input_ids=tokens).logits.shape == (2, 12, VOCAB_SIZE)
     assert model(input_ids=tokens, labels=tokens, skip_logits=False).logits.shape == (2, 12, VOCAB_SIZE)
-    model = tiny_mos(skip_logits_in_training=False).train()
+    model.skip_logits_in_training = False
     assert model(input_ids=tokens, labels=tokens).logits.shape == (2, 12, VOCAB_SIZE)
     assert tiny_mos()(input_ids=tokens, labels=tokens).logits.shape == (2, 12, VOCAB_SIZE)
 
@@ -358,8 +369,9 @@ def test_router_loss_of_a_mixture_of_experts_joins_once() -> None:
     torch.testing.assert_close(outputs.aux_loss, expected.aux_loss)
 
 
-def test_loss_of_the_mixture_is_its_cross_entropy() -> None:
-    model = tiny_mos()
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_loss_of_the_mixture_is_its_cross_entropy(head: dict) -> None:
+    model = tiny_mos(**head)
     tokens = random_tokens()
     outputs = model(input_ids=tokens, labels=tokens)
     expected = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())

@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_mos import mos_cross_entropy
-from hf_mos.mos_latents import ShortlistLatents, SubspaceLatents
-from hf_mos.mos_log_probs import mos_log_probs
+from hf_mos import mos_cross_entropy, mos_log_probs
 
 Leaves = dict[str, Tensor]
 MANY = 16  # components of the larger mixture on a shortlist
@@ -35,23 +33,21 @@ class Contender:
 def make_leaves(
     num_tokens: int,
     num_mixtures: int,
-    latent_size: int,
+    hidden_size: int,
     vocab_size: int,
-    latent_rank: int,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> tuple[Leaves, Tensor]:
     torch.manual_seed(0)
     options = {"dtype": dtype, "device": device}
+    many = max(MANY, num_mixtures)
     leaves = {
-        "hidden_states": torch.randn(num_tokens, latent_size, **options),
-        "latents": torch.randn(num_tokens, num_mixtures, latent_size, **options),
-        "shifts": torch.randn(num_tokens, num_mixtures, latent_rank, **options),
-        "basis": torch.randn(latent_size, latent_rank, **options) * latent_size**-0.5,
-        "many_shifts": 0.1 * torch.randn(num_tokens, MANY, latent_size, **options),
+        "hidden_states": torch.randn(num_tokens, hidden_size, **options),
+        "latents": torch.randn(num_tokens, num_mixtures, hidden_size, **options),
+        "offsets": 0.1 * torch.randn(num_tokens, many, hidden_size, **options),
         "prior_logits": torch.randn(num_tokens, num_mixtures, **options),
-        "many_prior_logits": torch.randn(num_tokens, MANY, **options),
-        "decoder_weight": torch.randn(vocab_size, latent_size, **options) * latent_size**-0.5,
+        "many_prior_logits": torch.randn(num_tokens, many, **options),
+        "decoder_weight": torch.randn(vocab_size, hidden_size, **options) * hidden_size**-0.5,
     }
     targets = torch.randint(0, vocab_size, (num_tokens,), device=device)
     return {name: leaf.requires_grad_() for name, leaf in leaves.items()}, targets
@@ -65,44 +61,40 @@ def ours_frozen_decoder(leaves: Leaves, targets: Tensor) -> Tensor:
     return mos_cross_entropy(leaves["latents"], leaves["prior_logits"], leaves["decoder_weight"].detach(), targets)
 
 
-def subspace_latents(leaves: Leaves) -> SubspaceLatents:
-    return SubspaceLatents(leaves["hidden_states"], leaves["shifts"], leaves["basis"])
-
-
-def ours_subspace(leaves: Leaves, targets: Tensor) -> Tensor:
-    return mos_cross_entropy(subspace_latents(leaves), leaves["prior_logits"], leaves["decoder_weight"], targets)
-
-
 def ours_one_softmax(leaves: Leaves, targets: Tensor) -> Tensor:
     latents = leaves["hidden_states"].unsqueeze(1)
     return mos_cross_entropy(latents, leaves["prior_logits"][:, :1], leaves["decoder_weight"], targets)
 
 
-def shortlist(leaves: Leaves, num_mixtures: int) -> tuple[ShortlistLatents, Tensor]:
-    shifts, prior_logits = (leaves[name][:, :num_mixtures] for name in ("many_shifts", "many_prior_logits"))
-    return ShortlistLatents(leaves["hidden_states"], shifts, size=SHORTLIST_SIZE), prior_logits
+def shortlist(leaves: Leaves, num_mixtures: int | None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """The mean latent with the offsets from it, and the prior logits; `None`: as many as the full mixture has."""
+    K = num_mixtures or leaves["latents"].shape[1]
+    return (leaves["hidden_states"], leaves["offsets"][:, :K]), leaves["many_prior_logits"][:, :K]
 
 
-def ours_shortlist(num_mixtures: int) -> Loss:
+def ours_shortlist(num_mixtures: int | None) -> Loss:
     return lambda leaves, targets: mos_cross_entropy(
-        *shortlist(leaves, num_mixtures), leaves["decoder_weight"], targets
+        *shortlist(leaves, num_mixtures), leaves["decoder_weight"], targets, shortlist_size=SHORTLIST_SIZE
     )
 
 
-def shortlist_autograd(num_mixtures: int) -> Loss:
-    return lambda leaves, targets: F.nll_loss(
-        mos_log_probs(*shortlist(leaves, num_mixtures), leaves["decoder_weight"]), targets
-    )
+def shortlist_autograd(num_mixtures: int | None) -> Loss:
+    """The one softmax that the mixture equals, as the docstring of `mos_shortlist.py` has it."""
+
+    def loss(leaves: Leaves, targets: Tensor) -> Tensor:
+        (mean_latent, offsets), prior_logits = shortlist(leaves, num_mixtures)
+        weight = leaves["decoder_weight"]
+        z = F.linear(mean_latent, weight)
+        classes = z.detach().topk(min(SHORTLIST_SIZE, len(weight))).indices  # (N, M)
+        own = z.gather(1, classes).unsqueeze(1) + offsets @ weight[classes].transpose(1, 2)  # (N, K, M)
+        mixed = torch.logsumexp(F.log_softmax(prior_logits, dim=-1).unsqueeze(-1) + own, dim=1)
+        return F.cross_entropy(z.scatter(1, classes, mixed), targets)
+
+    return loss
 
 
 def log_space_autograd(leaves: Leaves, targets: Tensor) -> Tensor:
     return F.nll_loss(mos_log_probs(leaves["latents"], leaves["prior_logits"], leaves["decoder_weight"]), targets)
-
-
-def subspace_autograd(leaves: Leaves, targets: Tensor) -> Tensor:
-    return F.nll_loss(
-        mos_log_probs(subspace_latents(leaves), leaves["prior_logits"], leaves["decoder_weight"]), targets
-    )
 
 
 def paper(leaves: Leaves, targets: Tensor) -> Tensor:
@@ -164,8 +156,7 @@ def liger_softmax_heads(leaves: Leaves, targets: Tensor) -> Tensor:
 
 
 DENSE = ("latents", "prior_logits", "decoder_weight")
-SUBSPACE = ("hidden_states", "shifts", "basis", "prior_logits", "decoder_weight")
-SHORTLIST = ("hidden_states", "many_shifts", "many_prior_logits", "decoder_weight")
+SHORTLIST = ("hidden_states", "offsets", "many_prior_logits", "decoder_weight")
 ONE = ("hidden_states", "decoder_weight")
 
 CONTENDERS = {
@@ -173,8 +164,7 @@ CONTENDERS = {
     for contender in (
         Contender("mos_cross_entropy", ours, DENSE, "log_space_autograd"),
         Contender("mos_cross_entropy, frozen decoder", ours_frozen_decoder, DENSE[:2], "log_space_autograd"),
-        Contender("mos_cross_entropy, latent_rank", ours_subspace, SUBSPACE, "subspace_autograd"),
-        Contender("mos_cross_entropy, shortlist", ours_shortlist(4), SHORTLIST, "shortlist_autograd"),
+        Contender("mos_cross_entropy, shortlist", ours_shortlist(None), SHORTLIST, "shortlist_autograd"),
         Contender("mos_cross_entropy, shortlist, K = 16", ours_shortlist(MANY), SHORTLIST, "many_shortlist_autograd"),
         Contender("mos_cross_entropy, K = 1", ours_one_softmax, ONE, "one softmax head"),
         Contender("log_space_autograd", log_space_autograd, DENSE, "log_space_autograd"),
@@ -189,8 +179,7 @@ CONTENDERS = {
 }
 REFERENCES = {
     "log_space_autograd": log_space_autograd,
-    "subspace_autograd": subspace_autograd,
-    "shortlist_autograd": shortlist_autograd(4),
+    "shortlist_autograd": shortlist_autograd(None),
     "many_shortlist_autograd": shortlist_autograd(MANY),
     "one softmax head": one_softmax_head,
 }

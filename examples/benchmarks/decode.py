@@ -23,12 +23,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from hf_mos import MoSForCausalLM, MoSLMHead
-from hf_mos.mos_log_probs import mix_
+from hf_mos.remote_code.mos_log_probs import mix_
 
-HEADS = (
-    {"num_mixtures": 4},
-    {"num_mixtures": 16},
-    {"num_mixtures": 8, "latent_rank": 32},
+HEADS: tuple[dict[str, Any], ...] = (
+    {"num_mixtures": 4, "shortlist_size": None},
+    {"num_mixtures": 16, "shortlist_size": None},
     {"num_mixtures": 16, "shortlist_size": 64},
 )
 BATCHES = (1, 8, 32)  # sequences that are decoded together
@@ -55,9 +54,8 @@ def backbone_config(hidden_size: int, vocab_size: int) -> LlamaConfig:
 def away_from_its_start(head: MoSLMHead) -> MoSLMHead:
     """Makes the components differ, as equal ones are no fair work for `generate`."""
     with torch.no_grad():
-        for name, parameter in head.named_parameters():
-            if not name.startswith("decoder"):
-                parameter.add_(0.02 / head.latent_scale * torch.randn_like(parameter))
+        for weight in (head.prior.weight, head.shift.weight):
+            weight.add_(0.02 / head.latent_scale * torch.randn_like(weight))
     return head
 
 
@@ -71,8 +69,9 @@ def floor_calls(decoder: nn.Linear, num_mixtures: int, batch: int) -> dict[str, 
     return calls | {"mixing": lambda: mix_(torch.log_softmax(logits, dim=-1, out=logits), log_weights)}
 
 
-def name_of(options: dict[str, int]) -> str:
-    return "mixture, " + ", ".join(f"{key} {value}" for key, value in options.items())
+def name_of(options: dict[str, Any]) -> str:
+    size = options["shortlist_size"]
+    return f"mixture of {options['num_mixtures']}" + (f" on {size} classes" if size else "")
 
 
 def main(
@@ -101,7 +100,7 @@ def main(
     models = {"softmax": softmax}
     for options in HEADS:
         model = MoSForCausalLM.from_causal_lm(softmax, **options).eval()
-        head = away_from_its_start(model.lm_head)
+        head = away_from_its_start(model.mos_head)
         models[name_of(options)] = model
         for batch in BATCHES:
             calls[name_of(options), batch] = lambda head=head, states=states[batch]: head(states)

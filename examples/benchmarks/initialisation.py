@@ -46,11 +46,10 @@ def wide_prior(head: MoSLMHead) -> None:
 
 STARTS = {
     "one softmax": None,
-    "shift of zero, random prior (the default)": ({}, no_change),
-    "the same with latent_rank 8": ({"latent_rank": 8}, no_change),
-    "shift of zero, three times the prior's spread": ({}, wide_prior),
-    "shift of zero, equal weights": ({}, equal_weights),
-    "shift of noise 0.02, equal weights": ({}, noise_in_latents),
+    "shift of zero, random prior (the default)": no_change,
+    "shift of zero, three times the prior's spread": wide_prior,
+    "shift of zero, equal weights": equal_weights,
+    "shift of noise 0.02, equal weights": noise_in_latents,
 }
 
 
@@ -92,8 +91,8 @@ def perplexity(model: PreTrainedModel, blocks: Tensor) -> float:
 
 @torch.no_grad()
 def parting(model: MoSForCausalLM, blocks: Tensor) -> float:
-    hidden_states = model.backbone(blocks[:8]).logits.flatten(0, 1)
-    latents = model.lm_head.latents(hidden_states).dense()
+    hidden_states = model.head_inputs(input_ids=blocks[:8])
+    latents = model.mos_head.latents(hidden_states)
     return (latents.std(dim=-2).mean() / hidden_states.std()).item()
 
 
@@ -127,9 +126,8 @@ def main(
         torch.manual_seed(0)
         model = copy.deepcopy(checkpoint)
         if start is not None:
-            options, change = start
-            model = MoSForCausalLM.from_causal_lm(model, num_mixtures=num_mixtures, **options)
-            change(model.lm_head)
+            model = MoSForCausalLM.from_causal_lm(model, num_mixtures=num_mixtures, shortlist_size=None)
+            start(model.mos_head)
         with torch.no_grad():
             gap = (model(validation[:8]).logits.log_softmax(-1) - before).abs().max().item()
         train(model, training, steps, learning_rate, name)

@@ -4,8 +4,8 @@ The floor is the time of the three matmuls of a training step, each by the faste
 in chunks of the fastest size.
 
     python examples/benchmarks/loss.py
-    python examples/benchmarks/loss.py --num-tokens 256 --latent-size 768 --vocab-size 50257 --json
-    python examples/benchmarks/loss.py --device cuda --dtype bfloat16 --num-tokens 8192 --latent-size 2048 \\
+    python examples/benchmarks/loss.py --num-tokens 256 --hidden-size 768 --vocab-size 50257 --json
+    python examples/benchmarks/loss.py --device cuda --dtype bfloat16 --num-tokens 8192 --hidden-size 2048 \\
         --vocab-size 128256
 
 Before anything is timed, every contender's loss and gradients are compared with autograd in float64; a wrong one ends
@@ -31,7 +31,7 @@ TOLERANCE = 1e-3  # of the gate, in fp32; the paper's epsilon alone is an error 
 
 
 def bare_products(leaves, keep):
-    """The matmuls (N K) x E x V of a training step, into existing tensors."""
+    """The matmuls (N K) x D x V of a training step, into existing tensors."""
     rows, weight = leaves["latents"].detach().flatten(0, 1), leaves["decoder_weight"].detach()
     logits, d_rows, d_weight = keep
     torch.mm(rows, weight.t(), out=logits)
@@ -103,9 +103,8 @@ def fits(name, contender, leaves, targets):
 def main(
     num_tokens: int = 512,
     num_mixtures: int = 4,
-    latent_size: int = 256,
+    hidden_size: int = 256,
     vocab_size: int = 32000,
-    latent_rank: int = 32,
     rounds: int = 7,
     threads: int = 2,
     device: str = "cpu",
@@ -119,14 +118,14 @@ def main(
     torch.set_num_threads(threads)
     if dry_run:
         device, rounds = "cpu", 1
-        num_tokens, latent_size, vocab_size = min(num_tokens, 16), min(latent_size, 64), min(vocab_size, 512)
-    sizes = (num_tokens, num_mixtures, latent_size, vocab_size, latent_rank)
+        num_tokens, hidden_size, vocab_size = min(num_tokens, 16), min(hidden_size, 64), min(vocab_size, 512)
+    sizes = (num_tokens, num_mixtures, hidden_size, vocab_size)
     torch_dtype = getattr(torch, dtype)
     contenders = {name: c for name, c in CONTENDERS.items() if c.runs_on(device) and (not only or name in only)}
 
     if memory_of is not None:
         contender = CONTENDERS[memory_of]
-        gradients(contender.loss, *make_leaves(2, num_mixtures, 8, 16, 2, torch_dtype, device), contender.leaves)
+        gradients(contender.loss, *make_leaves(2, num_mixtures, 8, 16, torch_dtype, device), contender.leaves)
         leaves, targets = make_leaves(*sizes, torch_dtype, device)
         print(peak_bytes(lambda: gradients(contender.loss, leaves, targets, contender.leaves)[1], device))
         return
@@ -143,7 +142,7 @@ def main(
     calls, products = {}, {}
     if with_floor:
         rows = num_tokens * num_mixtures
-        shapes = [(rows, vocab_size), (rows, latent_size), (vocab_size, latent_size)]
+        shapes = [(rows, vocab_size), (rows, hidden_size), (vocab_size, hidden_size)]
         keep = [torch.zeros(shape, dtype=torch_dtype, device=device) for shape in shapes]
         calls[BARE] = lambda: bare_products(leaves, keep)
         products = floor_calls(leaves, keep, device)
@@ -168,9 +167,8 @@ def main(
     settings = {
         "num_tokens": num_tokens,
         "num_mixtures": num_mixtures,
-        "latent_size": latent_size,
+        "hidden_size": hidden_size,
         "vocab_size": vocab_size,
-        "latent_rank": latent_rank,
         "dtype": dtype,
         "device": device,
         "the floor's products": choices,

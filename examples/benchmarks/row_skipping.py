@@ -18,8 +18,7 @@ from measure import report
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-import hf_mos
-from hf_mos.mos_log_probs import mos_log_probs
+from hf_mos import MoSForCausalLM, mos_log_probs
 
 THRESHOLDS = {
     "fp32": torch.finfo(torch.float32).eps,
@@ -40,20 +39,18 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
-    loaded: hf_mos.MoSForCausalLM = AutoModelForCausalLM.from_pretrained(model).eval()
+    loaded: MoSForCausalLM = AutoModelForCausalLM.from_pretrained(model).eval()
     ids = AutoTokenizer.from_pretrained(model)(text_file.read_text(), return_tensors="pt").input_ids[0]
     blocks = ids[: min(len(ids), num_tokens) // block_size * block_size].view(-1, block_size)
     if not len(blocks):
         raise SystemExit(f"text_file: expected at least {block_size} tokens, given {len(ids)}")
-    head = loaded.lm_head
-    if loaded.config.shortlist_size is not None:
-        raise SystemExit(
-            f"model: expected a full mixture, given a shortlist of {loaded.config.shortlist_size} classes"
-        )
+    head = loaded.mos_head
+    if head.shortlist_size is not None:
+        raise SystemExit(f"model: expected a full mixture, given a shortlist of {head.shortlist_size} classes")
     with torch.no_grad():
-        hidden_states = loaded.backbone(blocks).logits[:, :-1].flatten(0, 1)
-        latents, prior_logits = head.latents(hidden_states).dense(), head.prior_logits(hidden_states)
-    targets, weight = blocks[:, 1:].flatten(), head.decoder.weight.detach()
+        hidden_states = loaded.head_inputs(input_ids=blocks)[:, :-1].flatten(0, 1)
+        latents, prior_logits = head.latents(hidden_states), head.prior_logits(hidden_states)
+    targets, weight = blocks[:, 1:].flatten(), head.weight.detach()
 
     exact, responsibilities = decoder_gradient(latents.double(), prior_logits.double(), weight.double(), targets, 0.0)
     leaf = weight.clone().requires_grad_()

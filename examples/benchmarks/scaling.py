@@ -21,7 +21,7 @@ from rich.progress import track
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-NAMES = ("mos_cross_entropy", "mos_cross_entropy, latent_rank", "log_space_autograd")
+NAMES = ("mos_cross_entropy", "mos_cross_entropy, shortlist", "log_space_autograd")
 AXES: dict[str, list[int]] = {
     "num_tokens": [128, 512, 2048, 8192],
     "num_mixtures": [1, 2, 4, 8, 16],
@@ -46,13 +46,13 @@ def run(settings: dict[str, int], rounds: int, threads: int) -> list[dict[str, A
 
 def main(
     out: Path = Path("scaling.png"),
-    latent_size: int = 256,
+    hidden_size: int = 256,
     rounds: int = 3,
     threads: int = 2,
     quick: Annotated[bool, typer.Option(help="Use small sizes, for a quick look.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    base = {"num_tokens": 256, "num_mixtures": 4, "latent_size": latent_size, "vocab_size": 32000}
+    base = {"num_tokens": 256, "num_mixtures": 4, "hidden_size": hidden_size, "vocab_size": 32000}
     if quick:
         base["vocab_size"] = 4000
     rows = []

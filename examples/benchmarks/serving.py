@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from hf_mos import MoSForCausalLM
 
-HEADS = ({"num_mixtures": 4}, {"num_mixtures": 4, "latent_rank": 32}, {"num_mixtures": 16, "shortlist_size": 64})
+HEADS = ({"num_mixtures": 4, "shortlist_size": None}, {"num_mixtures": 16, "shortlist_size": 64})
 DTYPES = ("float32", "bfloat16")
 BATCHES = (1, 8, 32)  # sequences that are decoded together
 PROMPT_TOKENS = 8
@@ -35,7 +35,7 @@ def save_models(folder: Path, hidden_size: int, vocab_size: int) -> dict[str, Pa
     softmax.save_pretrained(folders["softmax"])
     for options in HEADS:
         model = MoSForCausalLM.from_causal_lm(softmax, **options)
-        away_from_its_start(model.lm_head)
+        away_from_its_start(model.mos_head)
         folders[name_of(options)] = folder / str(len(folders))
         model.save_pretrained(folders[name_of(options)])
     return folders

@@ -2,7 +2,7 @@
 
     python examples/softmax_bottleneck/cards.py                                 the index, and the cards that it names
     python examples/softmax_bottleneck/cards.py --list                          the names of all cards
-    python examples/softmax_bottleneck/cards.py --card retrofit/mixture-K8-R16-D32 --out my-cards
+    python examples/softmax_bottleneck/cards.py --card from_scratch/mixture-K15-D32 --out my-cards
 
 A card describes the model of seed 0 of one configuration, and compares it with the other heads of its question.
 """
@@ -39,10 +39,8 @@ SEARCHED = ("learning_rate", "head_learning_rate")
 # The cards that are kept, by the question that a reader has.
 INDEX = {
     "retrofit/mixture-K4-D32": "What does a mixture of 4 gain on a trained model?",
-    "retrofit/mixture-K4-R16-D32": "How much of this gain does `latent_rank` keep?",
     "retrofit/mixture-K1-D32": "Is it the latent that helps, without a mixture?",
     "from_scratch_to_convergence/mixture-K4-D32-converged": "What does it gain when trained from random weights?",
-    "from_scratch_to_convergence/mixture-K4-tanh-D32-converged": "Is the paper's own form, with `tanh`, better?",
     "where_it_pays_to_convergence/mixture-K4-D64-converged": "Where does it not pay?",
 }
 
@@ -231,7 +229,7 @@ The softmaxes have the hidden size of the mixture. Each card lists the seconds o
 mixtures. This command writes any card from them; `--list` prints the names:
 
 ```bash
-python examples/softmax_bottleneck/cards.py --card retrofit/mixture-K8-R16-D32 --out my-cards
+python examples/softmax_bottleneck/cards.py --card from_scratch/mixture-K15-D32 --out my-cards
 ```
 
 [`template.md`](template.md) is the template of every card that `hf-mos card` writes. Without arguments the same script

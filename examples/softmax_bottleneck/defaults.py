@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 from experiment import Experiment
-from models import SOFTMAX, Head, Size, mixture
+from models import SOFTMAX, Head, Size, mixture, paper
 from results import DEFAULT_OUT, Out, Quick, Results, Seeds, perplexities, show, spread, start
 from text import (
     DataDir,
@@ -36,18 +36,12 @@ VARIANTS: dict[str, Head] = {
     "latent_scale=1": mixture(4, latent_scale=1.0),
     "a third of latent_scale": mixture(4, latent_scale=3.3),
     "three times latent_scale": mixture(4, latent_scale=30.0),
-    "latent_bias=True": mixture(4, latent_bias=True),
-    "prior_bias=True": mixture(4, prior_bias=True),
-    "balance_coefficient=0.01": mixture(4, balance_coefficient=0.01),
     "a third of the prior's spread": Head("mixture", {"num_mixtures": 4}, prior_spread=1 / 3),
     "three times the prior's spread": Head("mixture", {"num_mixtures": 4}, prior_spread=3),
-    "latent_dropout=0.1": mixture(4, latent_dropout=0.1),
-    "latent_rank=16": mixture(4, latent_rank=16),
-    "latent_rank=16, its basis trained": Head("trained basis", {"num_mixtures": 4, "latent_rank": 16}),
-    "latent_rank=32": mixture(4, latent_rank=32),
-    "latent_activation='tanh'": mixture(4, latent_activation="tanh"),
+    "dropout of 0.1 on the shifts": Head("dropout", {"num_mixtures": 4}),
+    "the paper's latents, with tanh": paper(4),
 }
-QUICK = ["one softmax", "num_mixtures=4", "num_mixtures=2", "prior_bias=True"]
+QUICK = ["one softmax", "num_mixtures=4", "num_mixtures=2", "the paper's latents, with tanh"]
 
 
 def main(

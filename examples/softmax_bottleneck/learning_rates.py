@@ -26,19 +26,20 @@ from text import DataDir, DatasetConfigName, DatasetName, Source, TrainFile, Val
 from training import Recipe, checkpoint_recipe
 from transformers import AutoConfig, AutoTokenizer
 
-from hf_mos.configuration_mos import SCALE_TIMES_WIDTH
+from hf_mos.remote_code.configuration_mos import default_scale
 
 SMALL_STEPS = 500
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 REAL_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
-PRODUCTS = (SCALE_TIMES_WIDTH / 10**0.5, SCALE_TIMES_WIDTH, SCALE_TIMES_WIDTH * 10**0.5)
+DEFAULT = default_scale(1)  # its product with the width
+PRODUCTS = (DEFAULT / 10**0.5, DEFAULT, DEFAULT * 10**0.5)
 REAL_STEPS, REAL_BATCH_SIZE = 40, 2  # blocks
 
 
 def heads(width: int, products: tuple[float, ...]) -> dict[str, Head]:
     """The heads by their name in the table."""
     found = {"softmax": SOFTMAX}
-    if width < SCALE_TIMES_WIDTH:  # else a scale of 1 is no lower than the default
+    if width < DEFAULT:  # else a scale of 1 is no lower than the default
         found["mixture, scale 1"] = mixture(4, latent_scale=1.0)
     return found | {f"mixture, scale {p:.0f} / D": mixture(4, latent_scale=round(p / width, 4)) for p in products}
 

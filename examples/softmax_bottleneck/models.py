@@ -6,6 +6,9 @@ The controls are heads of the same class, so that nothing but the maths differs,
     contexts    log_softmax(decoder(sum_k prior_k(h) latent_k(h))), a mixture of contexts: the mixture's parameters
                 and one softmax, whose rank is bounded as any softmax's is
     mixture     log(sum_k prior_k(h) softmax(decoder(latent_k(h)))); with one component a softmax of a latent
+    paper       the mixture of the paper's latents, `tanh(shift_k(h))`
+
+A head is on all classes unless it has a `shortlist_size`.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -13,26 +16,28 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from paper_head import PaperHead
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from hf_mos import MoSConfig, MoSForCausalLM, MoSLMHead
-from hf_mos.mos_latents import Latents, ShortlistLatents
-from hf_mos.mos_shortlist import top_classes
+from hf_mos import MoSForCausalLM, MoSLMHead
+from hf_mos.remote_code.mos_shortlist import top_classes
 
 
 class SoftmaxHead(MoSLMHead):
     """Equivalent to: `log_softmax(decoder(h))`, the control, with the mixture's loss for one component."""
 
-    def __init__(self, config: MoSConfig, decoder: nn.Linear) -> None:
-        super().__init__(config, decoder)
-        del self.prior, self.shift
+    @classmethod
+    def take_over(cls, linear: nn.Linear, **options: Any) -> "SoftmaxHead":
+        head = super().take_over(linear, **options)
+        del head.prior, head.shift
+        return head
 
     def prior_logits(self, hidden_states: Tensor) -> Tensor:
         return hidden_states.new_zeros(*hidden_states.shape[:-1], 1)
 
-    def latents(self, hidden_states: Tensor) -> Latents:
-        return Latents(hidden_states.unsqueeze(-2))
+    def latents(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states.unsqueeze(-2)
 
 
 class ContextsHead(MoSLMHead):
@@ -40,20 +45,17 @@ class ContextsHead(MoSLMHead):
 
     prior_logits = SoftmaxHead.prior_logits  # of one component
 
-    def latents(self, hidden_states: Tensor) -> Latents:
+    def latents(self, hidden_states: Tensor) -> Tensor:
         weights = super().prior_logits(hidden_states).softmax(-1)
-        context = torch.einsum("...k,...ke->...e", weights, super().latents(hidden_states).dense())
-        return Latents(context.unsqueeze(-2))
+        context = torch.einsum("...k,...ke->...e", weights, super().latents(hidden_states))
+        return context.unsqueeze(-2)
 
 
-class TrainedBasisHead(MoSLMHead):
-    """Equivalent to: MoSLMHead with `latent_rank`, but for its basis, which is trained."""
+class DropoutHead(MoSLMHead):
+    """Equivalent to: MoSLMHead with dropout on its shifts in training."""
 
-    def __init__(self, config: MoSConfig, decoder: nn.Linear) -> None:
-        super().__init__(config, decoder)
-        basis = self.basis
-        del self.basis
-        self.basis = nn.Parameter(basis)
+    def shifts(self, hidden_states: Tensor) -> Tensor:
+        return F.dropout(super().shifts(hidden_states), DROPOUT, self.training)
 
 
 class RescoredHead(MoSLMHead):
@@ -61,10 +63,9 @@ class RescoredHead(MoSLMHead):
 
     prior_logits = SoftmaxHead.prior_logits  # of one component
 
-    def latents(self, hidden_states: Tensor) -> Latents:
-        pair: Any = super().latents(hidden_states)
-        first, second = (pair.offsets[..., k, :] for k in (0, 1))
-        return ShortlistLatents(pair.mean_latent + first, (second - first).unsqueeze(-2), size=pair.size)
+    def mean_and_offsets(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = super().latents(hidden_states).unbind(-2)
+        return first, (second - first).unsqueeze(-2)
 
 
 class ChosenHead(MoSLMHead):
@@ -74,13 +75,16 @@ class ChosenHead(MoSLMHead):
         """Returns candidates (B, T, C) of logits (B, T, V), and which of them are in the shortlist, each once."""
         raise NotImplementedError
 
-    def forward(self, hidden_states: Tensor, targets: Tensor, **options: Any) -> Tensor:
-        latents = self.latents(hidden_states)
-        z = self.decoder(latents.mean_latent)
+    def __call__(self, hidden_states: Tensor, targets: Tensor | None = None, **options: Any) -> Tensor:
+        """Takes the place of `forward`: a head with a forward of its own gets the loss of logits without targets."""
+        if targets is None:
+            return super().__call__(hidden_states, **options)
+        mean, offsets = self.mean_and_offsets(hidden_states)
+        z = F.linear(mean, self.weight, self.bias)
         classes, is_in = self.chosen(z.detach(), targets)
         log_gate = F.log_softmax(self.prior_logits(hidden_states), dim=-1).unsqueeze(-1)
         shared = z.gather(-1, classes)
-        differences = latents.offsets @ self.decoder.weight[classes].transpose(-1, -2)
+        differences = offsets @ self.weight[classes].transpose(-1, -2)
         mixed = torch.logsumexp(log_gate + shared.unsqueeze(-2) + differences, dim=-2)
         logits = z.scatter_add(-1, classes, (mixed - shared) * is_in)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), **options)
@@ -110,10 +114,12 @@ class LikelyClassesHead(ChosenHead):
 
 
 LIKELY = 1e-3
+DROPOUT = 0.1
 HEAD_CLASSES = {
     "softmax": SoftmaxHead,
     "contexts": ContextsHead,
-    "trained basis": TrainedBasisHead,
+    "paper": PaperHead,
+    "dropout": DropoutHead,
     "rescored": RescoredHead,
     "own tokens too": OwnTokensHead,
     f"classes above {LIKELY:g}": LikelyClassesHead,
@@ -123,7 +129,7 @@ HEAD_CLASSES = {
 
 @dataclass(frozen=True)
 class Head:
-    """A kind of HEAD_CLASSES, and its options in MoSConfig."""
+    """A kind of HEAD_CLASSES, and its options in MoSConfig; without a `shortlist_size` it is on all classes."""
 
     kind: str = "mixture"
     options: dict[str, Any] = field(default_factory=dict)
@@ -144,14 +150,16 @@ class Head:
         if self.kind == "softmax":
             return "softmax"
         options = dict(self.options)
-        K, rank, size = (options.pop(name, None) for name in ("num_mixtures", "latent_rank", "shortlist_size"))
-        activation = options.pop("latent_activation", "identity")
+        K, size = (options.pop(name, None) for name in ("num_mixtures", "shortlist_size"))
         parts = [f"{self.kind} K={K or 4}"]
-        parts += [f"R={rank}"] if rank else []
         parts += [f"M={size}"] if size else []
-        parts += [activation] if activation != "identity" else []
         parts += [f"prior_spread={self.prior_spread:g}"] if self.prior_spread != 1 else []
         return " ".join([*parts, *(f"{name}={value}" for name, value in options.items())])
+
+    def take_over(self, linear: nn.Linear, softcap: float | None = None) -> MoSLMHead:
+        """Makes a projection, or another head, this head; it keeps its weights."""
+        options = {"shortlist_size": None, "latent_scale": 1.0 if self.kind == "paper" else None} | self.options
+        return HEAD_CLASSES[self.kind].take_over(linear, softcap=softcap, **options)
 
 
 SOFTMAX = Head("softmax", {"num_mixtures": 1})
@@ -159,6 +167,10 @@ SOFTMAX = Head("softmax", {"num_mixtures": 1})
 
 def mixture(num_mixtures: int = 4, **options: Any) -> Head:
     return Head("mixture", {"num_mixtures": num_mixtures, **options})
+
+
+def paper(num_mixtures: int = 4) -> Head:
+    return Head("paper", {"num_mixtures": num_mixtures})
 
 
 def rescored(shortlist_size: int) -> Head:
@@ -204,9 +216,9 @@ def new_softmax_model(size: Size, vocab_size: int, block_size: int, seed: int) -
 def with_head(model: PreTrainedModel, head: Head, seed: int) -> MoSForCausalLM:
     """The model with another head in place of its own; it shares its weights with the result."""
     torch.manual_seed(seed)
-    result = MoSForCausalLM.from_causal_lm(model, **head.options)
+    result = MoSForCausalLM.from_causal_lm(model, **{"shortlist_size": None} | head.options)
     if head.kind != "mixture":
-        result.lm_head = HEAD_CLASSES[head.kind](result.config, decoder=result.lm_head.decoder)
+        head.take_over(result.mos_head, result.mos_head.softcap)
     if head.prior_spread != 1:
-        result.lm_head.prior.weight.data *= head.prior_spread
+        result.mos_head.prior.weight.data *= head.prior_spread
     return result

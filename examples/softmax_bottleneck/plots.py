@@ -12,7 +12,7 @@ DPI = 110
 
 def color_of(name: str) -> str:
     """The colour of a head's family; softmaxes are grey."""
-    families = {"softmax": "0.35", "contexts": "tab:green", "tanh": "tab:orange", "R=": "tab:purple", "M=": "tab:red"}
+    families = {"softmax": "0.35", "contexts": "tab:green", "paper": "tab:orange", "M=": "tab:red"}
     return next((color for word, color in families.items() if word in name), "tab:blue")
 
 

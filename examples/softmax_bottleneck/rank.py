@@ -32,7 +32,7 @@ from training import fit, from_scratch_recipe
 
 from hf_mos.tools.rank import log_prob_matrix, log_prob_rank
 
-HEADS = [SOFTMAX, contexts(4), *(mixture(K) for K in (2, 4, 8, 15)), mixture(4, latent_rank=8)]
+HEADS = [SOFTMAX, contexts(4), *(mixture(K) for K in (2, 4, 8, 15))]
 QUICK = [SOFTMAX, contexts(4), mixture(2), mixture(4), mixture(15)]
 TOLERANCES = (1e-6, 1e-4, 1e-2)
 PLOTTED = 400  # singular values of each matrix that are kept

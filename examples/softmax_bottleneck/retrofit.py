@@ -4,13 +4,12 @@
     python examples/softmax_bottleneck/retrofit.py --data-dir ptb
     python examples/softmax_bottleneck/retrofit.py --data-dir ptb --shortlists
 
-A softmax model is trained until its validation loss no longer falls. From there its own head, the mixture of 4 and
-mixtures in a shared subspace (`latent_rank` R) are fine-tuned for the same steps, on the same data in the same order,
-with the same learning-rate search: the whole model, then the head alone. The old head is also trained for the seconds
-of the mixtures and more. The controls are a latent before the softmax (K = 1) and a mixture of contexts. The plot has
-perplexity against operations and against seconds with the softmax as the frontier, and in words two models that are
-trained from scratch as the checkpoint was: a softmax that is widened until it spends the operations of the mixture of
-4, and the mixture of 4.
+A softmax model is trained until its validation loss no longer falls. From there its own head and the mixture of 4 are
+fine-tuned for the same steps, on the same data in the same order, with the same learning-rate search: the whole model,
+then the head alone. The old head is also trained for the seconds of the mixture and more. The controls are a latent
+before the softmax (K = 1) and a mixture of contexts. The plot has perplexity against operations and against seconds
+with the softmax as the frontier, and in words two models that are trained from scratch as the checkpoint was: a
+softmax that is widened until it spends the operations of the mixture of 4, and the mixture of 4.
 
 With `--shortlists` the table is of mixtures on a shortlist (`shortlist_size` M): which share of the gain they keep.
 Their controls are one softmax whose likeliest classes a second latent scores again, and a mixture of contexts with as
@@ -43,7 +42,6 @@ from training import checkpoint_recipe
 FULL = mixture(4)
 # A latent alone, and mixed before one softmax: what is gained by them is not gained by mixing softmaxes.
 CONTROLS = [mixture(1), contexts(4)]
-RANKS = [8, 16, 32]  # of the grid
 # The first is one softmax, and the control of the others.
 SHORTLISTS = [
     rescored(64),
@@ -130,22 +128,15 @@ def main(
     steps: Annotated[int, typer.Option(help="Steps of each fine-tuning.")] = 1000,
     checkpoint_steps: Annotated[int, typer.Option(help="Steps of the checkpoint, at most.")] = 40000,
     seeds: Seeds = 3,
-    latent_ranks: Annotated[
-        list[int] | None, typer.Option(help=f"Ranks of the grid, {RANKS} by default; at most the hidden size.")
-    ] = None,
-    grid_seeds: Annotated[int, typer.Option(min=1, help="Runs of the mixtures of the grid of ranks.")] = 1,
     shortlists: Annotated[bool, typer.Option("--shortlists", help="The table of shortlists, not the others.")] = False,
     out: Out = DEFAULT_OUT,
     quick: Quick = False,
 ) -> None:
     start()
-    ranks = latent_ranks or RANKS
-    cheap = mixture(4, latent_rank=ranks[len(ranks) // 2])
-    subspaces = [mixture(K, latent_rank=R) for K in (4, 8, 16) for R in ranks]
-    tries, grid, on_shortlist, rounds = slice(None), subspaces, CHOSEN + SHORTLISTS, 4
+    tries, on_shortlist, rounds = slice(None), CHOSEN + SHORTLISTS, 4
     if quick:
         vocab_size, hidden_size, num_layers, steps, checkpoint_steps, seeds = 512, 16, 1, 60, 400, 1
-        tries, grid, on_shortlist, rounds = slice(1, 2), [cheap], [*CHOSEN, SHORTLISTS[2]], 2
+        tries, on_shortlist, rounds = slice(1, 2), [*CHOSEN, SHORTLISTS[2]], 2
     text = load_text(
         Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size, words
     )
@@ -161,9 +152,8 @@ def main(
     if shortlists:
         compare_shortlists(whole, on_shortlist, tries, rounds, seeds)
         return
-    found = configurations(whole, [*CONTROLS, FULL, cheap], tries)
-    others = {head.name: (whole.tuned(head, RATES[tries]), head) for head in grid if head != cheap}
-    seconds = whole.seconds({name: entry for name, entry in (found | others).items() if "steps" not in name}, rounds)
+    found = configurations(whole, [*CONTROLS, FULL], tries)
+    seconds = whole.seconds({name: entry for name, entry in found.items() if "steps" not in name}, rounds)
     rows = compare(found, seconds, seeds)
     show(f"The whole model on {text.name}, perplexity", rows)
 
@@ -172,9 +162,6 @@ def main(
     seconds_alone = whole.with_recipe(train_backbone=False).seconds(timed, rounds)
     rows_alone = compare(timed, seconds_alone, seeds)
     show(f"The head alone on {text.name}, with the same learning rates, perplexity", rows_alone)
-
-    rows += compare(others, seconds, grid_seeds)
-    show(f"The whole model on {text.name}, with the grid, perplexity", rows)
 
     scratch = replace(base, checkpoint=None)
     wide = scratch.widened(SOFTMAX, whole.operations(FULL)).with_recipe(learning_rate=WIDE_RATE)

@@ -15,15 +15,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from models import HEAD_CLASSES, SOFTMAX, Head, contexts, mixture
+from models import SOFTMAX, Head, contexts, mixture
 from plots import plot_synthetic
 from results import DEFAULT_OUT, Out, Quick, Results, Seeds, mean, show, spread, start
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
-from transformers import GPT2Config
-
-from hf_mos import MoSConfig
 
 
 def language(vocab_size: int, rank: int, spread: float, seed: int) -> Tensor:
@@ -38,10 +35,8 @@ class Model(nn.Module):
 
     def __init__(self, head: Head, hidden_size: int, vocab_size: int) -> None:
         super().__init__()
-        backbone = GPT2Config(n_embd=hidden_size, n_head=1, vocab_size=vocab_size)
         self.embedding = nn.Embedding(vocab_size, hidden_size)
-        config = MoSConfig(text_config=backbone, tie_word_embeddings=False, **head.options)
-        self.head = HEAD_CLASSES[head.kind](config, decoder=nn.Linear(hidden_size, vocab_size, bias=True))
+        self.head = head.take_over(nn.Linear(hidden_size, vocab_size, bias=True))
 
     def forward(self) -> Tensor:
         return self.head(self.embedding.weight)

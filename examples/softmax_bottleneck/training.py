@@ -152,12 +152,11 @@ def make_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimi
             parameter.requires_grad_(recipe.train_backbone or name.startswith("lm_head."))
     new, old = [], []
     for name, parameter in trained_parameters(model):
-        is_new = "lm_head." in name and "lm_head.decoder" not in name
-        (new if is_new else old).append(parameter)
+        (new if ".prior." in name or ".shift." in name else old).append(parameter)
     head_rate = recipe.head_learning_rate
     groups = [
         {"params": old, "peak": recipe.learning_rate},
-        {"params": new, "peak": head_rate / model.lm_head.latent_scale if head_rate else recipe.learning_rate},
+        {"params": new, "peak": head_rate / model.mos_head.latent_scale if head_rate else recipe.learning_rate},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=recipe.weight_decay)
 
@@ -167,8 +166,7 @@ def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def untie_decoder(model: PreTrainedModel) -> None:
-    decoder = model.lm_head.decoder
-    decoder.weight = nn.Parameter(decoder.weight.detach().clone())
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
 
 
 def take_step(model: PreTrainedModel, inputs: Inputs, optimizer: torch.optim.Optimizer, scale: float) -> None:

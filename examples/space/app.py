@@ -73,7 +73,7 @@ def build_app(model: Any, tokenizer: Any, name: str) -> gr.Blocks:
     with gr.Blocks(title="What a mixture of softmaxes does", analytics_enabled=False) as app:
         gr.Markdown(
             "# What a mixture of softmaxes does\n"
-            f"`{name}` predicts each token with {model.lm_head.num_mixtures} softmaxes, weighed anew every time."
+            f"`{name}` predicts each token with {model.mos_head.num_mixtures} softmaxes, weighed anew every time."
         )
         with gr.Row(equal_height=True):
             text = gr.Textbox(EXAMPLES[0], label="Text", lines=2, max_lines=12, scale=6, elem_id="text")

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..configuration_mos import MoSConfig
-from ..modeling_mos import MoSForCausalLM
-from ..mos_checkpoint import CONFIG_FILE
+from ..remote_code.configuration_mos import MODEL_TYPE, MoSConfig
+from ..remote_code.modeling_mos import MoSForCausalLM
+from ..remote_code.mos_checkpoint import CONFIG_FILE
+from .head_options import head_cost
+from .loading import softmax_class
 
 CARD_FILE = "README.md"
 EMISSIONS_FILE = "emissions.csv"  # written by the Trainer's CodeCarbon callback
@@ -79,22 +81,23 @@ def model_card(
     )
     if emissions is not None:
         card_data["co2_eq_emissions"] = emissions
-    head = model.lm_head
+    head: Any = model.mos_head
+    (V, D), M = head.weight.shape, head.shortlist_size
     return ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
         model_name=model_name,
         model_id=model_id,
-        backbone=type(model.backbone).__name__,
+        backbone=softmax_class(model),
         base_model=base_model,
         num_mixtures=head.num_mixtures,
-        hidden_size=head.input_size,
-        latent_size=head.latent_size,
-        vocab_size=head.decoder.out_features,
-        latents=head.kind.describe(model.config),
-        tied=head.decoder.weight is model.get_input_embeddings().weight,
+        hidden_size=D,
+        vocab_size=V,
+        shortlist_size=M,
+        latent_scale=head.latent_scale,
+        tied=head.weight is model.get_input_embeddings().weight,
         num_parameters=model.num_parameters(),
-        head_cost=head.kind.cost(head),
+        head_cost=head_cost(head.num_mixtures, M, D, V),
         eval_results=eval_results,
         command=command,
         machine=machine,
@@ -142,7 +145,7 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"{folder}: expected a folder with a checkpoint, given one without {CONFIG_FILE}")
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    if config.get("model_type") != MoSConfig.model_type:
+    if config.get("model_type") != MODEL_TYPE:
         raise ValueError(f"{folder}: expected a mixture of softmaxes, given a {config.get('model_type')!r}")
     return config
 

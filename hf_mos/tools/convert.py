@@ -1,7 +1,7 @@
 """Converts a checkpoint with a softmax into one with a mixture, and measures the change of its predictions.
 
 ```python
-conversion = convert("gpt2", Path("gpt2-mos"), num_mixtures=4)
+conversion = convert("gpt2", Path("gpt2-mos"))
 print(conversion.gap)  # the largest difference of the two heads, in nats
 ```
 """
@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..conversion import refuse_mixture
-from ..modeling_mos import MoSForCausalLM
-from ..mos_log_probs import mix_log_probs
-from ..mos_vocabulary import cap_logits
+from ..remote_code.modeling_mos import MoSForCausalLM
+from ..remote_code.mos_decoder import cap_logits
+from ..remote_code.mos_log_probs import mix_log_probs
 from .exit_codes import before_work
 from .head_options import check_head_options
 from .loading import check_options, load_model, load_tokenizer
@@ -44,7 +44,6 @@ class Conversion:
     tolerance: float  # the largest gap that is exact
     change: float  # the largest change of a log-probability of the reloaded model, in nats, with the model's rounding
     rounding: float  # the change that rounding explains
-    is_exact_by_design: bool  # False for a tanh on full latents
     dtype: str
     has_tokenizer: bool
 
@@ -70,7 +69,7 @@ def convert(
     Args:
         model: folder or Hub id of a causal LM.
         folder: where the checkpoint goes.
-        head_options: fields of [`MoSConfig`]; without any, the mixture is that of `from_causal_lm`.
+        head_options: options of `from_causal_lm`.
         dtype, device, revision, trust_remote_code: as in [`load_model`].
         max_shard_size: as in `save_pretrained`.
         overwrite: write into a folder that holds something already.
@@ -83,7 +82,7 @@ def convert(
         check_folder(folder, model, overwrite)
         config = check_options(str(model), None, revision, dtype, device, trust_remote_code)
         refuse_mixture(config, repr(str(model)))
-        check_head_options(head_options, config)
+        check_head_options(head_options)
     tokenizer = find_tokenizer(model, revision, trust_remote_code)
 
     softmax = load_model(model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -111,7 +110,6 @@ def convert(
         tolerance=LARGEST_GAP,
         change=float(change),
         rounding=rounding(logits, reloaded.dtype),
-        is_exact_by_design=reloaded.lm_head.kind.is_exact(config),
         dtype=str(reloaded.dtype).removeprefix("torch."),
         has_tokenizer=tokenizer is not None,
     )
@@ -158,17 +156,14 @@ def probe(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 def head_gap(mixture: MoSForCausalLM, projection: nn.Linear, tokens: Tensor) -> float:
     """The largest difference between the log-probabilities of the mixture's head and of one softmax, in float64.
 
-    Both read the hidden states that the mixture's backbone computes, so nothing is rounded but these.
+    Both read the hidden states that the mixture's own head reads, so nothing is rounded but these.
 
     Args:
         projection: the vocabulary projection of the softmax model.
     """
-    head, caught = mixture.lm_head, []
-    hook = head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-    mixture(input_ids=tokens.to(mixture.device))
-    hook.remove()
-    hidden_states = caught[0].flatten(0, -2)
-    latents, prior_logits = head.latents(hidden_states).dense(), head.prior_logits(hidden_states)
+    head: Any = mixture.mos_head
+    hidden_states = mixture.head_inputs(input_ids=tokens.to(mixture.device)).flatten(0, -2)
+    latents, prior_logits = head.latents(hidden_states), head.prior_logits(hidden_states)
 
     def wide_logits(hidden_states: Tensor, layer: nn.Linear) -> Tensor:
         weights, rows = layer.weight.split(ROWS_AT_A_TIME), hidden_states.double()
@@ -178,7 +173,7 @@ def head_gap(mixture: MoSForCausalLM, projection: nn.Linear, tokens: Tensor) -> 
     largest = 0.0
     for i in range(0, hidden_states.shape[0], TOKENS_AT_A_TIME):
         part = slice(i, i + TOKENS_AT_A_TIME)
-        mixed = mix_log_probs(wide_logits(latents[part], head.decoder), prior_logits[part].double())
+        mixed = mix_log_probs(wide_logits(latents[part], head), prior_logits[part].double())
         softmax = wide_logits(hidden_states[part], projection).log_softmax(-1)
         largest = max(largest, float((mixed - softmax).abs().max()))
     return largest

@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .chat import Chat, Text
-from .loading import is_mixture
 
 LONGEST_DEFAULT_WINDOW = 2048
 IGNORED = -100  # in place of a target
@@ -236,7 +235,8 @@ def target_nll(model: Any, input_ids: Tensor, attention_mask: Tensor, targets: T
     It calls the model's own forward, whose hooks gather weights that are sharded.
     """
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    if is_mixture(model):
+    # Not where the class is of the code beside a checkpoint, which has no scores.
+    if getattr(model, "mos_head", None) is not None and model.score_batch is not None:
         return -model(**inputs, shift_labels=targets, fused_lm_head=True).log_probs
     logits = model(**inputs).logits
     targets = targets.to(logits.device)

@@ -1,4 +1,4 @@
-"""The flags of the mixture head, made from the fields of `MoSConfig`: `--num-mixtures`, `--latent-rank`, ...
+"""The flags of the mixture head: `--num-mixtures`, `--shortlist-size`, ..., with the help texts of `MoSConfig`.
 
 A flag that is not given is absent from the options, so `MoSConfig` or the loaded model decides.
 """
@@ -9,46 +9,93 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, NamedTuple, get_args
 
-import typer
-from transformers import PreTrainedConfig
+from ..remote_code.configuration_mos import MoSConfig, check_options
 
-from ..configuration_mos import LATENT_ACTIVATIONS, MoSConfig
-
-WIDER_THAN_ANY = 2**20  # hidden sizes
-CHOICES = {"latent_activation": LATENT_ACTIVATIONS}
+ALL = "all"  # the value of --shortlist-size for `None`, all classes
+TIE = "tie_word_embeddings"  # a field of the backbone's own config
+TIE_HELP = "Tie the decoder to the input embedding, or give it weights of its own; by default as the model has it."
 
 
-def head_fields() -> list[dataclasses.Field]:
-    """The fields of `MoSConfig` that are flags."""
-    return [field for field in dataclasses.fields(MoSConfig) if field.metadata.get("as_flag")]
+class Flag(NamedTuple):
+    """A flag of the head, named as the option of `from_causal_lm`."""
+
+    name: str
+    type: type  # of its value
+    help: str
+    default: Any  # for the help; None: none is shown
+    metavar: str | None = None  # the form of its value in the help, where the type does not tell it
 
 
-def check_head_options(options: dict[str, Any], config: PreTrainedConfig | None = None) -> None:
-    """Raises a ValueError where an option is out of range, before a model is loaded.
+def head_flags() -> list[Flag]:
+    """The flags, one for each option of `from_causal_lm`."""
+    fields = [field for field in dataclasses.fields(MoSConfig) if "help" in field.metadata]
+    return [*map(flag_of, fields), Flag(TIE, bool, TIE_HELP, None)]
 
-    Args:
-        config: of the model; `None`: not known yet, so any width passes.
+
+def flag_of(field: dataclasses.Field) -> Flag:
+    help = field.metadata["help"]
+    if field.name == "shortlist_size":
+        return Flag(field.name, str, help.replace("None:", f"{ALL}:"), field.default, metavar=f"INT|{ALL}")
+    value_type = field.type
+    if isinstance(value_type, types.UnionType):
+        value_type = next(member for member in get_args(value_type) if member is not type(None))
+    assert isinstance(value_type, type)
+    return Flag(field.name, value_type, help, field.default)
+
+
+def read_head_options(given: dict[str, Any]) -> dict[str, Any]:
+    """The options of `from_causal_lm` out of the values of the flags, checked before a model is loaded.
+
+    Raises:
+        ValueError: a value is out of range.
     """
-    any_model = {"model_type": "llama", "hidden_size": WIDER_THAN_ANY, "tie_word_embeddings": True}
-    MoSConfig(text_config=any_model if config is None else config, **options)
+    options = dict(given)
+    if isinstance(size := options.get("shortlist_size"), str):
+        if size != ALL and not size.isdecimal():
+            raise ValueError(f"shortlist_size: expected an int of at least 1, or {ALL}, given {size!r}")
+        options["shortlist_size"] = None if size == ALL else int(size)
+    check_head_options(options)
+    return options
+
+
+def check_head_options(options: dict[str, Any]) -> None:
+    """Raises a ValueError where an option of `from_causal_lm` is unknown or out of range, whatever the model."""
+    check_options({name: value for name, value in options.items() if name != TIE})
+
+
+def head_cost(num_mixtures: int, shortlist_size: int | None, hidden_size: int, vocab_size: int) -> float:
+    """The multiplications of a head for a token, in those of one softmax, which reads the V rows of the decoder.
+
+    On all classes each of the K components reads V rows. On a shortlist the components share one product with V rows,
+    and each reads M rows again. The shift has K D rows of the same width D, and the prior has K.
+    """
+    K, D, V = num_mixtures, hidden_size, vocab_size
+    rows = K * V if shortlist_size is None else V + K * min(shortlist_size, V)
+    return (rows + K * D + K) / V
 
 
 def with_head_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a typer command a flag for each field, in place of its parameter `head_options`, a dict of those given."""
+    """Gives a typer command the flags, in place of its parameter `head_options`, a dict of those given."""
+    import typer  # a card needs none
+
     own = inspect.signature(command, eval_str=True)
     flags = [
         inspect.Parameter(
-            field.name,
+            flag.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
             annotation=Annotated[
-                (Literal[CHOICES[field.name]] if field.name in CHOICES else value_type(field)) | None,
-                typer.Option(help=help_of(field), show_default=False if field.default is None else str(field.default)),
+                flag.type | None,
+                typer.Option(
+                    help=flag.help,
+                    metavar=flag.metavar,
+                    show_default=False if flag.default is None else str(flag.default),
+                ),
             ],
         )
-        for field in head_fields()
+        for flag in head_flags()
     ]
     parameters = []
     for parameter in own.parameters.values():
@@ -57,9 +104,8 @@ def with_head_options(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def with_flags(*args: Any, **kwargs: Any) -> None:
         given = {flag.name: kwargs.pop(flag.name) for flag in flags}
-        options = {name: value for name, value in given.items() if value is not None}
         try:
-            check_head_options(options)
+            options = read_head_options({name: value for name, value in given.items() if value is not None})
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
         command(*args, head_options=options, **kwargs)
@@ -71,24 +117,12 @@ def with_head_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def add_head_options(parser: argparse.ArgumentParser) -> None:
-    """Adds a flag for each field to a parser, spelled `--num-mixtures` or `--num_mixtures`."""
+    """Adds the flags to a parser, spelled `--num-mixtures` or `--num_mixtures`."""
     group = parser.add_argument_group("mixture head", "What is not given is as MoSConfig or the loaded model has it.")
-    for field in head_fields():
-        names = dict.fromkeys(f"--{name}" for name in (field.name.replace("_", "-"), field.name))
-        given: dict[str, Any] = {"type": value_type(field), "choices": CHOICES.get(field.name)}
-        if value_type(field) is bool:
+    for flag in head_flags():
+        names = dict.fromkeys(f"--{name}" for name in (flag.name.replace("_", "-"), flag.name))
+        given: dict[str, Any] = {"type": flag.type, "metavar": flag.metavar}
+        if flag.type is bool:
             given = {"action": argparse.BooleanOptionalAction}
-        default = "" if field.default is None else f" (default: {field.default})"
-        group.add_argument(*names, **given, default=argparse.SUPPRESS, help=help_of(field) + default)
-
-
-def value_type(field: dataclasses.Field) -> type:
-    """The type of a field without its `None`."""
-    if isinstance(field.type, types.UnionType):
-        return next(member for member in get_args(field.type) if member is not type(None))
-    assert isinstance(field.type, type)
-    return field.type
-
-
-def help_of(field: dataclasses.Field) -> str:
-    return field.metadata["help"]
+        default = "" if flag.default is None else f" (default: {flag.default})"
+        group.add_argument(*names, **given, default=argparse.SUPPRESS, help=flag.help + default)

@@ -13,8 +13,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..configuration_mos import MoSConfig
 from ..conversion import refuse_other_models
+from ..remote_code.configuration_mos import MoSConfig
 
 
 def load_model(
@@ -121,6 +121,11 @@ def check_device(device: str) -> None:
         raise ValueError(f"device: expected one that torch can use, given {device!r}: {reason}") from error
 
 
-def is_mixture(model: PreTrainedModel) -> bool:
-    """Whether the head is a mixture, from the installed hf_mos or from the code beside a checkpoint."""
-    return model.config.model_type == MoSConfig.model_type
+def is_mixture(config: PreTrainedConfig) -> bool:
+    """Whether the config is that of a mixture, from the installed hf_mos or from the code beside a checkpoint."""
+    return any(base.__name__ == MoSConfig.__name__ for base in type(config).__mro__)
+
+
+def softmax_class(model: PreTrainedModel) -> str:
+    """The name of the class whose head a mixture replaces: `LlamaForCausalLM` for a `MoSLlamaForCausalLM`."""
+    return type(model).__name__.removeprefix("FSDP").removeprefix("MoS")

@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import logging
 
-from ..mos_checkpoint import STAGING_PREFIX, check_files
+from ..remote_code.mos_checkpoint import STAGING_PREFIX, check_files
 from .card import CARD_FILE, address, check_checkpoint
 from .exit_codes import before_work
 

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..mos_head import MoSLMHead
-
 
 class LogProbRank(NamedTuple):
     """The numerical rank of a log-probability matrix, with its tolerance and singular values."""
@@ -101,18 +99,11 @@ def unrounded(logits: Tensor, head_output: Tensor) -> Tensor:
     return head_output
 
 
-def head_of(model: PreTrainedModel) -> nn.Module:
-    """The module that maps hidden states to logits: a mixture's head, or the vocabulary projection."""
-    head = getattr(model, "lm_head", None)
-    if head is not None and any(base.__name__ == MoSLMHead.__name__ for base in type(head).__mro__):
-        return head  # by name, as the code beside a checkpoint is a class of its own
-    return model.get_output_embeddings()
-
-
 @contextmanager
 def head_in_float64(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """Lets the head compute in float64 without a change of its weights; yields the list of its outputs."""
-    head, outputs = head_of(model), []
+    head: Any = model.get_output_embeddings()
+    outputs: list[Tensor] = []
     wide = copy.deepcopy(head).double()
 
     def compute(module: nn.Module, inputs: tuple[Any, ...], narrow: Any) -> Tensor:

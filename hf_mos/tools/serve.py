@@ -1,7 +1,7 @@
 """Runs transformers' OpenAI-compatible server for a mixture.
 
-It looks a model's class up by name among transformers' own, so the class is put there first. It lists the models of
-the Hub cache, so the one that it serves is listed in their place. Everything else is `transformers serve`.
+It looks the class of a model up among transformers' own, so that of a mixture is put there first. It lists the models
+of the Hub cache, so the one that it serves is listed in their place. Everything else is `transformers serve`.
 """
 
 import time
@@ -10,12 +10,12 @@ from typing import Any
 import transformers
 import typer
 from huggingface_hub.errors import CacheNotFound
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
 from transformers.cli.serve import Serve
 from transformers.cli.serving.model_manager import ModelManager
 
-from ..modeling_mos import MoSForCausalLM
 from .exit_codes import before_work
-from .loading import check_exists
+from .loading import check_exists, hub_options, is_mixture, load_config
 
 HELP = """Serve a model, mixture or softmax, with transformers' own OpenAI-compatible server.
 
@@ -29,6 +29,7 @@ $ curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"m
 """
 
 models_of_the_cache = ModelManager.get_gen_models
+load_by_name = ModelManager._load_model
 
 
 def list_models(manager: ModelManager) -> list[dict[str, Any]]:
@@ -39,6 +40,17 @@ def list_models(manager: ModelManager) -> list[dict[str, Any]]:
         return models_of_the_cache()
     except CacheNotFound:
         return []
+
+
+def load_model(manager: ModelManager, name: str, *args: Any, **options: Any) -> PreTrainedModel:
+    """Loads a model, after its class is put where the server looks: by name, or by config where it reads images."""
+    model, revision = name.split("@", 1)
+    config = load_config(model, **hub_options(revision, manager.trust_remote_code))
+    if is_mixture(config):
+        models: Any = AutoModelForCausalLM._model_mapping
+        setattr(transformers, config.architectures[0], models[type(config)])
+        AutoModelForMultimodalLM.register(type(config), models[type(config)], exist_ok=True)
+    return load_by_name(manager, name, *args, **options)
 
 
 def serve(arguments: list[str], prog: str) -> None:
@@ -56,8 +68,8 @@ def serve(arguments: list[str], prog: str) -> None:
     if arguments and not arguments[0].startswith("-"):
         with before_work():
             check_exists(arguments[0])
-    transformers.MoSForCausalLM = MoSForCausalLM  # type: ignore[attr-defined]
     ModelManager.get_gen_models = list_models  # type: ignore[assignment,method-assign]
+    ModelManager._load_model = load_model  # type: ignore[assignment,method-assign]
     app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
     app.command(help=HELP)(Serve)
     app(arguments, prog_name=prog, standalone_mode=False)

@@ -1,7 +1,7 @@
 """Fine-tunes a causal language model with a mixture of softmaxes for its head, with the Trainer.
 
-    hf-mos train --model gpt2 --num-mixtures 4 --train-file book.txt --output-dir out
-    accelerate launch -m hf_mos.tools.train --model Qwen/Qwen3-0.6B-Base --latent-rank 32 \\
+    hf-mos train --model gpt2 --train-file book.txt --output-dir out
+    accelerate launch -m hf_mos.tools.train --model Qwen/Qwen3-0.6B-Base \\
         --dataset-name Salesforce/wikitext --dataset-config-name wikitext-103-raw-v1 \\
         --bf16 --learning-rate 1e-4 --per-device-train-batch-size 4 --output-dir out
 
@@ -36,22 +36,20 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..configuration_mos import MoSConfig
-from ..modeling_mos import MoSForCausalLM
-from ..mos_checkpoint import CONFIG_FILE
+from ..remote_code.modeling_mos import MoSForCausalLM
+from ..remote_code.mos_checkpoint import CONFIG_FILE
 from ..training.callbacks import MixtureUsage, StopOnNonFiniteLoss, last_whole_checkpoint
 from ..training.hidden_states import HiddenStateRows, bytes_of, freeze_backbone, keep_hidden_states
 from .blocks import ValidationSet, ValidationText, cut_windows, load_text, pack
 from .card import CARD_FILE, eval_results, model_card
 from .evaluate import IGNORED, Window, check_tokens, choose_window, collate, target_nll
 from .exit_codes import REFUSED, OptionError, before_work
-from .head_options import check_head_options
-from .loading import hub_options, load_config, load_tokenizer
+from .head_options import ALL
+from .loading import hub_options, is_mixture, load_config, load_tokenizer
 from .provenance import describe_machine, own_command
 from .push import pin_card
 from .train_options import LONGEST_DEFAULT_BLOCK, DataOptions, ModelOptions, parse_options
 
-CHANGEABLE = ("latent_dropout", "balance_coefficient")  # options of a mixture that act in training alone
 # What a folder of a run holds; other files in the output folder stay.
 RUN_FILES = (CONFIG_FILE, CARD_FILE, "*.safetensors", f"{PREFIX_CHECKPOINT_DIR}-*")
 
@@ -201,7 +199,7 @@ def train(model_options: ModelOptions, data_options: DataOptions, training_argum
         callbacks=[StopOnNonFiniteLoss()],
     )
     if isinstance(model, MoSForCausalLM):
-        MixtureUsage(model_options.log_components, remedy="--balance-coefficient 0.01").add_to(trainer)
+        MixtureUsage(model_options.log_components).add_to(trainer)
     if resume_from is not None and trainer.is_world_process_zero():
         print(f"resuming from {resume_from}", file=sys.stderr)
     if model_options.force and not goes_on:
@@ -286,23 +284,22 @@ def pin(trainer: CardTrainer, commit: CommitInfo | None) -> None:
 
 
 def read_config(options: ModelOptions) -> PreTrainedConfig:
-    """Loads the config of the model, and checks the options of the head against it."""
+    """Loads the config of the model, and checks the options against it."""
     config = load_config(options.source, **hub_options(options.revision, options.trust_remote_code))
-    converts = options.head == "mixture" and config.model_type != MoSConfig.model_type
+    converts = options.head == "mixture" and not is_mixture(config)
     if max(options.tp_size, options.fsdp_size) > 1 and (converts or options.from_scratch is not None):
         raise ValueError(
             "--tp-size, --fsdp-size: expected a --model that has a mixture already (see hf-mos convert), "
             f"given {options.source!r}"
         )
-    if converts:
-        check_head_options(options.head_options, config)
-    if config.model_type != MoSConfig.model_type:
+    if not is_mixture(config):
         return config
     if options.head == "softmax":
         raise ValueError(f"--head softmax: expected a model without a mixture, given {options.model!r}")
     for name, value in options.head_options.items():
-        if name not in CHANGEABLE and getattr(config, name) != value:
-            raise ValueError(f"--{name.replace('_', '-')}: the model has {getattr(config, name)!r}, given {value!r}")
+        if getattr(config, name) != value:
+            has, given = (ALL if size is None else repr(size) for size in (getattr(config, name), value))
+            raise ValueError(f"--{name.replace('_', '-')}: the model has {has}, given {given}")
     return config
 
 
@@ -313,20 +310,18 @@ def model_to_train(
     loading: dict[str, Any] = {"dtype": options.dtype, **hub_options(options.revision, options.trust_remote_code)}
     if options.attn_implementation is not None:
         loading["attn_implementation"] = options.attn_implementation
-    converts = options.head == "mixture" and config.model_type != MoSConfig.model_type
-    changed = {name: value for name, value in options.head_options.items() if name in CHANGEABLE and not converts}
+    converts = options.head == "mixture" and not is_mixture(config)
     if max(options.tp_size, options.fsdp_size) > 1:
         loading["distributed_config"] = DistributedConfig(tp_size=options.tp_size, fsdp_size=options.fsdp_size)
     if options.from_scratch is not None:
-        for name, value in {**changed, "vocab_size": len(tokenizer)}.items():
-            setattr(config, name, value)
+        config.vocab_size = len(tokenizer)
         dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         model = MoSForCausalLM.from_causal_lm(model, **options.head_options) if converts else model
     elif converts:
         model = MoSForCausalLM.from_causal_lm(options.source, **options.head_options, **loading)
     else:
-        model = AutoModelForCausalLM.from_pretrained(options.source, **changed, **loading)
+        model = AutoModelForCausalLM.from_pretrained(options.source, **loading)
     # Else transformers divides the summed loss of some architectures (GPT-2, BERT) by all labels, and so the loss and
     # the gradients of a softmax by more than those of the mixture.
     model.loss_type = "ForCausalLM"

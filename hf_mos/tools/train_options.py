@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn
 from transformers import HfArgumentParser, TrainingArguments
 
 from .exit_codes import OptionError, before_work
-from .head_options import add_head_options, check_head_options, head_fields
+from .head_options import add_head_options, head_flags, read_head_options
 from .texts import ASSISTANT_ONLY_HELP, FILE_READERS, TEXT_COLUMN, TEXT_COLUMN_HELP
 
 LONGEST_DEFAULT_BLOCK = 1024
@@ -22,9 +22,9 @@ Fine-tunes a causal language model with a mixture of softmaxes for its head, wit
 
 Examples:
 
-  %(prog)s --model gpt2 --num-mixtures 4 --train-file book.txt --output-dir gpt2-mos
-  %(prog)s --model gpt2 --num-mixtures 4 --train-file book.txt --output-dir gpt2-mos --resume-from-checkpoint last
-  accelerate launch -m hf_mos.tools.train --model Qwen/Qwen3-0.6B-Base --latent-rank 32 \\
+  %(prog)s --model gpt2 --train-file book.txt --output-dir gpt2-mos
+  %(prog)s --model gpt2 --train-file book.txt --output-dir gpt2-mos --resume-from-checkpoint last
+  accelerate launch -m hf_mos.tools.train --model Qwen/Qwen3-0.6B-Base \\
       --dataset-name Salesforce/wikitext --dataset-config-name wikitext-103-raw-v1 \\
       --bf16 --learning-rate 1e-4 --per-device-train-batch-size 4 --output-dir qwen-mos
 
@@ -192,7 +192,7 @@ def parse_options(arguments: list[str] | None = None, prog: str | None = None) -
         *namespaces, unknown = others
         if unknown:
             parser.refuse(unknown[0])
-        model.head_options = {name: value for namespace in namespaces for name, value in vars(namespace).items()}
+        model.head_options = read_head_options({k: v for namespace in namespaces for k, v in vars(namespace).items()})
         if model.head == "softmax" and model.head_options:
             raise ValueError(f"--head softmax: expected no options of a mixture, given {model.head_options}")
         check_frozen(model, data)
@@ -200,7 +200,6 @@ def parse_options(arguments: list[str] | None = None, prog: str | None = None) -
             raise ValueError(
                 "--max-steps: expected a number of steps with --streaming, whose length is unknown, given none"
             )
-        check_head_options(model.head_options)
     return model, data, training
 
 
@@ -271,7 +270,7 @@ class Parser(HfArgumentParser):
             "help": ["help", "help_all"],
             "the training": TRAINING_HELP,
             "the model": ModelOptions.__annotations__,
-            "the mixture": [field.name for field in head_fields()],
+            "the mixture": [flag.name for flag in head_flags()],
             "the text": DataOptions.__annotations__,
         }
         found = {title: [actions.pop(name) for name in names if name in actions] for title, names in sections.items()}

@@ -25,19 +25,18 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.registry import ModelRegistry
-from vllm.model_executor.models.utils import WeightsMapper
 
-from ..configuration_mos import MoSConfig, embedding_size
-from ..mos_checkpoint import non_finite
-from ..mos_head import MoSLMHead
-from ..mos_log_probs import infer_log_probs
-from ..mos_vocabulary import VocabularyShard
-from .vllm_plugin import PREFIX, VLLM_VERSION, head_config
+from ..remote_code.configuration_mos import NO_SOFTCAP, PREFIX, find_softcap_field
+from ..remote_code.mos_checkpoint import non_finite
+from ..remote_code.mos_decoder import VocabularyShard
+from ..remote_code.mos_head import MoSLMHead
+from ..remote_code.mos_log_probs import infer_log_probs
+from .vllm_plugin import VLLM_VERSION
 
 if not hasattr(LogitsProcessor, "_apply_head"):
     raise ImportError(f"vllm: expected LogitsProcessor._apply_head, as {VLLM_VERSION} has it, given none")
 
-BACKBONE, HEAD = "backbone.", "lm_head."  # that the names in a checkpoint begin with
+HEAD = "lm_head."  # in every architecture that vLLM has
 
 
 class MixtureLogits(LogitsProcessor):
@@ -45,22 +44,30 @@ class MixtureLogits(LogitsProcessor):
 
     Args:
         native: the processor of the model's own head.
-        config: the mixture's.
+        config: the one that vLLM sees (`served_config`).
         decoder: the vocabulary projection, of which each process holds a shard under tensor parallelism.
         source: the checkpoint, for messages.
     """
 
-    def __init__(self, native: LogitsProcessor, config: MoSConfig, decoder: ParallelLMHead, source: str) -> None:
+    def __init__(
+        self, native: LogitsProcessor, config: PreTrainedConfig, decoder: ParallelLMHead, source: str
+    ) -> None:
         # A linear scale of the logits reaches the head with the hidden states. A softcap acts in each component.
         super().__init__(native.vocab_size, native.org_vocab_size)
         self.hidden_scale = native.scale
-        # No other module of the head depends on the number of classes.
-        like = nn.Linear(input_size(config), 1, bool(config.decoder_bias), dtype=native.head_dtype)
-        self.mixture = MoSLMHead(config, decoder=like).requires_grad_(False)
-        del self.mixture.decoder
-        self.decoder = (decoder,)  # the model holds it, under the name of its own head
+        # Of the prior and the shift, which do not depend on the number of classes. The model holds the decoder.
+        like = nn.Linear(decoder.embedding_dim, 1, bias=False, dtype=native.head_dtype)
+        self.mixture = MoSLMHead.take_over(
+            like,
+            num_mixtures=config.num_mixtures,
+            shortlist_size=config.shortlist_size,
+            latent_scale=config.latent_scale,
+            softcap=softcap_of(config),
+        ).requires_grad_(False)
+        del self.mixture.weight
+        self.decoder = (decoder,)
         self.is_tied, self.source = config.tie_word_embeddings, source
-        self.renamings = renamings_of(config.text_config)
+        self.renamings = renamings_of(config)
         self.is_loaded = False
         self.vocabulary = None
         if decoder.tp_size > 1:
@@ -75,16 +82,19 @@ class MixtureLogits(LogitsProcessor):
             hidden_states = hidden_states * self.hidden_scale
         leading = hidden_states.shape[:-1]
         hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
-        latents = self.mixture.latents(hidden_states)
+        mixture, dtype = self.mixture, self.mixture.shift.weight.dtype
+        hidden_states = hidden_states.to(dtype)
+        latents = mixture.latents if mixture.shortlist_size is None else mixture.mean_and_offsets
         logits = infer_log_probs(
-            latents,
-            self.mixture.prior_logits(hidden_states),
-            decoder.weight[:num_classes].to(latents.dtype),
-            decoder_bias=None if decoder.bias is None else decoder.bias[:num_classes].to(latents.dtype),
-            softcap=self.mixture.softcap,
+            latents(hidden_states),
+            mixture.prior_logits(hidden_states),
+            decoder.weight[:num_classes].to(dtype),
+            shortlist_size=mixture.shortlist_size,
+            decoder_bias=None if decoder.bias is None else decoder.bias[:num_classes].to(dtype),
+            softcap=mixture.softcap,
             add_log_partition=True,
             vocabulary=self.vocabulary,
-            matmul=self.multiply if latents.dtype == decoder.weight.dtype else None,
+            matmul=self.multiply if dtype == decoder.weight.dtype else None,
         )
         if padding := decoder.num_embeddings_per_partition - num_classes:
             logits = F.pad(logits, (0, padding), value=float("-inf"))
@@ -101,27 +111,33 @@ class MixtureLogits(LogitsProcessor):
         (decoder,) = self.decoder
         tensors = {f"{HEAD}{name}": (p, tuple(p.shape)) for name, p in self.mixture.named_parameters()}
         if not self.is_tied:
-            tensors[f"{HEAD}decoder.weight"] = (decoder.weight, (decoder.org_vocab_size, decoder.embedding_dim))
+            tensors[f"{HEAD}weight"] = (decoder.weight, (decoder.org_vocab_size, decoder.embedding_dim))
         if decoder.bias is not None:
-            tensors[f"{HEAD}decoder.bias"] = (decoder.bias, (decoder.org_vocab_size,))
+            tensors[f"{HEAD}bias"] = (decoder.bias, (decoder.org_vocab_size,))
         return tensors
 
     def load(self, weights: Iterable[tuple[str, Tensor]], loaded: set[str]) -> Iterator[tuple[str, Tensor]]:
-        """Loads the head's tensors of a checkpoint, adds their names to `loaded`, and returns the backbone's.
+        """Loads the head's tensors of a checkpoint, adds their names to `loaded`, and returns all others.
 
         Raises:
             ValueError: a tensor of the head is missing, one too many, of another shape than the config says, or not
                 finite.
         """
         tensors = self.tensors()
-        for name, tensor in weights:
-            if name.startswith(BACKBONE):
-                yield name.removeprefix(BACKBONE), tensor
-                continue
+        for name_in_file, tensor in weights:
+            name = name_in_file
             for renaming in self.renamings:
                 name, _ = renaming.rename_source_key(name)
-            if name == f"{HEAD}decoder.weight" and self.is_tied:
+            if not name.startswith(HEAD):
+                yield name_in_file, tensor
                 continue
+            if name == f"{HEAD}weight" and self.is_tied:
+                continue
+            if name == f"{HEAD}bias" and name not in tensors:  # vLLM's own classes do not always tell
+                (decoder,) = self.decoder
+                with decoder.weight.device:
+                    decoder._register_bias()
+                tensors = self.tensors()
             if name not in tensors:
                 raise ValueError(f"{self.source}: expected the weights that the config names, given {name} too")
             parameter, shape = tensors[name]
@@ -151,15 +167,16 @@ class Mixture:
             raise ValueError(f"pipeline_parallel_size: expected 1 for a mixture, given {stages}")
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]  # vLLM's class is behind
         model: Any = self
-        config = head_config(vllm_config.model_config.hf_config)
+        config = vllm_config.model_config.hf_config
+        num_classes = config.get_text_config().vocab_size
         path, native = the_one(model, LogitsProcessor)
-        if type(native) is not LogitsProcessor or native.org_vocab_size != config.vocab_size:
+        if type(native) is not LogitsProcessor or native.org_vocab_size != num_classes:
             raise ValueError(
-                f"{type(self).__name__}: expected vLLM's own LogitsProcessor of {config.vocab_size} classes, given "
+                f"{type(self).__name__}: expected vLLM's own LogitsProcessor of {num_classes} classes, given "
                 f"{type(native).__name__} of {native.org_vocab_size}"
             )
-        check_logits_are_final(model, native, config)
         decoder = replace_decoder(model, config)
+        check_logits_are_final(model, native, decoder.embedding_dim)
         logits = MixtureLogits(native, config, decoder, vllm_config.model_config.model)
         logits.is_loaded = vllm_config.load_config.load_format == "dummy"
         model.set_submodule(path, logits)
@@ -188,7 +205,7 @@ def the_one(model: nn.Module, kind: type[nn.Module]) -> tuple[str, Any]:
     return found[0]
 
 
-def check_logits_are_final(model: Any, native: LogitsProcessor, config: MoSConfig) -> None:
+def check_logits_are_final(model: Any, native: LogitsProcessor, width: int) -> None:
     """Raises a ValueError where the model changes its logits after the processor: log-probabilities must stay."""
 
     def numbers(lm_head: VocabParallelEmbedding, *_: Any) -> Tensor:
@@ -197,7 +214,7 @@ def check_logits_are_final(model: Any, native: LogitsProcessor, config: MoSConfi
 
     scale, softcap = native.scale, native.soft_cap
     native.scale, native.soft_cap, native._apply_head = 1.0, None, numbers
-    logits = model.compute_logits(torch.zeros(1, input_size(config)))
+    logits = model.compute_logits(torch.zeros(1, width))
     native.scale, native.soft_cap = scale, softcap
     del native._apply_head
     # Under tensor parallelism only one process may have them.
@@ -205,14 +222,16 @@ def check_logits_are_final(model: Any, native: LogitsProcessor, config: MoSConfi
         raise ValueError(f"{type(model).__name__}: expected a model that returns what its LogitsProcessor computes")
 
 
-def replace_decoder(model: nn.Module, config: MoSConfig) -> ParallelLMHead:
-    """Returns the mixture's decoder, put in the place of the model's own head, which may have another shape."""
-    D, V = input_size(config), config.vocab_size
-    decoder = ParallelLMHead(V, config.latent_size or D, bias=bool(config.decoder_bias), prefix="lm_head")
+def replace_decoder(model: nn.Module, config: PreTrainedConfig) -> ParallelLMHead:
+    """Returns the mixture's decoder, put in the place of the model's own head, which may be quantized or missing."""
+    heads = {path: module for path, module in model.named_modules() if isinstance(module, ParallelLMHead)}
+    text_config = config.get_text_config()
+    D, V = next((head.embedding_dim for head in heads.values()), text_config.hidden_size), text_config.vocab_size
+    has_bias = any(head.bias is not None for head in heads.values())
+    decoder = ParallelLMHead(V, D, bias=has_bias, prefix="lm_head")
     if config.tie_word_embeddings:
         decoder = decoder.tie_weights(input_embedding(model, V, D))
-    paths = [path for path, module in model.named_modules() if isinstance(module, ParallelLMHead)]
-    for path in paths or ["lm_head"]:
+    for path in heads or ["lm_head"]:
         model.set_submodule(path, decoder)
     return decoder
 
@@ -239,17 +258,18 @@ def input_embedding(model: nn.Module, num_classes: int, size: int) -> VocabParal
     return found[0]
 
 
-def renamings_of(text_config: PreTrainedConfig) -> list[WeightRenaming]:
+def softcap_of(config: PreTrainedConfig) -> float | None:
+    """The softcap of the logits, which the architectures name differently; `None` if there is none."""
+    found = find_softcap_field(config, lambda value: value not in (None, NO_SOFTCAP))
+    return None if found is None else getattr(*found)
+
+
+def renamings_of(config: PreTrainedConfig) -> list[WeightRenaming]:
     """The names in a checkpoint that transformers changes for this backbone, also those of the head: `embed_out`."""
-    names = [*reversed(text_config.architectures or []), text_config.model_type]
+    names = [*reversed(config.architectures or []), config.model_type]
     mappings: list[Any] = [get_checkpoint_conversion_mapping(name) for name in names]
     transforms: list[Any] = next((mapping for mapping in mappings if mapping is not None), [])
     return [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-
-
-def input_size(config: MoSConfig) -> int:
-    """The width of the hidden states that the head reads."""
-    return embedding_size(config.text_config) or config.hidden_size
 
 
 def __getattr__(name: str) -> type[nn.Module]:
@@ -258,9 +278,5 @@ def __getattr__(name: str) -> type[nn.Module]:
     if native_name == name or native_name not in ModelRegistry.models:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     native: Any = ModelRegistry.models[native_name].load_model_cls()
-    # Adapters name the modules as a checkpoint does.
-    mapper = WeightsMapper(orig_to_new_prefix={BACKBONE: ""})
-    mapper |= getattr(native, "hf_to_vllm_mapper", None) or WeightsMapper()
-    members = {"__module__": __name__, "hf_to_vllm_mapper": mapper}
-    globals()[name] = type(name, (Mixture, native), members)
+    globals()[name] = type(name, (Mixture, native), {"__module__": __name__})
     return globals()[name]

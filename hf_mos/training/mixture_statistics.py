@@ -1,7 +1,7 @@
 """Statistics of a mixture on tokens: mixture weights, responsibilities, divergences between components.
 
 N tokens, n of them in a chunk, K mixtures, V classes
-log_prior            (n, K)
+log_prior            (n, K), of the mixture itself
 component_log_probs  (n, K, V), of one chunk at a time
 """
 
@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..mos_chunks import tokens_per_chunk
+from ..remote_code.mos_decoder import tokens_per_chunk
 
 BYTES_PER_LOGIT = 16  # log-probabilities, probabilities and temporaries
 
@@ -39,17 +39,21 @@ class MixturePredictions(NamedTuple):
 
 
 @torch.no_grad()
-def predict_in_chunks(head: Any, hidden_states: Tensor) -> Iterator[tuple[slice, MixturePredictions]]:
+def predict_in_chunks(
+    head: Any, hidden_states: Tensor, decoder: nn.Module | None = None
+) -> Iterator[tuple[slice, MixturePredictions]]:
     """Yields each component's log-probabilities for hidden states (N, D), chunk by chunk.
 
-    The head may be of the code beside a checkpoint, and its decoder anything that can be called.
+    Args:
+        head: a [`MoSLMHead`], also of the code beside a checkpoint.
+        hidden_states: (N, D).
+        decoder: a module around the head, such as an adapter, that is called as the decoder; `None`: there is none.
     """
     N, K = hidden_states.shape[0], head.num_mixtures
-    size = tokens_per_chunk(K, head.decoder.out_features, BYTES_PER_LOGIT, hidden_states.device)
+    size = tokens_per_chunk(K, head.out_features, BYTES_PER_LOGIT, hidden_states.device)
     for start in range(0, N, size):
         tokens = slice(start, min(start + size, N))
-        latents, prior_logits = head.latents(hidden_states[tokens]), head.prior_logits(hidden_states[tokens])
-        log_prior, logits = latents.components(head.decoder, prior_logits, head.softcap)
+        log_prior, logits = head.components(hidden_states[tokens], decoder)
         yield tokens, MixturePredictions(log_prior, F.log_softmax(logits, dim=-1), F.softmax(logits, dim=-1))
 
 
@@ -130,7 +134,7 @@ def mixture_statistics(head: Any, hidden_states: Tensor, targets: Tensor) -> Mix
     """Computes the statistics of a head's mixture on tokens, chunk by chunk.
 
     Args:
-        head ([`MoSLMHead`]): in any mode; dropout acts in training mode.
+        head: a [`MoSLMHead`].
         hidden_states: (N, D).
         targets: (N,), class indices aligned with the hidden states; none that is ignored.
     """

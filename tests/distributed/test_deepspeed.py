@@ -22,8 +22,8 @@ from training_steps import (
     save_results,
 )
 
-import hf_mos.mos_loss
-from hf_mos import MoSForCausalLM
+from hf_mos import MoSForCausalLM, mos_cross_entropy
+from hf_mos.remote_code import mos_head
 from hf_mos.training.callbacks import MixtureUsage
 
 STAGES = (2, 3)
@@ -54,9 +54,8 @@ def start_deepspeed() -> None:
 
 def train_and_save(folder: str, stage: str) -> None:
     start_deepspeed()
-    loss_and_gradients = hf_mos.mos_loss.loss_and_gradients
     for name in MODELS:
-        with mock.patch("hf_mos.mos_loss.loss_and_gradients", wraps=loss_and_gradients) as fused:
+        with mock.patch.object(mos_head, "mos_cross_entropy", wraps=mos_cross_entropy) as fused:
             trainer = run_trainer(
                 folder, name, WORLD_SIZE, use_cpu=False, deepspeed=config_of(int(stage)), usage=MixtureUsage()
             )
@@ -82,7 +81,7 @@ def load_sharded(folder: str, saved: str) -> None:
     model = MoSForCausalLM.from_pretrained(saved)
     assert all(parameter.numel() == 0 for parameter in model.parameters())
     converted = MoSForCausalLM.from_causal_lm(plain, num_mixtures=3)
-    assert converted.lm_head.decoder.weight.numel() == 0
+    assert converted.lm_head.weight.numel() == 0
     trainer = run_trainer(folder, "converted", WORLD_SIZE, model=converted, use_cpu=False, deepspeed=config_of(3))
     trainer.save_model()
 
@@ -113,4 +112,4 @@ def test_a_save_loads_in_a_fresh_process(trained: Path, tmp_path: Path) -> None:
         "print(type(model).__name__, model.generate(torch.tensor([[3, 4]]), max_new_tokens=2).shape)"
     )
     printed = run_python(code, trained / f"{MODELS[-1]}-out", cache=tmp_path)
-    assert printed.splitlines()[-1] == "MoSForCausalLM torch.Size([1, 4])"
+    assert printed.splitlines()[-1] == "MoSLlamaForCausalLM torch.Size([1, 4])"

@@ -34,15 +34,15 @@ from training_steps import (
 from transformers.distributed import DistributedConfig
 from transformers.distributed.checkpoint import consolidate_distributed_checkpoint
 
-import hf_mos.mos_loss
-from hf_mos import MoSForCausalLM
-from hf_mos.mos_checkpoint import whole_state_dict
+from hf_mos import MoSForCausalLM, mos_cross_entropy
+from hf_mos.remote_code import mos_head
+from hf_mos.remote_code.mos_checkpoint import whole_state_dict
 
 ENGINES = ("torch", "accelerate", "transformers")
 
 
 def layers_of(model: MoSForCausalLM) -> Any:
-    return model.backbone.transformer.h if hasattr(model.backbone, "transformer") else model.backbone.model.layers
+    return model.transformer.h if hasattr(model, "transformer") else model.model.layers
 
 
 def shard(model: MoSForCausalLM, **options: Any) -> MoSForCausalLM:
@@ -74,7 +74,7 @@ def load_sharded(folder: Path, name: str) -> MoSForCausalLM:
     if torch.distributed.get_rank() == 0:
         make_model(name).save_pretrained(folder)
     torch.distributed.barrier()
-    plan = {"backbone.transformer.h.*": "free_full_weight"} if name == "gpt2" else None
+    plan = {"transformer.h.*": "free_full_weight"} if name == "gpt2" else None
     config = DistributedConfig(fsdp_size=WORLD_SIZE, fsdp_plan=plan)
     return MoSForCausalLM.from_pretrained(folder, distributed_config=config).train()
 
@@ -82,10 +82,9 @@ def load_sharded(folder: Path, name: str) -> MoSForCausalLM:
 @contextlib.contextmanager
 def every_loss_is_fused(steps: int) -> Iterator[None]:
     """Each of the losses is the one without a vocabulary-wide tensor, and it sees the decoder's weight whole."""
-    loss_and_gradients = hf_mos.mos_loss.loss_and_gradients
-    with mock.patch("hf_mos.mos_loss.loss_and_gradients", wraps=loss_and_gradients) as fused:
+    with mock.patch.object(mos_head, "mos_cross_entropy", wraps=mos_cross_entropy) as fused:
         yield
-    weights = [call.args[0][1] for call in fused.call_args_list]
+    weights = [call.args[2] for call in fused.call_args_list]
     assert [type(weight) for weight in weights] == [torch.nn.Parameter] * steps
     assert all(weight.shape == (97, 32) for weight in weights)
 
@@ -140,7 +139,7 @@ def test_a_save_loads_without_hf_mos(trained: Path, tmp_path: Path) -> None:
         "print(type(model).__name__)"
     )
     printed = run_python(code, trained / f"transformers-{MODELS[-1]}-saved", cache=tmp_path)
-    assert printed.split()[-1] == "MoSForCausalLM"
+    assert printed.split()[-1] == "MoSLlamaForCausalLM"
 
 
 # ------------------------------------------------------------------------------------------------- sharded checkpoints
@@ -217,9 +216,8 @@ def train_in_bf16() -> None:
         for layer in layers_of(model):
             fully_shard(layer, mp_policy=policy)
         tied = model.config.tie_word_embeddings
-        decoder = model.lm_head.decoder
-        fully_shard([model.get_input_embeddings(), decoder] if tied else decoder, mp_policy=policy)
-        fully_shard(model)  # the loss is what the decoder's own group lets through
+        fully_shard([model.get_input_embeddings(), model.lm_head] if tied else model.lm_head, mp_policy=policy)
+        fully_shard(model)  # the loss is what the head's own group lets through
         batch = share_of(joint_batch(0), rank, WORLD_SIZE)
         loss = model(**batch, num_items_in_batch=1000).loss
         assert loss.dtype == torch.float32

@@ -4,6 +4,7 @@ import ctypes
 import gc
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from helpers import VOCAB_SIZE, LargestTensor, greedy
@@ -14,16 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_steps import assert_close_to, joint_batch, make_model
 from transformers.distributed import DistributedConfig
 
-from hf_mos import MoSForCausalLM
-from hf_mos.mos_decoder import ShardedDecoder, use_of
-from hf_mos.mos_latents import Latents, ShortlistLatents, SubspaceLatents
-from hf_mos.mos_log_probs import infer_log_probs, mos_log_probs
-from hf_mos.mos_loss import mos_cross_entropy
-from hf_mos.mos_vocabulary import VocabularyShard
+from hf_mos import MoSForCausalLM, mos_cross_entropy, mos_log_probs
+from hf_mos.remote_code import mos_head
+from hf_mos.remote_code.mos_decoder import VocabularyShard
+from hf_mos.remote_code.mos_log_probs import infer_log_probs
 
 # GPT-2 has no plan of its own.
-PLANS = {"gpt2": {"backbone.transformer.wte": "embedding_rowwise", "lm_head.decoder": "colwise_gather_output"}}
-HEADS: list[dict[str, Any]] = [{}, {"latent_rank": 4}, {"shortlist_size": 6}]
+PLANS = {"gpt2": {"transformer.wte": "embedding_rowwise", "lm_head": "colwise_gather_output"}}
+HEADS: list[dict[str, Any]] = [{}, {"shortlist_size": 6}]
 
 
 class Messages(TorchDispatchMode):
@@ -42,16 +41,15 @@ class Messages(TorchDispatchMode):
 
 # ------------------------------------------------------------------------------------------------------------ the loss
 
-N, K, E = 11, 3, 8
-CASES = {
-    "full latents": {},
-    "a subspace": {"rank": 2},
-    "a shortlist": {"shortlist": 3},
-    "a shortlist of nearly all classes": {"shortlist": 15, "bias": True},
-    "a shortlist in a subspace": {"shortlist": 4, "rank": 2, "softcap": 2.0, "chunk_size": 2},
+N, K, D = 11, 3, 8
+CASES: dict[str, dict[str, Any]] = {
+    "all classes": {},
+    "a shortlist": {"shortlist_size": 3},
+    "a shortlist of nearly all classes": {"shortlist_size": 15, "bias": True},
+    "a shortlist and a softcap": {"shortlist_size": 4, "softcap": 2.0, "chunk_size": 2},
     "a bias": {"bias": True},
     "a softcap": {"softcap": 2.0, "bias": True},
-    "chunks": {"chunk_size": 2, "rank": 2},
+    "chunks": {"chunk_size": 2},
     "each token": {"reduction": "none"},
     "the sum": {"reduction": "sum"},
     "all ignored": {"ignored": N},
@@ -62,29 +60,27 @@ CASES = {
 
 
 def random_inputs(
-    num_classes: int, rank: int | None, factored: bool, scale: float, dtype: torch.dtype, frozen: bool
+    num_classes: int,
+    shortlist: bool = False,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    frozen: bool = False,
 ) -> list[Tensor]:
-    """The same on all processes: prior logits, weight, bias and latents."""
+    """The same on all processes: prior logits, weight, bias, and the latents or their mean and offsets."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    latents = [draw(N, E), draw(N, K, rank or E)] if factored else [draw(N, K, E)]
-    latents += [] if rank is None else [draw(E, rank)]
-    prior, weight, bias = draw(N, K), scale * draw(num_classes, E).to(dtype), draw(num_classes).to(dtype)
+    latents = [draw(N, D), draw(N, K, D)] if shortlist else [draw(N, K, D)]
+    prior, weight, bias = draw(N, K), scale * draw(num_classes, D).to(dtype), draw(num_classes).to(dtype)
     inputs = [prior, weight, bias, *(tensor.to(dtype) for tensor in latents)]
     return [tensor.requires_grad_(not (frozen and i in (1, 2))) for i, tensor in enumerate(inputs)]
 
 
-def loss_of(
-    inputs: list[Tensor], targets: Tensor, bias: bool, shortlist: int | None, **options: Any
-) -> tuple[Tensor, list[Tensor | None]]:
+def loss_of(inputs: list[Tensor], targets: Tensor, bias: bool, **options: Any) -> tuple[Tensor, list[Tensor | None]]:
     prior, weight, decoder_bias, *parts = inputs
-    if shortlist is not None:
-        latents: Any = ShortlistLatents(*parts, size=shortlist)
-    else:
-        latents = parts[0] if len(parts) == 1 else SubspaceLatents(*parts)
+    latents = parts[0] if len(parts) == 1 else tuple(parts)
     loss = mos_cross_entropy(latents, prior, weight, targets, decoder_bias=decoder_bias if bias else None, **options)
     weights = torch.linspace(1, 2, loss.numel()).view(loss.shape)
     (loss * weights).sum().backward()
@@ -96,11 +92,10 @@ def compare_losses() -> None:
     for num_classes in (20, 17, 2):  # also where the processes hold unequal shares
         targets = torch.arange(N) % num_classes
         for name, case in CASES.items():
-            options = {"bias": False, "rank": None, "scale": 1.0, "dtype": torch.float32, "frozen": False}
-            options |= {"shortlist": None} | case
-            options["factored"] = (options["rank"] or options["shortlist"]) is not None
+            options = {"bias": False, **case}
             ignored, tolerance = options.pop("ignored", 2), options.pop("tolerance", 1e-5)
-            drawing = {key: options.pop(key) for key in ("rank", "factored", "scale", "dtype", "frozen")}
+            drawing = {key: options.pop(key) for key in ("scale", "dtype", "frozen") if key in options}
+            drawing["shortlist"] = "shortlist_size" in options
             labels = targets.masked_fill(torch.arange(N) < ignored, -100)
             expected, gradients = loss_of(random_inputs(num_classes, **drawing), labels, **options)
             here = slice(*(min(i * -(-num_classes // WORLD_SIZE), num_classes) for i in (rank, rank + 1)))
@@ -120,22 +115,20 @@ def compare_inference() -> None:
     group = torch.distributed.group.WORLD
     for num_classes in (20, 17, 2, 1):  # the last leaves one process without a class
         here = slice(*(min(i * -(-num_classes // WORLD_SIZE), num_classes) for i in (rank, rank + 1)))
-        for head in ({}, {"rank": 2}, {"shortlist": 4}, {"shortlist": 4, "rank": 2}):
-            size, wide = head.get("shortlist"), head.get("rank")
-            inputs = random_inputs(num_classes, wide, bool(head), 1.0, torch.float32, frozen=False)
+        for size in (None, 4):
+            inputs = random_inputs(num_classes, shortlist=size is not None)
             prior, weight, bias, *parts = (tensor.detach() for tensor in inputs)
-            form = SubspaceLatents if head else Latents
-            latents = form(*parts) if size is None else ShortlistLatents(*parts, size=size)
+            latents = parts[0] if size is None else tuple(parts)
             shard = VocabularyShard(num_classes, here.start, group)
             for adds in (False, True):
-                options = {"softcap": 2.0, "add_log_partition": adds}
+                options = {"shortlist_size": size, "softcap": 2.0, "add_log_partition": adds}
                 expected = mos_log_probs(latents, prior, weight, decoder_bias=bias, **options)[:, here]
                 given = infer_log_probs(
                     latents, prior, weight[here], decoder_bias=bias[here], vocabulary=shard, **options
                 )
                 assert given.shape == expected.shape
                 if expected.numel():
-                    assert_near(given, expected, 1e-5, f"{num_classes} classes, {head}, {options}")
+                    assert_near(given, expected, 1e-5, f"{num_classes} classes, {options}")
 
 
 def assert_near(given: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
@@ -167,9 +160,9 @@ def measure(weight: Tensor, shard: VocabularyShard | None) -> tuple[int, int, li
 
 
 def compare_memory() -> None:
-    V, E = 50_000, 64
+    V, D = 50_000, 64
     rank = torch.distributed.get_rank()
-    weight = torch.randn(V, E, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(V, D, generator=torch.Generator().manual_seed(1))
     whole = weight.clone().requires_grad_()
     half = weight[rank * V // 2 : (rank + 1) * V // 2].clone().requires_grad_()
     measure(whole, None)  # once, so that torch has loaded what it needs
@@ -180,8 +173,8 @@ def compare_memory() -> None:
     assert largest_here <= 0.51 * largest
     assert peak_here <= 0.6 * peak, f"{peak_here / 2**20:.1f} MiB of {peak / 2**20:.1f} MiB"
     # The latents' gradient once, and for each row of logits its largest, its sum and its target's.
-    assert messages.count(512 * 4 * E) == 1
-    assert sum(messages) == 512 * 4 * E + 512 * 4 * 3
+    assert messages.count(512 * 4 * D) == 1
+    assert sum(messages) == 512 * 4 * D + 512 * 4 * 3
     if rank == 0:
         print(f"{peak / 2**20:.1f} MiB in one process, {peak_here / 2**20:.1f} MiB in each of two")
 
@@ -218,14 +211,15 @@ def compare_models(folder: str) -> None:
                 alone.save_pretrained(path)
             torch.distributed.barrier()
             model = load_parallel(path, name)
-            decoder = model.lm_head.decoder.weight
+            decoder = model.lm_head.weight
             assert decoder.to_local().shape[0] in (VOCAB_SIZE // 2, VOCAB_SIZE // 2 + 1)
-            tied = alone.config.tie_word_embeddings
-            assert type(use_of(model.lm_head.decoder, None)) is ShardedDecoder
-            assert (decoder is model.get_input_embeddings().weight) == tied
+            assert (decoder is model.get_input_embeddings().weight) == alone.config.tie_word_embeddings
 
             batch = joint_batch(0)
-            loss, expected = model(**batch).loss, alone(**batch).loss
+            with mock.patch.object(mos_head, "mos_cross_entropy", wraps=mos_cross_entropy) as fused:
+                loss = model(**batch).loss
+            assert fused.call_args.kwargs["shard"].num_classes == VOCAB_SIZE
+            expected = alone(**batch).loss
             torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
             loss.backward()
             expected.backward()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import random_tokens, tiny_causal_lm
+from helpers import part_components, random_tokens, tiny_causal_lm
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -13,23 +13,19 @@ from transformers import Trainer, TrainingArguments
 from hf_mos import MoSForCausalLM
 from hf_mos.training.callbacks import MixtureUsage
 
-MODELS = ("gpt2", "llama-tied", "llama R=4", "llama M=8")  # the first is tied too; then a latent_rank, a shortlist
+MODELS = ("gpt2", "llama-tied", "llama", "llama M=8")  # the first is tied too; the last has a shortlist
 STEPS, BATCH, LENGTH = 5, 4, 12
 LEARNING_RATE = 0.05
 ACCUMULATION = 2  # of the Trainer
 
 
 def make_model(name: str, **options: Any) -> MoSForCausalLM:
-    """Of weights so small that rounding stays below what is compared."""
-    name, _, option = name.partition(" ")
-    if option:
-        field, value = option.split("=")
-        options = {{"R": "latent_rank", "M": "shortlist_size"}[field]: int(value)} | options
-    model = MoSForCausalLM.from_causal_lm(tiny_causal_lm(name, initializer_range=0.1), num_mixtures=3, **options)
-    projection = model.lm_head.shift
-    with torch.no_grad():
-        noise = torch.randn(projection.weight.shape, generator=torch.Generator().manual_seed(1))
-        projection.weight += 0.1 / model.lm_head.latent_scale * noise
+    """A model whose weights are so small that rounding stays below what is compared. It has all classes in its
+    mixture, or a shortlist: "llama M=8"."""
+    name, _, size = name.partition(" M=")
+    options = {"num_mixtures": 3, "shortlist_size": int(size) if size else None, **options}
+    model = MoSForCausalLM.from_causal_lm(tiny_causal_lm(name, initializer_range=0.1), **options)
+    part_components(model)
     return model.train()
 
 

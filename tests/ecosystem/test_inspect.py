@@ -21,7 +21,7 @@ from selenium.webdriver.common.keys import Keys
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_mos import MoSConfig, MoSForCausalLM
+from hf_mos import MoSForCausalLM
 from hf_mos.tools.evaluate import evaluate
 from hf_mos.tools.inspection.inspect_mixture import Inspection, inspect_mixture
 from hf_mos.tools.inspection.page import render_page, save_page
@@ -76,7 +76,7 @@ def mixture_for(tokenizer: PreTrainedTokenizerFast, backbone: str = "llama", **o
     model = MoSForCausalLM.from_causal_lm(
         tiny_causal_lm(backbone, vocab_size=len(tokenizer)), **({"num_mixtures": 3} | options)
     )
-    part_components(model, 0.1 if options.get("latent_rank") is None else 0.3)
+    part_components(model)
     return model
 
 
@@ -85,23 +85,20 @@ def mixture_for(tokenizer: PreTrainedTokenizerFast, backbone: str = "llama", **o
 
 def predicted_by_hand(model: MoSForCausalLM, token_ids: list[int]) -> dict[str, torch.Tensor]:
     """Every probability at every position of (prefix, text), with the formulas of the paper in probability space."""
-    head, caught = model.lm_head, []
-    hook = head.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
+    head = model.lm_head
     with torch.no_grad():
-        model(torch.tensor([token_ids]))
-        hook.remove()
-        h = caught[0][0].double()  # what a mamba hands over is fp32 whatever its weights
+        h = model.head_inputs(input_ids=torch.tensor([token_ids]))[0]
 
         def logits_of(latents: torch.Tensor) -> torch.Tensor:
-            return latents @ head.decoder.weight.T + (0 if head.decoder.bias is None else head.decoder.bias)
+            return latents @ head.weight.T + (0 if head.bias is None else head.bias)
 
         def softmax(logits: torch.Tensor) -> torch.Tensor:
-            cap = model.config.softcap
+            cap = head.softcap
             return (logits if cap is None else cap * torch.tanh(logits / cap)).softmax(-1)
 
         weights = (head.latent_scale * h @ head.prior.weight.T).softmax(-1)
         shifts = (head.latent_scale * h @ head.shift.weight.T).unflatten(-1, (head.num_mixtures, -1))
-        latents = h.unsqueeze(1) + (shifts if head.latent_rank is None else shifts @ head.basis.T)
+        latents = h.unsqueeze(1) + shifts
         logits = logits_of(latents)
         if head.shortlist_size is not None:
             shared = logits_of(latents.mean(1))
@@ -128,7 +125,8 @@ def entropy(probs: torch.Tensor) -> torch.Tensor:
         ("gpt2", {}),
         ("gemma2", {}),
         ("mamba", {}),
-        ("llama", {"latent_rank": 4}),
+        ("gemma2", {"shortlist_size": None}),
+        ("llama", {"shortlist_size": None}),
         ("llama", {"shortlist_size": 5}),
         ("llama-tied", {"num_mixtures": 1}),
     ],
@@ -175,7 +173,7 @@ def test_each_token_is_what_the_formulas_say(backbone: str, options: dict[str, A
 
 def test_the_nll_is_the_models_own_loss() -> None:
     tokenizer = tokenizer_of(bos_token=END)
-    model = mixture_for(tokenizer, latent_rank=4)
+    model = mixture_for(tokenizer)
     tokens = inspect_mixture(model, tokenizer, text=TEXT).text.tokens
     input_ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(TEXT).input_ids]])
     with torch.no_grad():
@@ -199,17 +197,6 @@ def test_before_training_every_component_is_the_old_softmax() -> None:
     assert max(map(max, corpus.divergence)) < 1e-5
     assert corpus.nll == pytest.approx(corpus.softmax_nll, abs=1e-5)
     assert corpus.rank.mixture == corpus.rank.softmax
-
-
-def test_where_the_latents_are_narrower_there_is_no_old_softmax() -> None:
-    tokenizer = tokenizer_of(eos_token=END)
-    text_config = tiny_causal_lm("llama", vocab_size=len(tokenizer)).config
-    model = MoSForCausalLM(MoSConfig(text_config=text_config, latent_size=16, latent_activation="tanh")).eval()
-    inspection = inspect_mixture(model, tokenizer, text="The cat", corpus=CORPUS)
-    assert inspection.text.next.softmax_top is inspection.text.tokens[0].prediction.softmax_nll is None
-    assert inspection.corpus.softmax_nll is inspection.corpus.rank.softmax is None
-    assert "old softmax's" not in render_page(inspection)
-    printed(inspection)
 
 
 # ------------------------------------------------------------------------------------------- the numbers of a corpus
@@ -313,7 +300,7 @@ def test_memory_holds_a_chunk_of_distributions_and_no_more(monkeypatch: pytest.M
     model = mixture_for(tokenizer, num_mixtures=4)
     whole = inspect_mixture(model, tokenizer, corpus=CORPUS, rank_contexts=0).corpus
     assert whole.rank is None
-    monkeypatch.setattr("hf_mos.mos_chunks.CPU_BUDGET_BYTES", 100_000)  # 5 tokens of 4 components
+    monkeypatch.setattr("hf_mos.remote_code.mos_decoder.CPU_BUDGET_BYTES", 100_000)  # 5 tokens of 4 components
     with LargestTensor() as largest:
         corpus = inspect_mixture(model, tokenizer, corpus=CORPUS, rank_contexts=40).corpus
     assert largest.numel <= 40 * len(tokenizer)
@@ -459,9 +446,9 @@ def test_predictions_that_are_not_finite_are_an_error(what: dict[str, Any]) -> N
 
 def test_a_class_without_probability_leaves_the_rank_out() -> None:
     tokenizer = tokenizer_of(eos_token=END)
-    model = mixture_for(tokenizer, "llama", decoder_bias=None)
-    model.lm_head.decoder.bias = torch.nn.Parameter(torch.zeros(len(tokenizer)))
-    model.lm_head.decoder.bias.data[5] = -math.inf
+    model = mixture_for(tokenizer)
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(tokenizer)))
+    model.lm_head.bias.data[5] = -math.inf
     inspection = inspect_mixture(model, tokenizer, text="The cat", corpus=["The cat sat"])
     assert inspection.corpus.rank is None
     assert math.isfinite(inspection.corpus.nll)
@@ -477,7 +464,7 @@ def whole_inspection(**options: Any) -> Inspection:
     return inspect_mixture(mixture_for(tokenizer, **options), tokenizer, text=TEXT, corpus=CORPUS)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_mixtures": 1}, {"latent_rank": 4}])
+@pytest.mark.parametrize("options", [{}, {"num_mixtures": 1}, {"shortlist_size": None}])
 def test_the_json_is_the_inspection(options: dict[str, Any]) -> None:
     inspection = whole_inspection(**options)
     text = inspection.to_json()
@@ -486,7 +473,15 @@ def test_the_json_is_the_inspection(options: dict[str, Any]) -> None:
     assert content == inspection.to_dict()
     assert content["text"]["text"] == TEXT
     assert set(content) == {"model", "text", "corpus"}
-    assert content["model"]["num_mixtures"] == options.get("num_mixtures", 3)
+    assert content["model"] == {
+        "name": "",
+        "backbone": "LlamaForCausalLM",
+        "num_mixtures": options.get("num_mixtures", 3),
+        "shortlist_size": options.get("shortlist_size", 64),
+        "hidden_size": 32,
+        "vocab_size": len(tokenizer_of()),
+        "softcap": None,
+    }
 
 
 def printed(inspection: Inspection, width: int = 160) -> str:
@@ -743,7 +738,7 @@ def test_the_command_refuses_a_softmax(base: Path, tmp_path: Path) -> None:
 
 def test_the_code_beside_a_checkpoint_is_looked_at_as_our_own(tmp_path: Path) -> None:
     tokenizer = tokenizer_of(eos_token=END)
-    model = mixture_for(tokenizer, latent_rank=4)
+    model = mixture_for(tokenizer)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     code = """

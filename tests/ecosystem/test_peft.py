@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import greedy, random_tokens, run_python, tiny_causal_lm, tiny_mos
+from helpers import HEADS, greedy, random_tokens, run_python, tiny_causal_lm, tiny_mos
 from peft import (
     IA3Config,
     LoraConfig,
@@ -20,12 +20,14 @@ from peft import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from hf_mos import MoSForCausalLM, modeling_mos
+from hf_mos import MoSForCausalLM
 
 pytestmark = [
     pytest.mark.filterwarnings("default:.is_gradient_checkpointing. is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("default:fan_in_fan_out is set"),  # of GPT-2, whose layers are Conv1D
     pytest.mark.filterwarnings("default:Input and output embeddings are no longer tied after merging"),
+    pytest.mark.filterwarnings("default:Setting `save_embedding_layers` to `True`"),  # of an adapter on the decoder
+    pytest.mark.filterwarnings("default:Model has `tie_word_embeddings=True` and a tied layer is part of the adapter"),
 ]
 
 TOKENS = random_tokens()
@@ -35,8 +37,9 @@ def lora(**options: Any) -> LoraConfig:
     return LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "init_lora_weights": True, **options})
 
 
-def rank_mos() -> MoSForCausalLM:
-    return MoSForCausalLM.from_causal_lm(tiny_causal_lm(), num_mixtures=3, latent_rank=4)
+def full_mos() -> MoSForCausalLM:
+    """Of components that differ on all classes; the others have the default shortlist."""
+    return tiny_mos(shortlist_size=None)
 
 
 def untied_mos() -> MoSForCausalLM:
@@ -55,39 +58,30 @@ def gemma2_mos() -> MoSForCausalLM:
     return MoSForCausalLM.from_causal_lm(tiny_causal_lm("gemma2"), num_mixtures=3, tie_word_embeddings=False)
 
 
+ALL = {"prior", "shift", "decoder"}  # the parts of the head; `lm_head` itself is the decoder
+
 # The base, the adapter, and the parts of the head that train with it.
 ADAPTERS: dict[str, tuple[Callable[[], MoSForCausalLM], PeftConfig, set[str]]] = {
-    "backbone, head saved": (
+    "without targets": (tiny_mos, lora(), set()),
+    "without targets, gpt2": (gpt2_mos, lora(), set()),
+    "prior and shift saved": (
         tiny_mos,
         lora(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head.prior", "lm_head.shift"]),
         {"prior", "shift"},
     ),
-    "backbone, whole head saved": (
-        tiny_mos,
-        lora(target_modules=["q_proj"], modules_to_save=["lm_head"]),
-        {"prior", "shift", "decoder"},
-    ),
+    "head saved": (tiny_mos, lora(target_modules=["q_proj"], modules_to_save=["lm_head"]), ALL),
+    "head saved, all classes": (full_mos, lora(target_modules=["q_proj"], modules_to_save=["lm_head"]), ALL),
+    "tied head saved": (tied_mos, lora(target_modules=["q_proj"], modules_to_save=["lm_head"]), ALL),
     "prior and shift": (tiny_mos, lora(target_modules=["lm_head.prior", "lm_head.shift"]), {"prior", "shift"}),
-    "decoder": (tiny_mos, lora(target_modules=["lm_head.decoder"]), {"decoder"}),
-    "decoder with a softcap": (gemma2_mos, lora(target_modules=["lm_head.decoder"]), {"decoder"}),
-    "untied decoder": (untied_mos, lora(target_modules=["lm_head.decoder"]), {"decoder"}),
-    "decoder saved": (tiny_mos, lora(target_modules=["q_proj"], modules_to_save=["lm_head.decoder"]), {"decoder"}),
-    "tied decoder saved": (
-        tied_mos,
-        lora(target_modules=["q_proj"], modules_to_save=["lm_head.decoder"]),
-        {"decoder"},
-    ),
+    "decoder": (tiny_mos, lora(target_modules=["lm_head"]), {"decoder"}),
+    "decoder, all classes": (full_mos, lora(target_modules=["lm_head"]), {"decoder"}),
+    "decoder with a softcap": (gemma2_mos, lora(target_modules=["lm_head"]), {"decoder"}),
+    "untied decoder": (untied_mos, lora(target_modules=["lm_head"]), {"decoder"}),
     "all-linear": (tiny_mos, lora(target_modules="all-linear"), {"prior", "shift"}),
     "all-linear, tied": (tied_mos, lora(target_modules="all-linear"), {"prior", "shift"}),
     "all-linear, gpt2": (gpt2_mos, lora(target_modules="all-linear"), {"prior", "shift"}),
-    "shift": (rank_mos, lora(target_modules=["lm_head.shift", "lm_head.prior"]), {"shift", "prior"}),
-    "shift and decoder": (rank_mos, lora(target_modules=["lm_head.shift", "lm_head.decoder"]), {"shift", "decoder"}),
-    "shift saved": (
-        rank_mos,
-        lora(target_modules=["q_proj"], modules_to_save=["lm_head.shift", "lm_head.prior"]),
-        {"shift", "prior"},
-    ),
-    "DoRA": (tiny_mos, lora(target_modules=["q_proj", "shift", "decoder"], use_dora=True), {"shift", "decoder"}),
+    "DoRA": (tiny_mos, lora(target_modules=["q_proj", "shift"], use_dora=True), {"shift"}),
+    "DoRA on the decoder": (tiny_mos, lora(target_modules=["lm_head"], use_dora=True), {"decoder"}),
     "rank-stabilised": (tiny_mos, lora(target_modules=["q_proj", "shift"], use_rslora=True), {"shift"}),
     "tokens": (tied_mos, lora(target_modules=["q_proj"], trainable_token_indices=TOKENS[0, :4].tolist()), set()),
     "IA3": (
@@ -130,6 +124,13 @@ def assert_same(model: Any, expected: tuple[Tensor, Tensor]) -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+def trained_in_head(model: Any) -> set[str]:
+    """The parts of the head that have trained parameters, apart from single tokens of a tied decoder."""
+    trained = (name for name, weight in model.named_parameters() if weight.requires_grad and "lm_head." in name)
+    trained = (name.partition("lm_head.")[2] for name in trained if "token_adapter" not in name)
+    return {next((part for part in ("prior", "shift") if f"{part}." in name), "decoder") for name in trained}
+
+
 @pytest.mark.parametrize("case", ADAPTERS)
 def test_adapters(case: str, tmp_path: Path) -> None:
     new_base, config, in_head = ADAPTERS[case]
@@ -137,9 +138,7 @@ def test_adapters(case: str, tmp_path: Path) -> None:
     before = predictions(base)
     model = get_peft_model(base, copy.deepcopy(config))
     assert_same(model, before)
-    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    for layer in ("prior", "shift", "decoder"):
-        assert any("lm_head" in name and f"{layer}." in name for name in trained) == (layer in in_head), layer
+    assert trained_in_head(model) == in_head
 
     losses = losses_of_training(model)
     assert losses[-1] < 0.95 * losses[0]
@@ -147,7 +146,7 @@ def test_adapters(case: str, tmp_path: Path) -> None:
     assert not torch.allclose(expected[1], before[1], atol=1e-2)
     log_probs = expected[0][:, :-1].gather(-1, TOKENS[:, 1:, None])
     torch.testing.assert_close(expected[1], -log_probs.mean())
-    assert model.base_model.model.lm_head.prior.weight.dtype == torch.float32
+    assert model.base_model.model.mos_head.prior.weight.dtype == torch.float32
 
     model.save_pretrained(tmp_path / "adapter")
     reloaded = PeftModel.from_pretrained(new_base(), tmp_path / "adapter").eval()
@@ -165,11 +164,13 @@ def test_adapters(case: str, tmp_path: Path) -> None:
     assert_same(MoSForCausalLM.from_pretrained(tmp_path / "merged"), expected)
 
 
-def test_an_adapter_on_a_tied_decoder_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    modeling_mos.logger.warning_once.cache_clear()
-    model = get_peft_model(tied_mos(), lora(target_modules=["lm_head.decoder"]))
+def test_an_adapter_on_a_tied_decoder(tmp_path: Path) -> None:
+    """It trains and is loaded again. PEFT warns of it, as for a softmax model: merging it would change the embedding."""
+    with pytest.warns(
+        UserWarning, match="Model has `tie_word_embeddings=True` and a tied layer is part of the adapter"
+    ):
+        model = get_peft_model(tied_mos(), lora(target_modules=["lm_head"]))
     losses = losses_of_training(model)
-    assert "merging it would change both" in caplog.text
     assert losses[-1] < losses[0]
     expected = predictions(model)
     model.save_pretrained(tmp_path)
@@ -177,23 +178,26 @@ def test_an_adapter_on_a_tied_decoder_is_warned_of(tmp_path: Path, caplog: pytes
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("new_base", [tiny_mos, rank_mos, gemma2_mos])
+@pytest.mark.parametrize("new_base", [tiny_mos, full_mos, gemma2_mos])
 def test_gradients_through_an_adapted_decoder(new_base: Callable[[], MoSForCausalLM], reduction: str) -> None:
     """Those of the loss are those of the log-probabilities, down to the adapter's weights."""
-    model = get_peft_model(new_base(), lora(target_modules=["lm_head.decoder", "lm_head.prior"])).train()
+    model = get_peft_model(new_base(), lora(target_modules=["lm_head"])).train()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight.normal_(std=0.1)
-    head = model.base_model.model.lm_head
+    adapter, head = model.base_model.model.lm_head, model.base_model.model.mos_head
+    for layer in (head.prior, head.shift):
+        layer.requires_grad_(True)
     hidden_states = torch.randn(10, 32, requires_grad=True)
     targets = TOKENS.flatten()[:10].clone()
     targets[3] = -100
     token_weights = torch.rand(10) if reduction == "none" else torch.tensor(1.0)
-    loss = (head(hidden_states, targets=targets, reduction=reduction) * token_weights).sum()
-    log_probs = head(hidden_states)
+    loss = (head(hidden_states, targets=targets, reduction=reduction, decoder=adapter) * token_weights).sum()
+    log_probs = head(hidden_states, decoder=adapter)
     nll = torch.nn.functional.nll_loss(log_probs, targets, reduction=reduction)
-    wanted = [hidden_states, *(weight for weight in head.parameters() if weight.requires_grad)]
+    wanted = [hidden_states, *(weight for weight in adapter.parameters() if weight.requires_grad)]
+    assert len(wanted) == 5  # two of the adapter, the prior, the shift
     gradients = torch.autograd.grad(loss, wanted)
     expected = torch.autograd.grad((nll * token_weights).sum(), wanted)
     for ours, theirs in zip(gradients, expected, strict=True):
@@ -202,7 +206,7 @@ def test_gradients_through_an_adapted_decoder(new_base: Callable[[], MoSForCausa
 
 def test_head_alone_leaves_the_backbone_and_the_decoder(tmp_path: Path) -> None:
     model = get_peft_model(tiny_mos(), lora(target_modules=["lm_head.prior", "lm_head.shift"]))
-    assert not any("backbone" in name for name, weight in model.named_parameters() if weight.requires_grad)
+    assert all(".lm_head." in name for name, weight in model.named_parameters() if weight.requires_grad)
     frozen = {name: weight.clone() for name, weight in model.named_parameters() if not weight.requires_grad}
     losses_of_training(model)
     for name, weight in model.named_parameters():
@@ -229,7 +233,7 @@ def test_virtual_tokens(config: PeftConfig, tmp_path: Path) -> None:
     assert_same(PeftModel.from_pretrained(tiny_mos(), tmp_path).eval(), expected)
 
 
-@pytest.mark.parametrize("target_modules", ["all-linear", ["q_proj", "decoder"]], ids=str)
+@pytest.mark.parametrize("target_modules", ["all-linear", ["q_proj", "lm_head"]], ids=str)
 def test_gradient_checkpointing(target_modules: Any) -> None:
     gradients = []
     for checkpointing in (False, True):
@@ -245,7 +249,7 @@ def test_gradient_checkpointing(target_modules: Any) -> None:
         torch.testing.assert_close(plain, checkpointed)
 
 
-@pytest.mark.parametrize("target_modules", ["all-linear", ["q_proj", "decoder"]], ids=str)
+@pytest.mark.parametrize("target_modules", ["all-linear", ["q_proj", "lm_head"]], ids=str)
 def test_half_precision(target_modules: Any) -> None:
     model = get_peft_model(tiny_mos().to(torch.bfloat16), lora(target_modules=target_modules))
     losses = losses_of_training(model)
@@ -270,7 +274,7 @@ def test_the_trainer_trains_adapters(tmp_path: Path) -> None:
     assert_same(PeftModel.from_pretrained(tiny_mos(), tmp_path / "checkpoint-6").eval(), predictions(model))
 
 
-@pytest.mark.parametrize("case", ["prior and shift", "decoder", "backbone, head saved"])
+@pytest.mark.parametrize("case", ["prior and shift", "decoder", "prior and shift saved"])
 def test_adapters_of_transformers_itself(case: str, tmp_path: Path) -> None:
     _, config, _ = ADAPTERS[case]
     model = tiny_mos()
@@ -298,7 +302,7 @@ from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 model = PeftModel.from_pretrained(base, sys.argv[2])
 tokens = torch.arange(3, 15).view(2, 6)
-print(type(model.base_model.model.lm_head.prior).__name__)
+print(type(model.base_model.model.mos_head.prior).__name__)
 print(model(input_ids=tokens, labels=tokens).loss.item())
 auto = AutoPeftModelForCausalLM.from_pretrained(
     sys.argv[2], trust_remote_code=True
@@ -308,7 +312,7 @@ print(model.merge_and_unload().generate(tokens, max_new_tokens=4, do_sample=Fals
 """
 
 
-@pytest.mark.parametrize("case", ["decoder", "backbone, head saved"])
+@pytest.mark.parametrize("case", ["decoder", "prior and shift saved"])
 def test_an_adapter_in_a_fresh_process(case: str, tmp_path: Path) -> None:
     tiny_mos().save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -362,9 +366,40 @@ def test_a_model_with_an_adapter_is_not_converted(tmp_path: Path) -> None:
         torch.testing.assert_close(model(input_ids=TOKENS).logits, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_an_adapter_without_targets_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="target_modules"):
-        get_peft_model(tiny_mos(), LoraConfig())
-    model = get_peft_model(tiny_mos(), LoraConfig(target_modules="all-linear"))
-    targets = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "base_layer")}
-    assert {"q_proj", "v_proj", "shift"} <= targets
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_an_adapter_without_targets_finds_those_of_the_softmax_model(name: str) -> None:
+    adapted = [get_peft_model(model, LoraConfig()) for model in (tiny_causal_lm(name), tiny_mos(name))]
+    softmax, mixture = ([key for key, _ in model.named_parameters() if "lora_" in key] for model in adapted)
+    assert mixture == softmax
+    assert len(mixture) > 0
+
+
+SOFTMAX_ADAPTERS = {
+    "layers": lora(target_modules=["q_proj", "v_proj"]),
+    "without targets": lora(),
+    "decoder": lora(target_modules=["q_proj", "lm_head"]),
+    "embedding": lora(target_modules=["embed_tokens"]),
+    "all-linear": lora(target_modules="all-linear"),
+    "DoRA": lora(target_modules=["q_proj", "lm_head"], use_dora=True),
+}
+
+
+@pytest.mark.parametrize("options", [{}, *HEADS], ids=str)
+@pytest.mark.parametrize("case", SOFTMAX_ADAPTERS)
+def test_an_adapter_of_the_softmax_model_is_one_of_the_mixture(case: str, options: dict, tmp_path: Path) -> None:
+    """The mixture with it predicts what the softmax model with it does, until the mixture is trained."""
+    tiny_causal_lm().save_pretrained(tmp_path / "softmax")
+    softmax = get_peft_model(tiny_causal_lm(), copy.deepcopy(SOFTMAX_ADAPTERS[case]))
+    losses_of_training(softmax)
+    softmax.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        expected = softmax(input_ids=TOKENS).logits.log_softmax(-1)
+        loss = softmax(input_ids=TOKENS, labels=TOKENS).loss
+    base = MoSForCausalLM.from_causal_lm(tmp_path / "softmax", num_mixtures=3, **options)
+    with torch.no_grad():
+        assert not torch.allclose(base(input_ids=TOKENS).logits, expected, atol=0.1)
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert_same(model, (expected, loss))
+    merged = model.merge_and_unload()
+    assert isinstance(merged, MoSForCausalLM)
+    assert_same(merged, (expected, loss))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from helpers import greedy, random_tokens, tiny_causal_lm, tiny_mos
+from helpers import HEADS, greedy, random_tokens, tiny_causal_lm, tiny_mos
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig, quantize_
@@ -62,10 +62,10 @@ def quantised(model: MoSForCausalLM) -> set[str]:
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2"])
 def test_torchao_on_every_projection(name: str) -> None:
-    """`quantize_` as it is takes the prior and the decoder as well."""
+    """`quantize_` as it is takes the decoder, and does not look into it for the prior and the shift."""
     model = tiny_mos(name)
     quantize_(model, INT8)
-    assert {"lm_head.prior", "lm_head.shift", "lm_head.decoder"} <= quantised(model)
+    assert {name for name in quantised(model) if name.startswith("lm_head")} == {"lm_head"}
     logits, loss = predictions(model)
     generated = greedy(model, TOKENS)
     expected_logits, expected_loss = predictions(dequantise(model))
@@ -74,17 +74,17 @@ def test_torchao_on_every_projection(name: str) -> None:
     assert generated.equal(greedy(model, TOKENS))
 
 
-@pytest.mark.parametrize("options", [{}, {"latent_rank": 4}, {"shortlist_size": 5}], ids=str)
+@pytest.mark.parametrize("options", HEADS, ids=str)
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
 def test_torchao_at_loading(name: str, options: dict, tmp_path: Path) -> None:
     wide_mos(name, **options).save_pretrained(tmp_path / "whole")
     whole = MoSForCausalLM.from_pretrained(tmp_path / "whole")
     model = MoSForCausalLM.from_pretrained(tmp_path / "whole", quantization_config=TorchAoConfig(INT8))
-    assert "backbone.model.layers.0.self_attn.q_proj" in quantised(model)
-    assert not {"lm_head.prior", "lm_head.decoder"} & quantised(model)
+    assert "model.layers.0.self_attn.q_proj" in quantised(model)
+    assert not [name for name in quantised(model) if name.startswith("lm_head")]
     assert model.lm_head.prior.weight.dtype == torch.float32
     assert model.lm_head.prior.weight.equal(whole.lm_head.prior.weight)
-    assert (model.lm_head.decoder.weight is model.get_input_embeddings().weight) == (name == "llama-tied")
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == (name == "llama-tied")
     logits, loss = predictions(model)
     assert abs(float(loss - predictions(whole)[1])) < 0.5
     generated = greedy(model, TOKENS)
@@ -119,12 +119,13 @@ def test_torchao_with_adapters(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
 def test_the_decoder_is_on_the_skip_list(name: str) -> None:
     skipped = set(get_keys_to_not_convert(tiny_mos(name)))
-    assert "lm_head.decoder" in skipped
-    assert ("backbone.model.embed_tokens" in skipped) == (name == "llama-tied")
+    assert "lm_head" in skipped
+    assert skipped == set(get_keys_to_not_convert(tiny_causal_lm(name)))
+    assert ("model.embed_tokens" in skipped) == (name == "llama-tied")
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("options", [{}, {"latent_rank": 32}], ids=str)
+@pytest.mark.parametrize("options", HEADS, ids=str)
 def test_bitsandbytes_on_the_cpu(bits: int, options: dict, tmp_path: Path) -> None:
     wide_mos(**options).save_pretrained(tmp_path)
     whole = MoSForCausalLM.from_pretrained(tmp_path)
@@ -133,8 +134,8 @@ def test_bitsandbytes_on_the_cpu(bits: int, options: dict, tmp_path: Path) -> No
     model = MoSForCausalLM.from_pretrained(tmp_path, quantization_config=config)
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     layer = "Linear8bitLt" if bits == 8 else "Linear4bit"
-    assert kinds["backbone.model.layers.0.self_attn.q_proj"] == kinds["lm_head.shift"] == layer
-    assert kinds["lm_head.prior"] == kinds["lm_head.decoder"] == "Linear"
+    assert kinds["model.layers.0.self_attn.q_proj"] == layer
+    assert (kinds["lm_head"], kinds["lm_head.prior"], kinds["lm_head.shift"]) == ("MoSLMHead", "Linear", "Linear")
     assert model.lm_head.prior.weight.dtype == torch.float32
     same = copy.deepcopy(whole)
     with torch.no_grad():
@@ -151,11 +152,8 @@ def test_bitsandbytes_on_the_cpu(bits: int, options: dict, tmp_path: Path) -> No
     assert abs(float(loss - predictions(whole)[1])) > 1e-3
     assert greedy(model, TOKENS).shape == (2, TOKENS.shape[1] + 8)
 
-    config = BitsAndBytesConfig(**load, llm_int8_skip_modules=["lm_head"])
-    kept = MoSForCausalLM.from_pretrained(tmp_path, quantization_config=config)
-    for name, weight in kept.lm_head.named_parameters():
+    for name, weight in model.lm_head.named_parameters():
         assert weight.equal(whole.lm_head.get_parameter(name))
-    assert kept.backbone.model.layers[0].self_attn.q_proj.__class__.__name__ == layer
 
 
 def refuses(model: Any, **options: Any) -> None:

@@ -11,6 +11,7 @@ from helpers import log_prob_gap, random_tokens, tiny_mos
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import hf_mos
 from hf_mos import MoSConfig, MoSForCausalLM
 
 PRIOR = "lm_head.prior.weight"
@@ -29,7 +30,7 @@ def shards(tmp_path: Path) -> Path:
 
 
 def refused(folder: Path, error: type[Exception], *words: str, **kwargs: object) -> None:
-    for loader in (AutoModelForCausalLM, MoSForCausalLM):
+    for loader in (AutoModelForCausalLM, MoSForCausalLM, hf_mos.MoSLlamaForCausalLM):
         with pytest.raises(error, match=".*".join(map(re.escape, words))):
             loader.from_pretrained(folder, **kwargs)
 
@@ -42,13 +43,13 @@ def change(folder: Path, key: str, tensor: torch.Tensor | None) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("key", [PRIOR, "lm_head.shift.weight", "backbone.model.norm.weight"])
+@pytest.mark.parametrize("key", [PRIOR, "lm_head.shift.weight", "model.norm.weight"])
 def test_a_missing_tensor(folder: Path, key: str) -> None:
     change(folder, key, None)
     refused(folder, ValueError, "model.safetensors", "without", key, "of shape")
 
 
-@pytest.mark.parametrize("key", ["lm_head.prior.bias", "lm_head.shift.bias", "lm_head.decoder.bias", "lm_head.basis"])
+@pytest.mark.parametrize("key", ["lm_head.prior.bias", "lm_head.shift.bias", "lm_head.bias", "lm_head.latent.weight"])
 def test_a_tensor_that_the_config_does_not_name(folder: Path, key: str) -> None:
     weights = load_file(folder / "model.safetensors") | {key: torch.ones(3)}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -2,19 +2,19 @@
 
 import pytest
 import torch
-from helpers import VOCAB_SIZE, random_tokens, tiny_causal_lm, tiny_mos
+from helpers import HEADS, VOCAB_SIZE, random_tokens, tiny_causal_lm, tiny_mos
 
 from hf_mos import mos_cross_entropy, mos_log_probs
 
 HALF = [torch.float16, torch.bfloat16]
-N, K, E, V = 6, 3, 16, 41
+N, K, D, V = 6, 3, 16, 41
 
 
 def tensors(dtype: torch.dtype, latent_scale: float = 1.0, prior_scale: float = 1.0) -> tuple[torch.Tensor, ...]:
-    """Latents (N, K, E), prior logits (N, K) in fp32, decoder weight (V, E) and targets (N,)."""
-    latents = (latent_scale * torch.randn(N, K, E)).to(dtype)
+    """Latents (N, K, D), prior logits (N, K) in fp32, decoder weight (V, D) and targets (N,)."""
+    latents = (latent_scale * torch.randn(N, K, D)).to(dtype)
     prior = prior_scale * torch.randn(N, K)
-    weight = (torch.randn(V, E) * E**-0.5).to(dtype)
+    weight = (torch.randn(V, D) * D**-0.5).to(dtype)
     return latents, prior, weight, torch.randint(0, V, (N,))
 
 
@@ -44,14 +44,15 @@ def test_large_hidden_states_and_a_saturated_prior(
         assert (mine.double() - true).norm() <= tolerance * true.norm() + tolerance
 
 
+@pytest.mark.parametrize("options", HEADS, ids=str)
 @pytest.mark.parametrize("dtype", HALF)
-def test_a_model_whose_hidden_states_are_large(dtype: torch.dtype) -> None:
-    head = tiny_mos().lm_head.to(dtype)
+def test_a_model_whose_hidden_states_are_large(dtype: torch.dtype, options: dict) -> None:
+    head = tiny_mos(**options).lm_head.to(dtype)
     head.prior.float()
     hidden = 1e4 * torch.randn(2, 5, 32).clamp(-5, 5)
     hidden = hidden.to(dtype)
     targets = random_tokens(2, 5)
-    exact = tiny_mos().lm_head.to(dtype).double()
+    exact = tiny_mos(**options).lm_head.to(dtype).double()
     exact.prior.load_state_dict(head.prior.state_dict())
     with torch.no_grad():
         log_probs, loss = head(hidden), head(hidden, targets=targets)
@@ -66,9 +67,9 @@ def test_a_batch_without_tokens() -> None:
     loss, *gradients = loss_and_gradients(latents, prior, weight, targets)
     assert loss == 0
     assert all(not gradient.any() for gradient in gradients)
-    head = tiny_mos().lm_head
-    with torch.no_grad():
-        assert head(torch.zeros(0, 3, 32)).shape == (0, 3, VOCAB_SIZE)
+    for options in HEADS:
+        with torch.no_grad():
+            assert tiny_mos(**options).lm_head(torch.zeros(0, 3, 32)).shape == (0, 3, VOCAB_SIZE)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -25,7 +25,7 @@ OTHER_FILES = ("README.md", "tokenizer.json", "trainer_state.json", "inner/notes
 def tiny(version: int) -> MoSForCausalLM:
     """Two versions of a model: the same shapes, but every weight, a config's field and a generation option differ."""
     model = MoSForCausalLM.from_causal_lm(
-        tiny_causal_lm("llama-tied", seed=version), num_mixtures=2, latent_dropout=version / 10
+        tiny_causal_lm("llama-tied", seed=version), num_mixtures=2, shortlist_size=version
     )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -42,7 +42,7 @@ def loaded_version(folder: Path, load: Callable[..., Any] = MoSForCausalLM.from_
     """The version of the checkpoint in the folder; an AssertionError if it is a mixture."""
     model = load(folder)
     version = model.generation_config.max_new_tokens
-    assert model.config.latent_dropout == version / 10
+    assert model.config.shortlist_size == version
     expected = tiny(version).state_dict()
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected[key]), key
@@ -105,7 +105,7 @@ from transformers import AutoModelForCausalLM
 for folder in sorted(Path(sys.argv[1]).glob("[0-9]*"), key=lambda path: int(path.name)):
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     weights = sum(parameter.detach().double().sum().item() for parameter in model.parameters())
-    print(model.config.latent_dropout, model.generation_config.max_new_tokens, round(weights, 3))
+    print(model.config.shortlist_size, model.generation_config.max_new_tokens, round(weights, 3))
 """
 
 
@@ -118,7 +118,7 @@ def test_remote_code_loads_the_old_or_the_new_one(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
     weights = [round(sum(p.detach().double().sum().item() for p in tiny(v).parameters()), 3) for v in (1, 2)]
-    old, new = (f"{v / 10} {v} {weights[v - 1]}" for v in (1, 2))
+    old, new = (f"{v} {v} {weights[v - 1]}" for v in (1, 2))
     lines = run_python(REMOTE, tmp_path, cache=cache).splitlines()
     assert set(lines) == {old, new}
     assert lines == sorted(lines)
@@ -132,7 +132,7 @@ def test_the_sweep_finds_what_transformers_loses(tmp_path: Path) -> None:
         lambda folder: stock_save(tiny(2), folder, max_shard_size=SHARDED), old_checkpoints(tmp_path, SHARDED)
     ):
         try:
-            loaded_version(folder, functools.partial(stock_load, MoSForCausalLM))
+            loaded_version(folder, functools.partial(stock_load, type(tiny(2))))
         except Exception:
             broken += 1
         shutil.rmtree(folder)

@@ -2,12 +2,11 @@
 
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_mos import mos_cross_entropy, mos_log_probs
-from hf_mos.mos_latents import Latents, ShortlistLatents, SubspaceLatents
-from hf_mos.mos_log_probs import infer_log_probs
+from hf_mos.remote_code.mos_log_probs import infer_log_probs
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EPSILON = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
@@ -17,7 +16,7 @@ MANY = settings(max_examples=60, deadline=None, derandomize=True, suppress_healt
 @st.composite
 def mixtures(draw: st.DrawFn, dtypes: list[torch.dtype] = DTYPES, num_mixtures: int | None = None) -> dict:
     """Arguments of `mos_cross_entropy`."""
-    N, E, V = (draw(st.integers(1, high)) for high in (7, 9, 23))
+    N, D, V = (draw(st.integers(1, high)) for high in (7, 9, 23))
     K = num_mixtures or draw(st.integers(1, 5))
     dtype = draw(st.sampled_from(dtypes))
     scale = draw(st.sampled_from([0.1, 1.0, 20.0]))
@@ -26,31 +25,26 @@ def mixtures(draw: st.DrawFn, dtypes: list[torch.dtype] = DTYPES, num_mixtures: 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    R, form = draw(st.integers(1, 4)), draw(st.sampled_from([Latents, SubspaceLatents, ShortlistLatents]))
-    parts = ((N, K, E),) if form is Latents else ((N, E), (N, K, R), (E, R))
-    size = {"size": draw(st.integers(1, 25))} if form is ShortlistLatents else {}
-    latents = form(*((scale * normal(*part)).to(dtype) for part in parts), **size)
+    shortlist_size = draw(st.none() | st.integers(1, 25))
     targets = torch.randint(0, V, (N,), generator=generator)
     if draw(st.booleans()):
         targets[torch.randint(0, N, (1,), generator=generator)] = -100
     return {
-        "latents": latents,
+        "latents": (scale * normal(N, K, D)).to(dtype),
         "prior_logits": (scale * normal(N, K)).to(torch.promote_types(dtype, torch.float32)),
-        "decoder_weight": (normal(V, E) * E**-0.5).to(dtype),
+        "decoder_weight": (normal(V, D) * D**-0.5).to(dtype),
         "targets": targets,
         "decoder_bias": normal(V).to(dtype) if draw(st.booleans()) else None,
         "softcap": draw(st.sampled_from([None, 5.0, 30.0])),
+        "shortlist_size": shortlist_size,
         "chunk_size": draw(st.sampled_from([None, 1, 3])),
         "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
     }
 
 
-def log_probs(mixture: dict, function=mos_log_probs, **changes) -> torch.Tensor:
-    names = ("latents", "prior_logits", "decoder_weight", "decoder_bias", "softcap")
-    arguments = {name: mixture[name] for name in names} | changes
-    return function(
-        *(arguments[name] for name in names[:3]), decoder_bias=arguments["decoder_bias"], softcap=arguments["softcap"]
-    )
+def log_probs(mixture: dict, function=mos_log_probs) -> torch.Tensor:
+    options = {name: mixture[name] for name in ("decoder_bias", "softcap", "shortlist_size")}
+    return function(mixture["latents"], mixture["prior_logits"], mixture["decoder_weight"], **options)
 
 
 def loss(mixture: dict, **changes) -> torch.Tensor:
@@ -60,19 +54,13 @@ def loss(mixture: dict, **changes) -> torch.Tensor:
 
 
 def widened(value):
-    if isinstance(value, Latents):
-        return value.to(torch.float64)
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
-def parts(mixture: dict) -> list[torch.Tensor]:
-    return [*mixture["latents"].tensors, mixture["prior_logits"]]
 
 
 def tolerance(mixture: dict) -> float:
     """What rounding the logits allows: they are up to some hundred."""
     size = float(log_probs({name: widened(value) for name, value in mixture.items()}).abs().max())
-    return 60 * EPSILON[parts(mixture)[0].dtype] * (1 + size)
+    return 60 * EPSILON[mixture["latents"].dtype] * (1 + size)
 
 
 @MANY
@@ -100,7 +88,7 @@ def test_the_loss_is_the_references(mixture: dict) -> None:
 @MANY
 @given(mixtures())
 def test_gradients_are_finite(mixture: dict) -> None:
-    leaves = [*parts(mixture), mixture["decoder_weight"]]
+    leaves = [mixture[name] for name in ("latents", "prior_logits", "decoder_weight")]
     if mixture["decoder_bias"] is not None:
         leaves.append(mixture["decoder_bias"])
     for leaf in leaves:
@@ -114,9 +102,9 @@ def test_gradients_are_finite(mixture: dict) -> None:
 @MANY
 @given(mixtures(num_mixtures=1))
 def test_one_component_is_a_softmax(mixture: dict) -> None:
-    assume(not isinstance(mixture["latents"], ShortlistLatents))
-    dense = widened(mixture["latents"]).dense()
-    logits = F.linear(dense[:, 0], widened(mixture["decoder_weight"]), widened(mixture["decoder_bias"]))
+    logits = F.linear(
+        widened(mixture["latents"])[:, 0], widened(mixture["decoder_weight"]), widened(mixture["decoder_bias"])
+    )
     if mixture["softcap"]:
         logits = mixture["softcap"] * torch.tanh(logits / mixture["softcap"])
     expected = F.cross_entropy(logits, mixture["targets"], reduction="sum")
@@ -129,12 +117,7 @@ def test_one_component_is_a_softmax(mixture: dict) -> None:
 def test_permuting_components_changes_nothing(mixture: dict, random) -> None:
     K = mixture["prior_logits"].shape[1]
     order = random.sample(range(K), K)
-    latents = mixture["latents"]
-    tensors = list(latents.tensors)
-    components = 0 if type(latents) is Latents else 1  # the place of the tensor that has them
-    tensors[components] = tensors[components][:, order]
-    permuted = latents.like(tensors)
-    changed = {"latents": permuted, "prior_logits": mixture["prior_logits"][:, order]}
+    changed = {name: mixture[name][:, order] for name in ("latents", "prior_logits")}
     gap = (loss(mixture) - loss(mixture, **changed)).abs().max()
     assert gap <= tolerance(mixture) * len(mixture["targets"])
 

@@ -86,7 +86,7 @@ def test_a_model_is_saved_over_the_files_that_it_was_loaded_from(tmp_path: Path)
 def test_an_offloaded_model(tmp_path: Path) -> None:
     model = tiny_mos()
     model.save_pretrained(tmp_path / "whole")
-    device_map = {"backbone": "disk", "lm_head": "cpu"}
+    device_map = {"model": "disk", "lm_head": "cpu"}
     offloaded = AutoModelForCausalLM.from_pretrained(
         tmp_path / "whole", device_map=device_map, offload_folder=tmp_path / "offload"
     )

@@ -46,17 +46,15 @@ CONFIGS: dict[str, Any] = {
     "gpt-neox": lambda: GPTNeoXConfig(**COMMON, **ATTENTION),
     "phi": lambda: PhiConfig(**COMMON, **ATTENTION),
 }
-BIASES = {"latent_bias": True, "prior_bias": True}
-PAPER = {"latent_activation": "tanh", "latent_size": 96, "tie_word_embeddings": False}
-# A mixture for each architecture, and for each kind, form and option of the head.
+# A mixture for each architecture, and for each kind of head.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, tied": ("llama-tied", {}),
     "llama, untied by the conversion": ("llama-tied", {"tie_word_embeddings": False}),
-    "llama, the paper's latents": ("llama-tied", PAPER | BIASES),
-    "llama, a subspace and biases": ("llama-tied", {"latent_rank": 4} | BIASES),
     "llama, a shortlist": ("llama", {"shortlist_size": 8}),
-    "llama, tied, a shortlist in a subspace": ("llama-tied", {"shortlist_size": 8, "latent_rank": 4}),
+    "llama, tied, a shortlist": ("llama-tied", {"shortlist_size": 8}),
+    "llama, one softmax": ("llama", {"num_mixtures": 1}),
+    "llama, another scale": ("llama", {"latent_scale": 0.5}),
     "qwen3": ("qwen3", {}),
     "mixtral": ("mixtral", {}),
     "gemma2": ("gemma2", {}),
@@ -66,6 +64,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere, untied": ("cohere", {"tie_word_embeddings": False}),
     "gpt-neox, whose head has another name in a checkpoint": ("gpt-neox", {}),
     "phi, through vLLM's transformers backend": ("phi", {}),
+    "phi, a shortlist": ("phi", {"shortlist_size": 8}),
 }
 
 
@@ -79,20 +78,23 @@ class Reference(NamedTuple):
 
 
 def make_mixture(name: str, seed: int = 0, **options: Any) -> MoSForCausalLM:
-    """An untrained mixture whose components differ, whose biases are not zero, and whose untied decoder is another."""
-    text_config = CONFIGS[name]()
-    text_config._attn_implementation = "eager"  # Gemma 2 caps the logits of its attention in this one alone
+    """An untrained mixture whose components differ, whose bias is not zero, and whose untied decoder is another.
+
+    Its components differ on all classes unless `shortlist_size` says otherwise.
+    """
+    config = CONFIGS[name]()
+    config._attn_implementation = "eager"  # Gemma 2 caps the logits of its attention in this one alone
+    config.tie_word_embeddings = options.pop("tie_word_embeddings", config.tie_word_embeddings)
+    options = {"num_mixtures": 3, "shortlist_size": None} | options
     torch.manual_seed(seed)
-    mixture = MoSForCausalLM(MoSConfig(text_config=text_config, num_mixtures=3, **options)).eval()
+    mixture = MoSForCausalLM(MoSConfig.from_backbone_config(config, **options)).eval()
+    head = mixture.lm_head
     with torch.no_grad():
-        for key, parameter in mixture.lm_head.named_parameters():
-            if key.endswith("bias"):
-                parameter += torch.randn_like(parameter) / 2
+        if head.bias is not None:
+            head.bias += torch.randn_like(head.bias) / 2
         if not mixture.config.tie_word_embeddings:
-            decoder = mixture.lm_head.decoder.weight
-            decoder += torch.randn_like(decoder) / 10  # else that of a tied model starts as its embedding
-    if hasattr(mixture.lm_head, "shift"):
-        part_components(mixture)
+            head.weight += torch.randn_like(head.weight) / 10
+    part_components(mixture)
     return mixture
 
 

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import random_tokens
+from models import CONFIGS as CONFIGS_OF_BACKBONES
 from models import make_mixture
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
 from hf_mos.tools import vllm_plugin
 
@@ -21,7 +23,7 @@ NAMES = ("config.json", "model.safetensors")
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    make_mixture("llama", latent_bias=True).save_pretrained(folder)
+    make_mixture("llama").save_pretrained(folder)
     return folder
 
 
@@ -57,24 +59,24 @@ def without(prefix: str) -> Callable[[dict[str, torch.Tensor]], Any]:
 
 
 TENSORS = {
-    "no head": (without("lm_head."), r"given one without lm_head.decoder.weight of shape \(97, 64\), lm_head.prior"),
-    "no decoder": (without("lm_head.decoder"), r"given one without lm_head.decoder.weight of shape \(97, 64\)$"),
-    "no bias": (without("lm_head.shift.bias"), r"given one without lm_head.shift.bias of shape \(192,\)$"),
+    "no head": (without("lm_head."), r"given one without lm_head.prior.weight of shape \(3, 64\), lm_head.shift"),
+    "no decoder": (without("lm_head.weight"), r"given one without lm_head.weight of shape \(97, 64\)$"),
+    "no shift": (without("lm_head.shift"), r"given one without lm_head.shift.weight of shape \(192, 64\)$"),
     "a tensor of another head": (
-        lambda tensors: tensors.update({"lm_head.latent.weight": torch.zeros(192, 64)}),
-        "expected the weights that the config names, given lm_head.latent.weight too",
+        lambda tensors: tensors.update({"lm_head.decoder.weight": torch.zeros(97, 64)}),
+        "expected the weights that the config names, given lm_head.decoder.weight too",
     ),
     "a tensor of nobody": (
-        lambda tensors: tensors.update({"model.norm.weight": torch.zeros(64)}),
-        "expected the weights that the config names, given model.norm.weight too",
+        lambda tensors: tensors.update({"model.other.weight": torch.zeros(64)}),
+        "no module or parameter named 'model.other'",
     ),
     "another shape": (
         lambda tensors: tensors.update({"lm_head.shift.weight": torch.zeros(64, 64)}),
         r"lm_head.shift.weight: expected \(192, 64\), as the config says, given \(64, 64\)",
     ),
     "another vocabulary": (
-        lambda tensors: tensors.update({"lm_head.decoder.weight": torch.zeros(96, 64)}),
-        r"lm_head.decoder.weight: expected \(97, 64\), as the config says, given \(96, 64\)",
+        lambda tensors: tensors.update({"lm_head.weight": torch.zeros(96, 64)}),
+        r"lm_head.weight: expected \(97, 64\), as the config says, given \(96, 64\)",
     ),
     "a number that is none": (
         lambda tensors: tensors["lm_head.prior.weight"].fill_(float("nan")),
@@ -92,28 +94,22 @@ def test_broken_weights(case: str, broken: Path, engine: Callable[..., Any]) -> 
     assert str(broken) in str(raised.value)
 
 
-CONFIGS = {
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "an architecture that vLLM lacks": (
-        {"architectures": ["MoonForCausalLM"]},
-        {},
+        {"architectures": ["MoSMoonForCausalLM"]},
         "expected an architecture of vllm 0.32.0, given 'MoonForCausalLM'",
     ),
-    "quantized": (
-        {},
-        {"quantization_config": {"quant_method": "bitsandbytes"}},
-        "expected a checkpoint that is not qu",
-    ),
-    "an interrupted save": ({}, {"transformers_weights": "_saving_1/model.safetensors"}, "expected a finished save"),
-    "an earlier version": ({}, {"latent_scale": None}, "latent_scale: expected a number"),
-    "an option out of range": ({}, {"num_mixtures": 0}, "num_mixtures: expected an int of at least 1, given 0"),
+    "quantized": ({"quantization_config": {"quant_method": "bitsandbytes"}}, "expected a checkpoint that is not qu"),
+    "an interrupted save": ({"transformers_weights": "_saving_1/model.safetensors"}, "expected a finished save"),
+    "an earlier version": ({"backbone_model_type": None}, "backbone_model_type: expected the type of the backbone"),
+    "an option out of range": ({"num_mixtures": 0}, "num_mixtures: expected an int of at least 1, given 0"),
 }
 
 
 @pytest.mark.parametrize("case", CONFIGS)
 def test_configs_are_refused_before_weights_are_read(case: str, broken: Path, engine: Callable[..., Any]) -> None:
-    text_fields, fields, message = CONFIGS[case]
-    text_config = json.loads((broken / "config.json").read_text())["text_config"] | text_fields
-    change_config(broken, text_config=text_config, **fields)
+    fields, message = CONFIGS[case]
+    change_config(broken, **fields)
     if "transformers_weights" not in fields:
         (broken / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=message), engine(broken):
@@ -165,7 +161,7 @@ def test_another_version_of_vllm_serves_all_but_mixtures(
     with pytest.raises(ImportError, match=r"vllm: expected 0.32.0 to serve a mixture, given 0.33.1"):
         parsers.get_config(whole, trust_remote_code=False)
     softmax = tmp_path / "softmax"
-    make_mixture("llama").backbone.config.save_pretrained(softmax)
+    CONFIGS_OF_BACKBONES["llama"]().save_pretrained(softmax)
     assert parsers.get_config(softmax, trust_remote_code=False).model_type == "llama"
 
 
@@ -189,6 +185,9 @@ def test_the_plugin_may_be_called_twice(whole: Path, known_classes: None) -> Non
     assert parsers._CONFIG_FORMAT_TO_CONFIG_PARSER["hf"] is before
     config = parsers.get_config(whole, trust_remote_code=False)
     assert config.architectures == ["MoSLlamaForCausalLM", "LlamaForCausalLM"]
+    assert (type(config), config.model_type) == (LlamaConfig, "llama")
+    assert (config.num_mixtures, config.shortlist_size, config.latent_scale) == (3, None, 5.0)
+    assert not hasattr(config, "auto_map")
 
 
 def test_remote_code_is_not_needed_and_not_run(broken: Path, engine: Callable[..., Any]) -> None:

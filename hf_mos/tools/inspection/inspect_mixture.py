@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ...configuration_mos import MoSConfig
-from ...mos_vocabulary import cap_logits, widen
+from ...remote_code.mos_decoder import cap_logits, widen
 from ...training.mixture_statistics import MixturePredictions, StatisticsSum, entropy, predict_in_chunks
 from ..chat import Text
 from ..evaluate import Window, check_tokens, choose_window, prefix_of, sequence_of, windows_of
+from ..loading import is_mixture, softmax_class
 from ..rank import log_prob_rank
 from .token_texts import TokenTexts
 
@@ -65,10 +65,10 @@ class Prediction:
     mixture_weights_entropy: float
     entropy: float  # of the next token
     component_entropies: list[float]
-    softmax_entropy: float | None
+    softmax_entropy: float
     top: list[Candidate]  # of the mixture, the most likely first
     component_top: list[list[Candidate]]
-    softmax_top: list[Candidate] | None
+    softmax_top: list[Candidate]
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,11 @@ class RankInspection:
 
     contexts: int
     classes: int  # columns, spread over the vocabulary; fewer than all give a lower bound
-    bound: int  # input_size + 1, the bound of one softmax without a softcap
+    bound: int  # hidden_size + 1, the bound of one softmax without a softcap
     mixture: int
-    softmax: int | None
+    softmax: int
     singular_values: list[float]  # of the mixture's, largest first
-    softmax_singular_values: list[float] | None
+    softmax_singular_values: list[float]
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class CorpusInspection:
     window: int
     stride: int
     nll: float  # per token
-    softmax_nll: float | None
+    softmax_nll: float
     mixture_weights_entropy: float
     entropy: float
     components: list[ComponentInspection]
@@ -149,9 +149,8 @@ class ModelInspection:
     name: str
     backbone: str
     num_mixtures: int
-    input_size: int
-    latent_size: int
-    latent_rank: int | None
+    shortlist_size: int | None
+    hidden_size: int
     vocab_size: int
     softcap: float | None
 
@@ -206,7 +205,7 @@ def inspect_mixture(
         stride: how far the window slides, in [1, window]. `None`: half of the window.
         max_tokens: of the corpus, the first. `None`: all.
         rank_contexts: how many contexts all over the corpus make the log-probability matrix whose rank is measured,
-            at most. Choose it above `input_size + 1`. It costs as many tokens of the head in float64. 0: no rank.
+            at most. Choose it above `hidden_size + 1`. It costs as many tokens of the head in float64. 0: no rank.
         track: takes the list of the corpus's windows and yields them, to show progress.
 
     Raises:
@@ -239,20 +238,19 @@ def check_mixture(model: PreTrainedModel) -> None:
 
 def refuse_softmax(config: PreTrainedConfig, given: str) -> None:
     """Raises a ValueError for the config of a model that is no mixture."""
-    if config.model_type != MoSConfig.model_type:
+    if not is_mixture(config):
         raise ValueError(f"model: expected a mixture of softmaxes, given {given}; hf-mos convert makes one of it")
 
 
 def describe(model: Any) -> ModelInspection:
-    head = model.lm_head
+    head = model.mos_head
     return ModelInspection(
         name=str(model.name_or_path or model.config.name_or_path),
-        backbone=type(model.backbone).__name__,
+        backbone=softmax_class(model),
         num_mixtures=head.num_mixtures,
-        input_size=head.input_size,
-        latent_size=head.latent_size,
-        latent_rank=head.latent_rank,
-        vocab_size=head.decoder.out_features,
+        shortlist_size=head.shortlist_size,
+        hidden_size=head.in_features,
+        vocab_size=head.out_features,
         softcap=head.softcap,
     )
 
@@ -264,7 +262,7 @@ class Chunk(NamedTuple):
     hidden_states: Tensor  # (n, D)
     mixture: MixturePredictions
     log_probs: Tensor  # (n, V)
-    softmax_log_probs: Tensor | None  # (n, V)
+    softmax_log_probs: Tensor  # (n, V)
 
 
 class Inspector:
@@ -272,8 +270,8 @@ class Inspector:
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, top: int, window: int, stride: int) -> None:
         self.model, self.tokenizer, self.texts = model, tokenizer, TokenTexts(tokenizer)
-        self.head = model.lm_head
-        self.top = min(top, self.head.decoder.out_features)
+        self.head, self.decoder = model.mos_head, model.get_output_embeddings()
+        self.top = min(top, self.head.out_features)
         self.window, self.stride = window, stride
         self.prefix = prefix_of(tokenizer)
 
@@ -289,16 +287,15 @@ class Inspector:
     def chunks(self, window: Window) -> Iterator[Chunk]:
         input_ids = window.inputs[None].to(self.model.device, torch.long)
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-        outputs = self.model.backbone(**inputs, return_dict=True)  # hidden states, as the backbone has no head
-        hidden_states = outputs.logits[0, -len(window.targets) :]
+        hidden_states = self.model.head_inputs(**inputs)[0, -len(window.targets) :]
         targets = window.targets.to(hidden_states.device, torch.long)
-        for tokens, mixture in predict_in_chunks(self.head, hidden_states):
+        for tokens, mixture in predict_in_chunks(self.head, hidden_states, self.decoder):
             log_probs = mixture.log_probs()
             if not log_probs.amax(-1).isfinite().all():  # amax passes NaN on; a class may have zero probability
                 raise FloatingPointError(
                     f"expected finite predictions, given NaN; weights of dtype {self.model.dtype}"
                 )
-            softmax = softmax_log_probs(self.head, hidden_states[tokens])
+            softmax = softmax_log_probs(self.head, hidden_states[tokens], self.decoder)
             yield Chunk(targets[tokens], hidden_states[tokens], mixture, log_probs, softmax)
 
     def inspect_text(self, text: Text) -> TextInspection:
@@ -323,20 +320,20 @@ class Inspector:
         component_nll = chunk.mixture.component_nll(chunk.targets.clamp(min=0))
         log_joint = log_prior - component_nll
         candidates, component_candidates = self.candidates(chunk.log_probs), self.candidates(component_log_probs)
-        softmax, n = chunk.softmax_log_probs, len(chunk.targets)
+        softmax = chunk.softmax_log_probs
         columns = {
             "mixture_weights": log_prior.exp(),
             "responsibilities": F.softmax(log_joint, dim=-1),
             "nll": -torch.logsumexp(log_joint, dim=-1),
             "component_nll": component_nll,
-            "softmax_nll": None if softmax is None else -_gather(softmax, chunk.targets.clamp(min=0)),
+            "softmax_nll": -_gather(softmax, chunk.targets.clamp(min=0)),
             "mixture_weights_entropy": entropy(log_prior),
             "entropy": entropy(chunk.log_probs),
             "component_entropies": chunk.mixture.component_entropies(),
-            "softmax_entropy": None if softmax is None else entropy(softmax),
+            "softmax_entropy": entropy(softmax),
         }
-        rows = {name: [None] * n if values is None else values.tolist() for name, values in columns.items()}
-        softmax_candidates = [None] * n if softmax is None else self.candidates(softmax)
+        rows = {name: values.tolist() for name, values in columns.items()}
+        softmax_candidates = self.candidates(softmax)
         for i, target in enumerate(chunk.targets.tolist()):
             fields: dict[str, Any] = {name: values[i] for name, values in rows.items()}
             if target == UNKNOWN_TARGET:
@@ -380,7 +377,7 @@ class Inspector:
             window=self.window,
             stride=self.stride,
             nll=total.nll / num_tokens,
-            softmax_nll=None if total.softmax_nll is None else total.softmax_nll / num_tokens,
+            softmax_nll=total.softmax_nll / num_tokens,
             mixture_weights_entropy=statistics.entropy,
             entropy=total.entropy / num_tokens,
             components=[
@@ -394,7 +391,7 @@ class Inspector:
                 for k in range(self.head.num_mixtures)
             ],
             divergence=statistics.divergence.tolist(),
-            rank=measure_rank(self.head, torch.cat(total.sample)) if total.sample else None,
+            rank=measure_rank(self.head, torch.cat(total.sample), self.decoder) if total.sample else None,
         )
 
     def corpus_windows(self, corpus: Sequence[Text], max_tokens: int | None) -> tuple[list[Window], int]:
@@ -435,11 +432,10 @@ class CorpusSum:
     """The sums over a corpus, in float64 on the CPU."""
 
     def __init__(self, head: Any, sample_every: int | None) -> None:
-        K, V = head.num_mixtures, head.decoder.out_features
+        K, V = head.num_mixtures, head.out_features
         self.sample_every, self.count = sample_every, 0
         self.statistics = StatisticsSum(K)
-        self.nll = self.entropy = 0.0
-        self.softmax_nll: float | None = None
+        self.nll = self.softmax_nll = self.entropy = 0.0
         self.leads = torch.zeros(K, dtype=torch.float64)
         self.component_entropies = torch.zeros(K, dtype=torch.float64)
         self.token_responsibilities = torch.zeros(V, K, dtype=torch.float64)
@@ -451,9 +447,7 @@ class CorpusSum:
         self.statistics.add(mixture, targets)
         responsibilities = F.softmax(mixture.log_prior - mixture.component_nll(targets), dim=-1).cpu().double()
         self.nll -= float(_gather(chunk.log_probs, targets).cpu().double().sum())
-        if chunk.softmax_log_probs is not None:
-            softmax_nll = -float(_gather(chunk.softmax_log_probs, targets).cpu().double().sum())
-            self.softmax_nll = (self.softmax_nll or 0.0) + softmax_nll
+        self.softmax_nll -= float(_gather(chunk.softmax_log_probs, targets).cpu().double().sum())
         self.entropy += float(entropy(chunk.log_probs).cpu().double().sum())
         self.component_entropies += mixture.component_entropies().cpu().double().sum(0)
         self.leads += torch.bincount(responsibilities.argmax(-1), minlength=len(self.leads))
@@ -465,11 +459,9 @@ class CorpusSum:
         self.count += len(targets)
 
 
-def softmax_log_probs(head: Any, hidden_states: Tensor) -> Tensor | None:
-    """The log-probabilities (n, V) of one softmax with the head's decoder; `None` if the widths differ."""
-    if head.input_size != head.latent_size:
-        return None
-    logits = head.decoder(hidden_states.to(head.decoder.weight.dtype))
+def softmax_log_probs(head: Any, hidden_states: Tensor, decoder: nn.Module) -> Tensor:
+    """The log-probabilities (n, V) of one softmax with the head's decoder."""
+    logits = head.as_decoder(decoder)(hidden_states.to(head.weight.dtype))
     return F.log_softmax(cap_logits(widen(logits), head.softcap), dim=-1)
 
 
@@ -478,29 +470,28 @@ def _gather(log_probs: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def measure_rank(head: Any, hidden_states: Tensor) -> RankInspection | None:
+def measure_rank(head: Any, hidden_states: Tensor, decoder: nn.Module) -> RankInspection | None:
     """The rank of the log-probabilities of the head, and of its softmax, for hidden states (N, D)."""
-    parameters = [*head.parameters()]
+    parameters = [*decoder.parameters()]
     if not all(type(p) is nn.Parameter and p.is_floating_point() and not p.is_meta for p in parameters):
         return None
-    wide, hidden_states = copy.deepcopy(head).to("cpu", torch.float64), hidden_states.double()
-    num_classes = head.decoder.out_features
+    hidden_states, (head, decoder) = hidden_states.double(), copy.deepcopy((head, decoder))
+    decoder.to("cpu", torch.float64)
+    num_classes = head.num_classes or head.out_features
     classes = torch.arange(min(num_classes, RANK_CLASSES)) * num_classes // min(num_classes, RANK_CLASSES)
     mixture, softmax = [], []
-    for tokens, predictions in predict_in_chunks(wide, hidden_states):
+    for tokens, predictions in predict_in_chunks(head, hidden_states, decoder):
         mixture.append(predictions.log_probs()[:, classes])
-        softmax_chunk = softmax_log_probs(wide, hidden_states[tokens])
-        softmax += [] if softmax_chunk is None else [softmax_chunk[:, classes]]
+        softmax.append(softmax_log_probs(head, hidden_states[tokens], decoder)[:, classes])
     if not all(part.isfinite().all() for part in mixture + softmax):
         return None
-    rank = log_prob_rank(torch.cat(mixture))
-    softmax_rank = log_prob_rank(torch.cat(softmax)) if softmax else None
+    rank, softmax_rank = log_prob_rank(torch.cat(mixture)), log_prob_rank(torch.cat(softmax))
     return RankInspection(
         contexts=len(hidden_states),
         classes=len(classes),
-        bound=head.input_size + 1,
+        bound=head.in_features + 1,
         mixture=rank.rank,
-        softmax=None if softmax_rank is None else softmax_rank.rank,
+        softmax=softmax_rank.rank,
         singular_values=rank.singular_values.tolist(),
-        softmax_singular_values=None if softmax_rank is None else softmax_rank.singular_values.tolist(),
+        softmax_singular_values=softmax_rank.singular_values.tolist(),
     )

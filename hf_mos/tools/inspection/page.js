@@ -47,8 +47,7 @@
   }
 
   function candidatesTable(components, prediction, actual) {
-    const columns = [["mixture", prediction.top]];
-    if (prediction.softmax_top) columns.push(["old softmax", prediction.softmax_top]);
+    const columns = [["mixture", prediction.top], ["old softmax", prediction.softmax_top]];
     prediction.component_top.forEach((top, k) => columns.push([swatch(components, k), top]));
     const rows = prediction.top.map((_, i) =>
       row("td", columns.map(([, top]) => {
@@ -76,13 +75,13 @@
     }
     const children = [title];
     if (prediction.nll !== null) {
-      const old = prediction.softmax_nll === null ? "" : `, by the old softmax with ${percent(Math.exp(-prediction.softmax_nll))} (${nats(prediction.softmax_nll)} nats)`;
+      const old = `, by the old softmax with ${percent(Math.exp(-prediction.softmax_nll))} (${nats(prediction.softmax_nll)} nats)`;
       children.push(make("p", {}, `predicted with ${percent(Math.exp(-prediction.nll))} (${nats(prediction.nll)} nats)${old}`));
     }
     children.push(mixtureTable(components, prediction));
-    const entropies = [`of the mixture weights ${nats(prediction.mixture_weights_entropy)}`, `of the next token ${nats(prediction.entropy)}`];
-    if (prediction.softmax_entropy !== null) entropies.push(`by the old softmax ${nats(prediction.softmax_entropy)}`);
-    children.push(make("p", { className: "mos-note" }, `Entropy in nats: ${entropies.join(", ")}.`));
+    const { mixture_weights_entropy, entropy, softmax_entropy } = prediction;
+    const entropies = `of the mixture weights ${nats(mixture_weights_entropy)}, of the next token ${nats(entropy)}, by the old softmax ${nats(softmax_entropy)}`;
+    children.push(make("p", { className: "mos-note" }, `Entropy in nats: ${entropies}.`));
     children.push(make("div", { className: "mos-scroll" }, candidatesTable(components, prediction, token_id)));
     detail.replaceChildren(...children);
   }
@@ -98,7 +97,7 @@
     weight: (p, components) => component(components, p.mixture_weights),
     surprise: (p) => (p.nll === null ? null : ["var(--mos-worse)", 75 * Math.min(p.nll / 10, 1), nats(p.nll)]),
     gain: (p) => {
-      if (p.nll === null || p.softmax_nll === null) return null;
+      if (p.nll === null) return null;
       const gain = p.softmax_nll - p.nll;
       const label = `${gain < 0 ? "−" : "+"}${Math.abs(gain).toFixed(1)}`;
       return [gain < 0 ? "var(--mos-worse)" : "var(--mos-better)", 75 * Math.min(Math.abs(gain) / 2, 1), label];

@@ -78,7 +78,7 @@ def render_view(inspection: Inspection) -> str:
     K, text, corpus = inspection.model.num_mixtures, inspection.text, inspection.corpus
     palette = [swatch(k) for k in range(K)]
     context: dict[str, Any] = {"model": inspection.model, "text": text, "corpus": corpus, "palette": palette}
-    context["old_softmax"] = OLD_SOFTMAX if has_old_softmax(inspection) else ""
+    context["old_softmax"] = OLD_SOFTMAX
     plots: list[Plot] = []
     if text is not None:
         predictions = [*(token.prediction for token in text.tokens), text.next]
@@ -102,10 +102,6 @@ def render_view(inspection: Inspection) -> str:
         if corpus.rank is not None:
             plots.append(plot_singular_values(corpus))
     return _template("view.html").render(context, plots=plots)
-
-
-def has_old_softmax(inspection: Inspection) -> bool:
-    return inspection.model.input_size == inspection.model.latent_size
 
 
 def _template(name: str) -> Any:
@@ -165,8 +161,7 @@ def _text_figures(text: TextInspection) -> list[tuple[str, str]]:
     figures = []
     if predictions:
         figures.append(("nll per token", f"{_mean(p.nll for p in predictions):.3f}"))
-        if predictions[0].softmax_nll is not None:
-            figures.append(("old softmax's nll", f"{_mean(p.softmax_nll for p in predictions):.3f}"))
+        figures.append(("old softmax's nll", f"{_mean(p.softmax_nll for p in predictions):.3f}"))
     everywhere: list[Prediction] = [*predictions, text.next]
     figures.append(("entropy of the weights", f"{_mean(p.mixture_weights_entropy for p in everywhere):.3f}"))
     figures.append(("entropy of the next token", f"{_mean(p.entropy for p in everywhere):.3f}"))
@@ -175,15 +170,13 @@ def _text_figures(text: TextInspection) -> list[tuple[str, str]]:
 
 def _corpus_figures(corpus: CorpusInspection) -> list[tuple[str, str]]:
     figures = [("nll per token", f"{corpus.nll:.4f}")]
-    if corpus.softmax_nll is not None:
-        figures.append(("old softmax's nll", f"{corpus.softmax_nll:.4f}"))
+    figures.append(("old softmax's nll", f"{corpus.softmax_nll:.4f}"))
     figures.append(("perplexity", f"{math.exp(corpus.nll):,.2f}"))
     figures.append(("entropy of the weights", f"{corpus.mixture_weights_entropy:.3f}"))
     figures.append(("entropy of the next token", f"{corpus.entropy:.3f}"))
     if corpus.rank is not None:
         figures.append(("rank", f"{corpus.rank.mixture:,}"))
-        if corpus.rank.softmax is not None:
-            figures.append(("old softmax's rank", f"{corpus.rank.softmax:,}"))
+        figures.append(("old softmax's rank", f"{corpus.rank.softmax:,}"))
         figures.append(("bound of one softmax", f"{corpus.rank.bound:,}"))
     return figures
 
@@ -210,12 +203,11 @@ def plot_text(text: TextInspection, num_mixtures: int) -> Plot:
             bottom = top
         weights_axes.set(ylabel="mixture weights", ylim=(0, 1), xlim=(-0.5, len(predictions) - 0.5))
         legend(weights_axes, num_mixtures)
-        scored = [(i, p) for i, p in enumerate(predictions) if p and p.nll is not None]
+        scored = [i for i, p in enumerate(predictions) if p and p.nll is not None]
         lines = [("old softmax", "softmax_nll", COLORS[5], "--"), ("mixture", "nll", COLORS[0], "-")]
-        for label, field, color, style in lines:
-            points = [(i, value) for i, p in scored if (value := getattr(p, field)) is not None]
-            if points:
-                nll_axes.plot(*zip(*points, strict=True), style, color=color, label=label, linewidth=1.2)
+        for label, field, color, style in lines if scored else []:
+            values = [getattr(predictions[i], field) for i in scored]
+            nll_axes.plot(scored, values, style, color=color, label=label, linewidth=1.2)
         nll_axes.set(ylabel="nll", xlabel="token", ylim=(0, None))
         if scored:
             nll_axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, labelcolor=INK)
@@ -271,9 +263,10 @@ def plot_singular_values(corpus: CorpusInspection) -> Plot:
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        lines = [("mixture", rank.singular_values, COLORS[0], "-")]
-        if rank.softmax_singular_values is not None:
-            lines.append(("old softmax", rank.softmax_singular_values, COLORS[5], "--"))
+        lines = (
+            ("mixture", rank.singular_values, COLORS[0], "-"),
+            ("old softmax", rank.softmax_singular_values, COLORS[5], "--"),
+        )
         for label, values, color, style in lines:
             shares = [value / values[0] for value in values]
             axes.plot(range(1, len(shares) + 1), shares, style, color=color, label=label)

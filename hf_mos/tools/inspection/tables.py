@@ -37,14 +37,12 @@ def color_of(k: int) -> str:
 
 def tokens_table(text: TextInspection) -> Table:
     """A line for each token, and one for the token after the text."""
-    has_softmax, K = text.next.softmax_top is not None, len(text.next.mixture_weights)
+    K = len(text.next.mixture_weights)
     table = Table(
         title="Token by token", title_justify="left", box=box.HORIZONTALS, pad_edge=False, padding=(0, 1, 0, 0)
     )
-    columns = ["token", "nll", "weights, %" if K <= SHOWN_COMPONENTS else "weight, %", "led by", "mixture, %"]
-    if has_softmax:
-        columns = [*columns[:2], "old nll", *columns[2:], "old softmax, %"]
-    for title in columns:
+    weights = "weights, %" if K <= SHOWN_COMPONENTS else "weight, %"
+    for title in ("token", "nll", "old nll", weights, "led by", "mixture, %", "old softmax, %"):
         justify: Any = "right" if "nll" in title else "left"
         table.add_column(title, justify=justify, no_wrap=True, overflow="ellipsis", min_width=4)
     for token in text.tokens:
@@ -55,9 +53,8 @@ def tokens_table(text: TextInspection) -> Table:
             table.add_row(name, *prediction_cells(token.prediction, token.token_id))
     table.add_row(Text("what follows", style="italic"), *prediction_cells(text.next, None))
     table.caption = (
-        "Each token as it is predicted from what stands before it: its nll in nats"
-        + (" by the mixture and by the old softmax" if has_softmax else "")
-        + ", the mixture weights, the component with the largest responsibility and its share, and the likeliest "
+        "Each token as it is predicted from what stands before it: its nll in nats by the mixture and by the old "
+        "softmax, the mixture weights, the component with the largest responsibility and its share, and the likeliest "
         "token, ✓ where it is the token itself. --json and --html show the predictions of each component."
     )
     table.caption_justify = "left"
@@ -65,7 +62,7 @@ def tokens_table(text: TextInspection) -> Table:
 
 
 def prediction_cells(prediction: Prediction, actual: int | None) -> Iterator[Text]:
-    for nll in (prediction.nll, prediction.softmax_nll)[: 1 if prediction.softmax_top is None else 2]:
+    for nll in (prediction.nll, prediction.softmax_nll):
         yield Text("" if nll is None else f"{nll:.2f}")
     yield weights_cell(prediction.mixture_weights)
     if prediction.responsibilities is None:
@@ -74,8 +71,7 @@ def prediction_cells(prediction: Prediction, actual: int | None) -> Iterator[Tex
         k = prediction.responsibilities.index(max(prediction.responsibilities))
         yield Text(f"{k}: {100 * prediction.responsibilities[k]:.0f} %", style=f"bold {color_of(k)}")
     yield likeliest_cell(prediction.top, actual)
-    if prediction.softmax_top is not None:
-        yield likeliest_cell(prediction.softmax_top, actual)
+    yield likeliest_cell(prediction.softmax_top, actual)
 
 
 def weights_cell(weights: list[float]) -> Text:
@@ -134,27 +130,20 @@ def divergence_table(corpus: CorpusInspection) -> Table:
 
 
 def summary_table(corpus: CorpusInspection) -> Table:
-    has_softmax = corpus.softmax_nll is not None
     table = Table(title="The mixture and the old softmax", title_justify="left", box=box.HORIZONTALS)
-    table.caption, table.caption_justify = OLD_SOFTMAX if has_softmax else None, "left"
+    table.caption, table.caption_justify = OLD_SOFTMAX, "left"
     table.add_column("")
     table.add_column("mixture", justify="right")
-    if has_softmax:
-        table.add_column("old softmax", justify="right")
-    rows: list[tuple[str, ...]] = [("nll per token", f"{corpus.nll:.4f}")]
-    rows.append(("perplexity", f"{math.exp(corpus.nll):,.3f}"))
-    if corpus.softmax_nll is not None:
-        rows[0] += (f"{corpus.softmax_nll:.4f}",)
-        rows[1] += (f"{math.exp(corpus.softmax_nll):,.3f}",)
+    table.add_column("old softmax", justify="right")
+    rows: list[tuple[str, ...]] = [("nll per token", f"{corpus.nll:.4f}", f"{corpus.softmax_nll:.4f}")]
+    rows.append(("perplexity", *(f"{math.exp(nll):,.3f}" for nll in (corpus.nll, corpus.softmax_nll))))
     rows.append(("entropy of the next token", f"{corpus.entropy:.4f}"))
     rows.append(("entropy of the weights", f"{corpus.mixture_weights_entropy:.4f}"))
     if corpus.rank is not None:
         rank = corpus.rank
-        softmax_rank = () if rank.softmax is None else (f"{rank.softmax:,}",)
-        rows.append(
-            (f"rank, {rank.contexts:,} contexts x {rank.classes:,} classes", f"{rank.mixture:,}", *softmax_rank)
-        )
-        rows.append(("bound of one softmax", *([""] if has_softmax else []), f"{rank.bound:,}"))
+        shape = f"{rank.contexts:,} contexts x {rank.classes:,} classes"
+        rows.append((f"rank, {shape}", f"{rank.mixture:,}", f"{rank.softmax:,}"))
+        rows.append(("bound of one softmax", "", f"{rank.bound:,}"))
     for row in rows:
         table.add_row(*row)
     return table

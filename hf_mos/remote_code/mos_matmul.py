@@ -2,7 +2,7 @@
 
 import functools
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ GLOBAL_HOOKS = (
     all_modules._global_backward_hooks,
     all_modules._global_backward_pre_hooks,
 )
+ENGINES = ("torch.distributed.fsdp.", "deepspeed.")  # modules whose hooks gather a weight
 MODULE_TRACKER = "torch.utils.module_tracker"  # FlopCounterMode's: it notes which module runs, and reads no tensor
 FEW_ROWS = 16
 COLUMNS, COLUMN_HEIGHT = 4, 1024  # rows, and their width, at most that MKL multiplies faster as columns
@@ -28,14 +29,14 @@ TILE = 1024  # classes at a time, so that a tile of logits stays in the cache un
 def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Equivalent to: `F.linear(rows, weight, bias)`, which is `rows @ weight.T + bias`, without gradients.
 
+    Shapes: rows (n, D), weight (V, D), bias (V,), result (n, V), all of one dtype.
+
     On the CPU torch hands fp32 products to its BLAS, and carries oneDNN for other dtypes. Which is faster depends on
     the machine. The vendor alone decides here, so that a run can be repeated to the bit. MKL refuses its fast paths on
-    AMD: oneDNN reaches 230 to 430 GFLOP/s there and MKL 110 to 200 (40 to 512 rows, V = 32000 and 50257, 2 threads of
-    an AMD EPYC). On Intel MKL is the faster for many rows (1.12 to 1.24 against 1.25 to 1.36 of three bare products, a
-    Xeon with AMX), and oneDNN for 2 to 16 rows (6.7 ms against 9.0 for 4 rows, 9.8 against 12.9 for 16, V = 50257).
-    On AMD 2 to 4 rows, the components of one decoded token, are faster as columns in MKL up to E = 1024 (3.6 ms
-    against 5.9 for 4 rows, E = 768, V = 50257; 4.7 against 6.4 at E = 1024; but 25 against 13 at E = 2048; family 26).
-    Shapes: rows (n, E), weight (V, E), bias (V,), result (n, V), all of one dtype.
+    AMD: oneDNN reaches 230 to 430 GFLOP/s there and MKL 110 to 200 (40 to 512 rows, 2 threads of an EPYC). On Intel
+    MKL is the faster for many rows, and oneDNN for 2 to 16 (6.7 ms against 9.0 for 4 rows, V = 50257, a Xeon). On AMD
+    2 to 4 rows, the components of one decoded token, are faster as columns in MKL up to D = 1024 (3.6 ms against 5.9
+    for 4 rows, D = 768, V = 50257; but 25 against 13 at D = 2048; family 26).
     """
     if not _suits_onednn(rows, weight):
         return F.linear(rows, weight, bias)
@@ -59,8 +60,8 @@ def multiply_into(out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None
 def add_product_(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
     """Equivalent to: `total.addmm_(left, right, beta=0 if is_first else 1)`.
 
-    Shapes: total (V, E), left (V, n), right (n, E), all of one dtype. Tile by tile oneDNN takes 0.64 to 0.70 of the
-    time of MKL (256 rows; E = 256, V = 32000; E = 768, V = 50257; 2 threads of an AMD EPYC, family 26), where the
+    Shapes: total (V, D), left (V, n), right (n, D), all of one dtype. Tile by tile oneDNN takes 0.64 to 0.70 of the
+    time of MKL (256 rows; D = 256, V = 32000; D = 768, V = 50257; 2 threads of an AMD EPYC, family 26), where the
     whole product in one call takes 1.0 to 1.4 of it. Up to 128 columns MKL is level or faster.
     """
     if right.shape[1] > NARROW and _suits_onednn(left, right):
@@ -73,32 +74,78 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> 
         torch.addmm(total, left, right, beta=0 if is_first else 1, out=total)
 
 
-def project(projection: nn.Linear, hidden_states: Tensor) -> Tensor:
+class Accumulator:
+    """A gradient (V, D) that the products of all chunks add to; absent where it is not wanted."""
+
+    def __init__(self, like: Tensor, wanted: bool, sum_dtype: torch.dtype) -> None:
+        self.total = torch.empty_like(like, dtype=sum_dtype) if wanted else None
+        self.is_empty = True
+
+    def add_product(self, left: Tensor, right: Tensor) -> None:
+        """Adds `left @ right`; left (V, n), right (n, D)."""
+        if self.total is None:
+            return
+        if left.dtype == self.total.dtype:
+            add_product_(self.total, left, right, is_first=self.is_empty)
+        elif self.is_empty:
+            self.total.copy_(torch.mm(left, right))
+        else:
+            self.total.add_(torch.mm(left, right))
+        self.is_empty = False
+
+    def add_rows(self, classes: Tensor, rows: Tensor) -> None:
+        """Adds each of the rows (m, D) to the row of its class."""
+        if self.total is None:
+            return
+        if self.is_empty:
+            self.total.zero_()
+        self.total.index_add_(0, classes, rows.to(self.total.dtype))
+        self.is_empty = False
+
+    def result(self) -> Tensor | None:
+        if self.total is not None and self.is_empty:
+            self.total.zero_()
+        return self.total
+
+
+def project(projection: nn.Module, hidden_states: Tensor) -> Tensor:
     """Equivalent to: `projection(hidden_states)`; without gradients by the faster product."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not may_read(projection):
+    reads = type(projection) is nn.Linear and is_plain(projection.weight)
+    reads = reads and not is_hooked(projection) and "forward" not in vars(projection)
+    if not reads or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return projection(hidden_states)
     outputs = multiply(hidden_states.flatten(0, -2), projection.weight, projection.bias)
     return outputs.unflatten(0, hidden_states.shape[:-1])
 
 
-def may_read(projection: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether the module computes `F.linear` of its weight, so that the weight may be read in place of a call.
-
-    An adapter, a quantizer, an offloading hook or a sharded tensor changes the result or the weight, and whoever
-    registered a hook waits for the call.
-    """
-    plain = type(projection) is nn.Linear and type(projection.weight) in (nn.Parameter, Tensor)
-    return plain and not is_hooked(projection) and "forward" not in vars(projection)
+def is_plain(weight: Any) -> bool:
+    """Whether a weight is a tensor like any other: not sharded, and not a quantizer's."""
+    return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a hook of any kind, its own or one of all modules, is called with the module."""
-    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(own) or hasattr(module, "_hf_hook"):  # the latter is accelerate's
-        return True
-    return _has_any_global_hook() and any(
-        getattr(hook, "__module__", None) != MODULE_TRACKER for hooks in GLOBAL_HOOKS for hook in hooks.values()
+    return bool(_hooks_of(module)) or hasattr(module, "_hf_hook")  # the latter is accelerate's
+
+
+def has_foreign_hooks(module: nn.Module) -> bool:
+    """Whether somebody waits for a call of the module: a hook, or a forward of its own.
+
+    Those of the engines that gather or load weights (FSDP2, ZeRO-3, accelerate) do not count.
+    """
+    engines = [getattr(hook, "__module__", None) or "" for hook in _hooks_of(module)]
+    return not all(name.startswith(ENGINES) for name in engines) or (
+        "forward" in vars(module) and not hasattr(module, "_hf_hook")
     )
+
+
+def _hooks_of(module: nn.Module) -> list[Any]:
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    found = [hook for hooks in own for hook in hooks.values()]
+    if _has_any_global_hook():
+        everybodys = (hook for hooks in GLOBAL_HOOKS for hook in hooks.values())
+        found += [hook for hook in everybodys if getattr(hook, "__module__", None) != MODULE_TRACKER]
+    return found
 
 
 def is_transformed() -> bool:

@@ -18,13 +18,13 @@ import json
 import os
 import re
 import shutil
-import struct
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import PushToHubMixin
@@ -33,9 +33,6 @@ CONFIG_FILE = "config.json"
 STAGING_PREFIX = "_saving_"  # the Trainer does not upload what begins with an underscore
 STAGED_CONFIG, STAGED_INDEX = "staged.json", "staged.safetensors.index.json"
 DISTRIBUTED_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # loaded before all else
-# Matches the head's own weights; excludes a quantizer's extra tensors and the duplicate of a tied decoder.
-HEAD_WEIGHT = re.compile(r"lm_head\.(?!decoder\.weight$)(.+\.)?(weight|bias|basis)")
-
 Header = dict[str, tuple[int, ...]]  # the tensors of a safetensors file and their shapes
 
 
@@ -235,22 +232,11 @@ def _refuse_pickles(folder: Path) -> None:
 
 def read_header(path: Path) -> Header:
     """Reads the shapes in a safetensors file; OSError if its header is broken or says another length."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if 8 + length > size:
-            raise OSError(f"{path}: expected a safetensors file, given {size} bytes that end within the header")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-            shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OSError(f"{path}: expected a safetensors file, given a header that is none: {error}") from error
-    if end != size:
-        raise OSError(f"{path}: expected {end} bytes, as its header says, given {size}")
-    return shapes
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise OSError(f"{path}: expected a whole safetensors file, given another: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -266,9 +252,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def check_loaded(
     model: Any, info: dict[str, Any], source: Any, headers: dict[str, Header], allow_mismatched: bool
 ) -> None:
-    """Raises a ValueError for a weight that the checkpoint lacks or has in another shape, and for a broken head.
+    """Raises a ValueError for a weight that is missing or misshapen, and one of the head not finite or one too many.
 
-    A head is broken where a weight is not finite, or where the config has no place for a weight in the checkpoint.
     `source` and `headers` are for the messages; `allow_mismatched` lets transformers draw misshapen weights anew.
     """
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
@@ -278,7 +263,12 @@ def check_loaded(
     if missing and len(missing) < len(shapes):
         expected = ", ".join(f"{key} of shape {shapes.get(key)}" for key in missing)
         raise ValueError(f"{where}: expected the checkpoint of a {type(model).__name__}, given one without {expected}")
-    if unread := sorted(key for key in info["unexpected_keys"] if HEAD_WEIGHT.fullmatch(key)):
+    if model.mos_head is None:
+        given = type(model.get_output_embeddings()).__name__
+        raise ValueError(f"{where}: expected a mixture's head that stays one while it is loaded, given {given}")
+    path = model.head_path()
+    own = re.compile(rf"{re.escape(path)}\.(prior|shift)\.(weight|bias)|{re.escape(path)}\.bias")
+    if unread := sorted(key for key in info["unexpected_keys"] if own.fullmatch(key)):
         raise ValueError(
             f"{where}: expected the weights of the head that the config names, given {', '.join(unread)} too"
         )
@@ -289,7 +279,7 @@ def check_loaded(
             for key, given, expected in mismatched
         ]
         raise MismatchedWeights("\n".join(lines))
-    for key, tensor in model.lm_head.named_parameters(prefix="lm_head"):
+    for key, tensor in model.mos_head.named_parameters(prefix=path):
         readable = tensor.is_floating_point() and not tensor.is_meta and type(tensor) is nn.Parameter
         bad = non_finite(tensor.detach()) if readable and tensor.numel() else None
         if bad is not None:

@@ -1,12 +1,13 @@
-"""The softmax of component logits over the vocabulary: one process holds all classes, or each holds a shard.
+"""The softmax over a vocabulary whose rows lie in many processes (tensor parallelism).
 
-    R rows of component logits, V classes, of which this process holds the logits of V_r
+    R rows of logits, V classes, of which this process holds V_r
     largest       = max over the processes of max_V_r(logits)                                  (R, 1)
     total         = sum over the processes of sum_V_r(exp(logits - largest))                   (R, 1)
     target_logit  = the logit of the target minus the largest, from the process that holds it  (R, 1)
     component_nll = log(total) - target_logit                                                  (R, 1)
 
 Three numbers a row cross the network, and with a shortlist the M largest logits of each process, never all logits.
+This module does not travel with a checkpoint: without it every process holds the whole decoder.
 Source: Megatron-LM, arXiv 1909.08053, section 3.
 """
 
@@ -16,37 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..remote_code.mos_head import MoSLMHead
 
-class WholeVocabulary(NamedTuple):
-    """All classes are here."""
-
-    num_classes: int  # V
-
-    def softmax_(self, logits: Tensor, target_rows: Tensor) -> Tensor:
-        """Softmax of the component logits (R, V), in place; returns the component_nll of the targets, both (R, 1).
-
-        The largest probability is exp(-log(total)), which cannot underflow; log(total) is read back from it. So there
-        are three passes over the logits, where logsumexp and softmax take six and a copy.
-        """
-        target_logits = logits.gather(1, target_rows)
-        largest = logits.amax(dim=-1, keepdim=True)
-        torch.softmax(logits, dim=-1, out=logits)
-        return (largest - target_logits) - logits.amax(dim=-1, keepdim=True).log()
-
-    def log_softmax_(self, logits: Tensor) -> Tensor:
-        """Log-softmax of component logits (..., V), in place."""
-        return torch.log_softmax(logits, dim=-1, out=logits)
-
-    def subtract_targets_(self, probs: Tensor, target_rows: Tensor) -> Tensor:
-        """Equivalent to: `probs - onehot(target)`, in place."""
-        return probs.scatter_add_(1, target_rows, probs.new_full((), -1.0).expand_as(target_rows))
-
-    def sum_(self, part: Tensor | None) -> None:
-        """The part is the whole."""
-
-    def in_shortlist(self, logits: Tensor, size: int) -> Tensor | None:
-        """All candidates (n, M) are in the shortlist."""
-        return None
+TENSOR_PARALLEL = "tp"  # a mesh's name for the dimension that shards the vocabulary
 
 
 class VocabularyShard(NamedTuple):
@@ -73,7 +46,7 @@ class VocabularyShard(NamedTuple):
         return total.log() - target_logit
 
     def log_softmax_(self, logits: Tensor) -> Tensor:
-        """Log-softmax over the whole vocabulary of component logits (..., V_r), in place."""
+        """Log-softmax over the whole vocabulary of logits (..., V_r), in place."""
         here = torch.logsumexp(logits, dim=-1, keepdim=True)  # -inf without a class here
         parts = [torch.empty_like(here) for _ in range(torch.distributed.get_world_size(self.group))]
         torch.distributed.all_gather(parts, here, self.group)
@@ -100,24 +73,29 @@ class VocabularyShard(NamedTuple):
         chosen.scatter_(1, joint.topk(size, dim=1, sorted=False).indices, True)
         return chosen.split(size, dim=1)[torch.distributed.get_rank(self.group)][:, :count]
 
+    def gather_classes(self, log_probs: Tensor) -> Tensor:
+        """The log-probabilities (N, V) of all classes, from each process's (N, V_r)."""
+        processes = torch.distributed.get_world_size(self.group)
+        per_process = -(-self.num_classes // processes)
+        padded = F.pad(log_probs, (0, per_process - log_probs.shape[1]))
+        parts = [torch.empty_like(padded) for _ in range(processes)]
+        torch.distributed.all_gather(parts, padded.contiguous(), self.group)
+        return torch.cat(parts, dim=1)[:, : self.num_classes]
+
     def _find(self, target_rows: Tensor, num_here: int) -> tuple[Tensor, Tensor]:
         place = target_rows - self.start
         return place.clamp(0, num_here - 1), (place >= 0) & (place < num_here)
 
 
-def widen(x: Tensor) -> Tensor:
-    """Equivalent to: `x.float()`, or `x` itself in fp64."""
-    return x if x.dtype == torch.float64 else x.float()
+def shard_of(weight: Any) -> VocabularyShard | None:
+    """The vocabulary shard whose rows this process holds of a weight; `None` where it is sharded in no such way."""
+    mesh = getattr(weight, "device_mesh", None)
+    if mesh is None or mesh.mesh_dim_names != (TENSOR_PARALLEL,) or not weight.placements[0].is_shard(0):
+        return None
+    per_process = -(-weight.shape[0] // mesh.size())
+    if (mesh.size() - 1) * per_process >= weight.shape[0]:  # a process holds no class
+        return None
+    return VocabularyShard(weight.shape[0], mesh.get_local_rank() * per_process, mesh.get_group())
 
 
-def cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
-    """Equivalent to: `softcap * tanh(logits / softcap)`; `None` leaves the logits as they are."""
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
-def cap_(logits: Tensor, softcap: float, slope: Tensor | None) -> None:
-    """Equivalent to: `cap_logits` in place; writes its derivative at each logit to `slope`, if there is one."""
-    logits.div_(softcap).tanh_()
-    if slope is not None:
-        torch.mul(logits, logits, out=slope).neg_().add_(1)
-    logits.mul_(softcap)
+MoSLMHead.shard_of = staticmethod(shard_of)  # type: ignore[assignment]

@@ -1,10 +1,12 @@
 """The maths of the mixture of softmaxes: the readable reference, and the same without gradients, chunk by chunk.
 
-    N tokens, K mixtures, D input_size, E latent_size, V classes
-    log_prior            = log_softmax(prior_logits)                          (N, K)
+    N tokens, K mixtures, D width of the latents, V classes
+    log_gate             = log_softmax(prior_logits)                          (N, K)
     component_logits     = latents @ decoder_weight.T (+ bias, softcap)       (N, K, V)
     component_log_probs  = log_softmax(component_logits)                      (N, K, V)
-    log_probs            = logsumexp_K(log_prior + component_log_probs)       (N, V)
+    log_probs            = logsumexp_K(log_gate + component_log_probs)        (N, V)
+
+On a shortlist the components differ on the likeliest classes alone: `mos_shortlist.py` has its maths.
 
 Always in log space and in fp32 or wider: a sharp softmax underflows in probability space, and an epsilon inside the
 logarithm caps the loss and adds mass.
@@ -14,39 +16,44 @@ Source: Yang, Dai, Salakhutdinov, Cohen: Breaking the Softmax Bottleneck, arXiv 
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mos_chunks import even, tokens_per_chunk
-from .mos_latents import Latents, as_latents
-from .mos_projections import DecoderUse, Wanted
-from .mos_vocabulary import VocabularyShard, WholeVocabulary, widen
+from .mos_decoder import Decoder, WholeVocabulary, cap_, cap_logits, even, tokens_per_chunk, widen
+from .mos_shortlist import mix_on_shortlist_, shortlist_components
 
 REDUCTIONS = ("mean", "sum", "none")
 LOG2_E = math.log2(math.e)
 
+# The latents (..., K, D); or, on a shortlist, their mean (..., D) and what each adds to it, the offsets (..., K, D).
+Latents = Tensor | tuple[Tensor, Tensor]
+
 
 def mos_log_probs(
-    latents: Tensor | Latents,
+    latents: Latents,
     prior_logits: Tensor,
     decoder_weight: Tensor,
     *,
     decoder_bias: Tensor | None = None,
     softcap: float | None = None,
+    shortlist_size: int | None = None,
     add_log_partition: bool = False,
 ) -> Tensor:
     """Equivalent to: `log(sum_k softmax(prior_logits)_k * softmax(latents_k @ decoder_weight.T + decoder_bias))`.
 
-    The reference that the fast loss is tested against, with the same arguments as `mos_cross_entropy`.
+    The reference that the fast loss is tested against.
 
     Args:
-        latents: (..., K, E), one latent for each component, or [`Latents`] that stand for them.
+        latents: (..., K, D), one latent for each component. On a shortlist also the pair of their mean (..., D) and
+            the offsets (..., K, D), which keeps small offsets from the rounding of the sum.
         prior_logits: (..., K), the raw output of the prior.
-        decoder_weight: (V, E), the vocabulary projection that all components share.
+        decoder_weight: (V, D), the vocabulary projection that all components share.
         decoder_bias: (V,), or `None`.
         softcap: each component's logits become `softcap * tanh(logits / softcap)`; `None` for none.
+        shortlist_size: M, the number of classes on which the components differ; `None` for all.
         add_log_partition: as in `mix_log_probs`.
 
     Returns:
@@ -55,12 +62,40 @@ def mos_log_probs(
     Raises:
         ValueError: the shapes do not fit together.
     """
-    latents = as_latents(latents)
-    check_shapes(latents, prior_logits, decoder_weight, decoder_bias)
-    log_weights, component_logits = latents.components(
-        lambda latents: F.linear(latents, decoder_weight, decoder_bias), prior_logits, softcap
+    check_shapes(*split_latents(latents, shortlist_size), prior_logits, decoder_weight, decoder_bias)
+    log_weights, component_logits = components(
+        lambda rows: F.linear(rows, decoder_weight, decoder_bias), latents, prior_logits, softcap, shortlist_size
     )
     return mix_log_probs(component_logits, log_weights, add_log_partition)
+
+
+def components(
+    decoder: Callable[[Tensor], Tensor],
+    latents: Latents,
+    prior_logits: Tensor,
+    softcap: float | None,
+    shortlist_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    """The log-weights (..., K) and logits (..., K, V) of the components, in fp32 or wider, by any decoder."""
+    latents, offsets = split_latents(latents, shortlist_size)
+    if offsets is not None and shortlist_size is not None:
+        return shortlist_components(decoder, latents, offsets, prior_logits, softcap, shortlist_size)
+    logits = cap_logits(widen(decoder(latents)), softcap)
+    return F.log_softmax(widen(prior_logits.to(logits.device)), dim=-1), logits
+
+
+def split_latents(latents: Latents, shortlist_size: int | None) -> tuple[Tensor, Tensor | None]:
+    """The latents (..., K, D) and `None`; on a shortlist the mean latent (..., D) and the offsets (..., K, D)."""
+    if shortlist_size is None:
+        if not isinstance(latents, Tensor):
+            raise ValueError("shortlist_size: expected an int with a mean latent and offsets, given None")
+        return latents, None
+    if not isinstance(shortlist_size, int) or shortlist_size < 1:
+        raise ValueError(f"shortlist_size: expected an int of at least 1, or None, given {shortlist_size!r}")
+    if not isinstance(latents, Tensor):
+        return latents
+    mean = latents.mean(dim=-2)
+    return mean, latents - mean.unsqueeze(-2)
 
 
 def mix_log_probs(component_logits: Tensor, prior_logits: Tensor, add_log_partition: bool = False) -> Tensor:
@@ -76,24 +111,23 @@ def mix_log_probs(component_logits: Tensor, prior_logits: Tensor, add_log_partit
     Returns:
         (..., V), natural log-probabilities in fp32 (fp64 for fp64); their exponentials sum to one.
     """
-    log_prior = F.log_softmax(widen(prior_logits), dim=-1)
+    log_gate = F.log_softmax(widen(prior_logits), dim=-1)
     component_logits = widen(component_logits)
     component_log_probs = F.log_softmax(component_logits, dim=-1)
-    log_probs = torch.logsumexp(log_prior.unsqueeze(-1) + component_log_probs, dim=-2)
+    log_probs = torch.logsumexp(log_gate.unsqueeze(-1) + component_log_probs, dim=-2)
     if not add_log_partition:
         return log_probs
-    log_partition = mean_log_partition(log_prior, component_logits[..., 0], component_log_probs[..., 0])
+    log_partition = mean_log_partition(log_gate, component_logits.amax(-1), component_log_probs.amax(-1))
     return log_probs + log_partition.unsqueeze(-1)
 
 
 def mean_log_partition(log_weights: Tensor, logit: Tensor, log_prob: Tensor) -> Tensor:
-    """The logarithm (...) of the components' mean partition function, by a class's logits and log-probabilities.
+    """The logarithm (...) of the components' harmonic mean partition function; all arguments are (..., K).
 
-    A component's log-partition is the difference of any logit and its log-probability. The mean is the harmonic one:
-    by it a mixture on a shortlist, which is one softmax too, has the partition function of that softmax.
-    Shapes: all (..., K).
+    A component's log-partition is the difference of a logit and its log-probability, here the likeliest class's, which
+    is never at -inf.
     """
-    return -torch.logsumexp(log_weights - (logit - log_prob).nan_to_num(), dim=-1)  # the class may be at -inf
+    return -torch.logsumexp(log_weights - (logit - log_prob).nan_to_num(), dim=-1)  # a shard may be at -inf throughout
 
 
 @torch.no_grad()
@@ -104,38 +138,49 @@ def infer_log_probs(
     *,
     decoder_bias: Tensor | None = None,
     softcap: float | None = None,
+    shortlist_size: int | None = None,
     add_log_partition: bool = False,
-    vocabulary: WholeVocabulary | VocabularyShard | None = None,
+    vocabulary: Any = None,
     matmul: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Equivalent to: `mos_log_probs` for latents of (N, K, E) in the decoder's dtype, chunk by chunk, no gradients.
+    """Equivalent to: `mos_log_probs` for latents of (N, K, D) in the decoder's dtype, chunk by chunk, no gradients.
 
     Args:
         vocabulary: `None` for the whole one. With a shard the weight and the bias have its rows alone, and so has the
             result, (N, V_r). All processes must call this together.
         matmul: computes `F.linear(rows, decoder_weight, decoder_bias)` as a new tensor in place of our own matmul.
     """
+    latents, offsets = split_latents(latents, shortlist_size)
     N, V_r, device = prior_logits.shape[0], decoder_weight.shape[0], decoder_weight.device
     vocabulary = WholeVocabulary(V_r) if vocabulary is None else vocabulary
     dtype = widen(decoder_weight[:0]).dtype
-    latents = latents.for_inference()
-    decoder = DecoderUse(decoder_weight, decoder_bias, softcap, vocabulary, dtype, matmul)
-    log_prior = F.log_softmax(widen(prior_logits), dim=-1)
-    projection = latents.projection(log_prior, decoder, Wanted((False,) * len(latents.tensors), False))
-    log_weights = projection.log_weights
+    decoder = Decoder(decoder_weight, decoder_bias, softcap, vocabulary, dtype, matmul)
+    log_gate = F.log_softmax(widen(prior_logits), dim=-1)
+    # On a shortlist the mixture is one softmax.
+    log_weights = log_gate if offsets is None else torch.zeros_like(log_gate[:, :1])
     log_probs = torch.empty(N, V_r, dtype=dtype, device=device)
     # The logits, and what the matmul returned where that is narrower; the rest is done in place.
     bytes_per_logit = dtype.itemsize + (decoder_weight.itemsize if decoder_weight.dtype != dtype else 0)
     size = even(N, tokens_per_chunk(log_weights.shape[1], vocabulary.num_classes, bytes_per_logit, device))
     for start in range(0, N, size):
         tokens = slice(start, start + size)
-        component_logits = projection.component_logits(tokens)
-        first_logit = component_logits[..., :1].clone()  # none in a shard that has no class
+        chunk = latents[tokens]
+        if offsets is None:
+            component_logits = decoder.logits(chunk.flatten(0, 1)).unflatten(0, chunk.shape[:2])
+            cap_(component_logits, softcap)
+        else:
+            component_logits = decoder.logits(chunk)
+            assert shortlist_size is not None
+            mix_on_shortlist_(component_logits, offsets[tokens], log_gate[tokens], decoder, shortlist_size)
+            component_logits = component_logits.unsqueeze(1)
+        reads_partition = add_log_partition and V_r > 0
+        largest_logit = component_logits.amax(dim=-1) if reads_partition else None
         component_log_probs = vocabulary.log_softmax_(component_logits)
-        first_log_prob = component_log_probs[..., :1].clone()
+        log_partition = None
+        if largest_logit is not None:
+            log_partition = mean_log_partition(log_weights[tokens], largest_logit, component_log_probs.amax(dim=-1))
         log_probs[tokens] = mix_(component_log_probs, log_weights[tokens])
-        if add_log_partition and V_r:
-            log_partition = mean_log_partition(log_weights[tokens], first_logit[..., 0], first_log_prob[..., 0])
+        if log_partition is not None:
             log_probs[tokens] += log_partition.unsqueeze(-1)
     return log_probs
 
@@ -167,10 +212,14 @@ def count_items(targets: Tensor, num_items_in_batch: Tensor | int | None, ignore
     return torch.as_tensor(num_items, device=targets.device).clamp(min=1)
 
 
-def check_shapes(latents: Latents, prior_logits: Tensor, decoder_weight: Tensor, decoder_bias: Tensor | None) -> None:
+def check_shapes(
+    latents: Tensor, offsets: Tensor | None, prior_logits: Tensor, decoder_weight: Tensor, decoder_bias: Tensor | None
+) -> None:
     """Raises a ValueError where the shapes do not fit together."""
-    latents.check()
-    *leading, width = latents.shape
+    *leading, width = latents.shape if offsets is None else offsets.shape
+    if offsets is not None and latents.shape != (*leading[:-1], width):
+        given = f"{tuple(latents.shape)} and {tuple(offsets.shape)}"
+        raise ValueError(f"latents: expected a mean (..., D) and offsets (..., K, D), given {given}")
     if len(leading) < 1 or prior_logits.shape != tuple(leading):
         raise ValueError(f"prior_logits: expected {tuple(leading)} as the latents, given {tuple(prior_logits.shape)}")
     if decoder_weight.dim() != 2 or decoder_weight.shape[1] != width:

@@ -1,4 +1,4 @@
-"""The head of a checkpoint of the paper's own code, as a `MoSLMHead`.
+"""The head of a checkpoint of the paper's own code, as a `PaperHead`.
 
     prior.weight (K, D)
     latent.0.weight (K E, D), latent.0.bias (K E,)
@@ -14,32 +14,29 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from paper_head import PaperHead
 from safetensors.torch import load_file
-from torch import Tensor
-from transformers import GPT2Config
-
-from ..configuration_mos import MoSConfig
-from ..mos_head import MoSLMHead
+from torch import Tensor, nn
 
 NAMES = {
     "prior.weight": "prior.weight",
-    "latent.0.weight": "latent.weight",
-    "latent.0.bias": "latent.bias",
-    "decoder.weight": "decoder.weight",
-    "decoder.bias": "decoder.bias",
+    "latent.0.weight": "shift.weight",
+    "latent.0.bias": "shift.bias",
+    "decoder.weight": "weight",
+    "decoder.bias": "bias",
 }
 
 
 def load_paper_head(
-    checkpoint: Mapping[str, Tensor] | str | Path, *, prefix: str = "", latent_dropout: float = 0.0
-) -> MoSLMHead:
+    checkpoint: Mapping[str, Tensor] | str | Path, *, prefix: str = "", dropout: float = 0.0
+) -> PaperHead:
     """Equivalent to: the end of the paper's `RNNModel.forward`, from the hidden states (..., D) on.
 
     Args:
         checkpoint: a state dict, or the path of one: `.safetensors`, or a file of `torch.save(model.state_dict())`,
             read without running what is pickled in it. Keys of the rest of the model are ignored.
-        prefix: what the keys of the head begin with, such as `"module."` under `DataParallel`.
-        latent_dropout: dropout probability on the latents in training, the original's `dropoutl`.
+        prefix: the beginning of the head's keys, such as `"module."` under `DataParallel`.
+        dropout: dropout probability on the latents in training, the original's `dropoutl`.
 
     Returns:
         A head in evaluation mode with K, D, E and V as the tensors have them, in their dtype (the prior in fp32 or
@@ -53,23 +50,16 @@ def load_paper_head(
     missing = [prefix + name for name in NAMES if prefix + name not in tensors]
     if missing:
         raise ValueError(f"checkpoint: expected {missing}, given {sorted(tensors)}")
-    found = {ours: tensors[prefix + theirs] for theirs, ours in NAMES.items()}
+    found = {name: tensors[prefix + name] for name in NAMES}
     check_shapes(found)
-    (num_mixtures, input_size), (vocab_size, latent_size) = found["prior.weight"].shape, found["decoder.weight"].shape
-    config = MoSConfig(
-        text_config=GPT2Config(n_embd=input_size, n_head=1, vocab_size=vocab_size),
-        num_mixtures=num_mixtures,
-        latent_size=latent_size,
-        latent_activation="tanh",
-        latent_bias=True,
-        latent_dropout=latent_dropout,
-        decoder_bias=True,
-        tie_word_embeddings=False,
-    )
+    (K, D), (V, E) = found["prior.weight"].shape, found["decoder.weight"].shape
     dtype = found["decoder.weight"].dtype
-    head = MoSLMHead(config).to(dtype)
-    head.prior.to(torch.promote_types(dtype, torch.float32))
-    head.load_state_dict(found)
+    decoder = nn.Linear(E, V, dtype=dtype)
+    head = PaperHead.take_over(decoder, num_mixtures=K, shortlist_size=None, latent_scale=1.0)
+    head.shift = nn.Linear(D, K * E, dtype=dtype)  # the paper's hidden states may be wider than its latents
+    head.prior = nn.Linear(D, K, bias=False, dtype=torch.promote_types(dtype, torch.float32))
+    head.load_state_dict({ours: found[theirs] for theirs, ours in NAMES.items()})
+    head.dropout = dropout
     return head.eval()
 
 
@@ -94,7 +84,7 @@ def check_shapes(tensors: Mapping[str, Tensor]) -> None:
         if tensor.dim() != dimensions:
             raise ValueError(f"{name}: expected {dimensions} dimensions, given {tuple(tensor.shape)}")
     (K, D), (V, E) = tensors["prior.weight"].shape, tensors["decoder.weight"].shape
-    expected = {"latent.weight": (K * E, D), "latent.bias": (K * E,), "decoder.bias": (V,)}
+    expected = {"latent.0.weight": (K * E, D), "latent.0.bias": (K * E,), "decoder.bias": (V,)}
     for name, shape in expected.items():
         if tensors[name].shape != shape:
             raise ValueError(

@@ -1,0 +1,222 @@
+"""MoSConfig: the backbone's own config with the options of the mixture head, each with its help text.
+
+The class of a config is made when it is first asked for: `MoSLlamaConfig(LlamaConfig, MoSConfig)`. In memory
+`model_type` is the backbone's, so that transformers' and PEFT's tables find it. The file says `"model_type": "mos"`,
+so that nobody loads it as a softmax model, and names the backbone's beside it.
+"""
+
+import copy
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import transformers
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+MODEL_TYPE, BACKBONE_TYPE = "mos", "backbone_model_type"  # the first is the file's `model_type`
+PREFIX = "MoS"  # of the name of a made class
+
+# Adam moves every weight by the learning rate. So the change of a layer's output in a step grows with its width D, and
+# the scale of the head's layers must fall as 1 / D to give every width the same change: 10 at D = 32, 0.56 at D = 576.
+# `examples/softmax_bottleneck/learning_rates.py` compares other products. Source: Yang et al., arXiv 2203.03466.
+SCALE_TIMES_WIDTH = 320.0
+
+# The names of a logit softcap in transformers' configs. It belongs inside each component of the mixture, so a model
+# that is made moves it from there to `softcap`; the file keeps it under the architecture's name.
+SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# Replaces a softcap that may not be None: `tanh(h / 2^64) * 2^64` is h, to the bit, in fp32 and in bf16.
+NO_SOFTCAP = 2.0**64
+
+# The config of no model type that AutoTokenizer reads where it may not run the code of this one: it finds one in a
+# config.json, and warns of the type of the model where it finds none.
+TOKENIZER_CONFIG = "tokenizer_without_code"
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of the head with its help text, of which the commands make a flag."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+class MoSConfig(PreTrainedConfig):
+    """Configuration of [`MoSForCausalLM`]: a causal LM's config and the options of its mixture head.
+
+    Make one with [`~MoSConfig.from_backbone_config`]; `from_pretrained` and `from_dict` read a saved one. The result
+    is of a class made of this one and of the backbone's.
+
+    Raises:
+        ValueError: a field has a wrong type or is out of range: "field: expected X, given Y".
+    """
+
+    model_type = MODEL_TYPE
+    backbone_config_class: ClassVar[type[PreTrainedConfig] | None] = None  # of a made class
+
+    num_mixtures: int = option(16, "K, the number of softmaxes.")
+    shortlist_size: int | None = option(
+        64,
+        "M: let the components differ only on the M likeliest classes; elsewhere they share the logits of their mean. "
+        "None: let them differ on all classes, at the price of K softmaxes.",
+    )
+    latent_scale: float | None = option(
+        None,
+        "Multiplies the shifts and the input of the prior; None: 320 / D, measured at D = 32 and 576. Beside an "
+        "adapter, which needs a high learning rate, set a lower one, such as 0.1.",
+    )
+    softcap: float | None = None  # the backbone's own, in a config whose model is made
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "MoSConfig":
+        if cls is MoSConfig:
+            raise ValueError(
+                "MoSConfig: expected MoSConfig.from_backbone_config(config, num_mixtures=...), "
+                "given a call without a backbone's config"
+            )
+        return super().__new__(cls)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        check_options({name: getattr(self, name) for name in option_defaults()})
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_backbone_config(cls, config: PreTrainedConfig, **options: Any) -> "MoSConfig":
+        """Equivalent to: a copy of the config of any causal LM, with the fields of this class as `options`.
+
+        Raises:
+            ValueError: the config is a mixture's already, or an option is unknown or out of range.
+        """
+        if not isinstance(config, PreTrainedConfig) or isinstance(config, MoSConfig):
+            given = "a mixture's" if isinstance(config, MoSConfig) else type(config).__name__
+            raise ValueError(f"config: expected the config of a causal LM with a softmax head, given {given}")
+        check_options(options)
+        result: Any = copy.deepcopy(config)
+        result.__class__ = config_class_for(type(config))
+        for name, value in (option_defaults() | {"softcap": None} | options).items():
+            setattr(result, name, value)
+        return result
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Like `PreTrainedConfig.from_pretrained`; the class of the result is the one that the file names."""
+        return super(MoSConfig, MoSConfig).from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Like `PreTrainedConfig.from_dict`; the class of the result is the one that the dict names."""
+        model_type, backbone_type = config_dict.get("model_type"), config_dict.get(BACKBONE_TYPE)
+        if model_type == MODEL_TYPE and backbone_type is None:
+            raise ValueError(
+                f"{BACKBONE_TYPE}: expected the type of the backbone, given none: an earlier version saved this "
+                "mixture, whose weights have other names. Convert its softmax model again with "
+                "MoSForCausalLM.from_causal_lm and train the mixture anew."
+            )
+        own = model_type == MODEL_TYPE or (cls is not MoSConfig and model_type == cls.model_type)
+        if not own and "num_mixtures" not in config_dict:
+            raise ValueError(
+                f"model_type: expected {MODEL_TYPE!r}, given {model_type!r}. To put a mixture head on that model, "
+                "call MoSForCausalLM.from_causal_lm."
+            )
+        known = backbone_type or model_type
+        if known not in CONFIG_MAPPING:
+            raise ValueError(f"{BACKBONE_TYPE}: expected a model type that transformers knows, given {known!r}")
+        made = cls if cls is not MoSConfig else config_class_for(CONFIG_MAPPING[known])
+        ours = ("model_type", BACKBONE_TYPE, TOKENIZER_CONFIG)
+        config_dict = {name: value for name, value in config_dict.items() if name not in ours}
+        from_dict: Any = made.backbone_config_class.from_dict
+        return from_dict.__func__(made, config_dict, **kwargs)
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The text of the file: this config, and `model_type` as the file says it."""
+        content = json.loads(super().to_json_string(use_diff))
+        softcap = content.pop("softcap", None)
+        if softcap is not None and (found := find_softcap_field(self)) is not None:
+            holder, field = found
+            inner = next((name for name, value in vars(self).items() if value is holder), None)
+            (content if inner is None else content[inner])[field] = softcap
+        content |= {"model_type": MODEL_TYPE, BACKBONE_TYPE: self.model_type, TOKENIZER_CONFIG: {"model_type": ""}}
+        return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+def option_defaults() -> dict[str, Any]:
+    """The options of the head and their defaults."""
+    return {field.name: field.default for field in dataclasses.fields(MoSConfig) if "help" in field.metadata}
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raises a ValueError for an unknown option, and for one that has a wrong type or is out of range."""
+    if unknown := sorted(options.keys() - option_defaults().keys()):
+        raise ValueError(f"options: expected {', '.join(option_defaults())}, given {', '.join(unknown)}")
+
+    def require(name: str, ok: bool, expected: str) -> None:
+        if name in options and not ok:
+            raise ValueError(f"{name}: expected {expected}, given {options[name]!r}")
+
+    size, scale = options.get("shortlist_size"), options.get("latent_scale")
+    require("num_mixtures", is_count(options.get("num_mixtures")), "an int of at least 1")
+    require("shortlist_size", size is None or is_count(size), "an int of at least 1, or None")
+    require("latent_scale", scale is None or is_positive(scale), "a finite number above 0, or None")
+
+
+@functools.cache
+def config_class_for(backbone: type[PreTrainedConfig]) -> type[MoSConfig]:
+    """The class of the configs of mixtures with this backbone, importable from this module as `MoS` + its name."""
+    name = PREFIX + backbone.__name__
+    # `__name__` is the same in all of them, as `AutoModelForCausalLM.register` compares it.
+    members: dict[str, Any] = {"__module__": __name__, "__qualname__": name, "backbone_config_class": backbone}
+    members |= {own: vars(MoSConfig)[own] for own in ("from_pretrained", "from_dict", "to_json_string")}
+    members["model_type"] = backbone.model_type
+    made: Any = type("MoSConfig", (backbone, MoSConfig), members)
+    globals()[name] = made
+    for tell in _listeners:
+        tell(made)
+    return made
+
+
+def when_made(listener: Callable[[type[MoSConfig]], None]) -> None:
+    """Calls the listener with each config class that is made from now on."""
+    _listeners.append(listener)
+
+
+_listeners: list[Callable[[type[MoSConfig]], None]] = []
+
+
+def __getattr__(name: str) -> type[MoSConfig]:
+    """Makes the config class of a backbone of transformers: `MoSLlamaConfig`."""
+    backbone = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    if not (isinstance(backbone, type) and issubclass(backbone, PreTrainedConfig)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return config_class_for(backbone)
+
+
+def is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def default_scale(width: int) -> float:
+    """The scale of the shifts and of the prior's logits, by the width of the hidden state that the head reads."""
+    return SCALE_TIMES_WIDTH / width
+
+
+def find_softcap_field(
+    config: PreTrainedConfig, is_set: Callable[[Any], bool] = lambda value: True
+) -> tuple[PreTrainedConfig, str] | None:
+    """The config, or the text config in it, that has a softcap's field, and the name of the field."""
+    holders = (config, config.get_text_config())
+    pairs = ((holder, field) for field in SOFTCAP_FIELDS for holder in holders if field in vars(holder))
+    return next(((holder, field) for holder, field in pairs if is_set(vars(holder)[field])), None)
+
+
+def take_softcap(config: PreTrainedConfig) -> float | None:
+    """Removes the logit softcap from a model's config, in place, and returns it; `None` if it has none."""
+    found = find_softcap_field(config, lambda value: value not in (None, NO_SOFTCAP))
+    if found is None:
+        return None
+    holder, field = found
+    softcap = float(vars(holder)[field])
+    types: dict[str, Any] = {declared.name: declared.type for declared in dataclasses.fields(holder)}
+    setattr(holder, field, None if isinstance(None, types.get(field, object)) else NO_SOFTCAP)
+    return softcap

@@ -1,0 +1,327 @@
+"""MoSLMHead: the mixture of softmaxes in place of a causal LM's vocabulary projection."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import initialization as init
+
+from .configuration_mos import default_scale
+from .mos_decoder import AUTOGRAD_BYTES_PER_LOGIT, tokens_per_chunk
+from .mos_log_probs import Latents, components, infer_log_probs, mix_log_probs, reduce
+from .mos_loss import mos_cross_entropy
+from .mos_matmul import is_plain, is_transformed, project
+from .mos_shortlist import shortlist_logits
+
+# Which module plays which role at this moment, as (module, role). A model whose hidden states are asked for lets its
+# head hand on its "input"; a head behind a wrapper, such as an adapter, is called as the "decoder" that it is.
+_role: ContextVar[tuple[nn.Module, str] | None] = ContextVar("hf_mos_role", default=None)
+_traced_role: list[Any] = [None]  # torch.compile, which traces one thread, cannot follow a ContextVar
+
+
+@contextlib.contextmanager
+def role(module: nn.Module, name: str) -> Iterator[None]:
+    before = _traced_role[0]
+    token = None if torch.compiler.is_compiling() else _role.set((module, name))
+    _traced_role[0] = (module, name) if token is None else before
+    try:
+        yield
+    finally:
+        _traced_role[0] = before
+        if token is not None:
+            _role.reset(token)
+
+
+def plays(module: Any, name: str) -> bool:
+    playing = _traced_role[0] if torch.compiler.is_compiling() else _role.get()
+    return playing is not None and playing[0] is module and playing[1] == name
+
+
+class MoSLMHead(nn.Linear):
+    """Equivalent to: `mos_log_probs(latents(h), prior_logits(h), weight, decoder_bias=bias)`.
+
+    An `nn.Linear`, the decoder that K components share, with two children: `shift` makes the K latents of a hidden
+    state, `prior` weighs their softmaxes.
+
+        latents_k = h + latent_scale * shift(h)_k                        (..., K, D)
+        log_gate  = log_softmax(prior(latent_scale * h))                 (..., K), fp32
+
+    On a shortlist the components differ on the `shortlist_size` likeliest classes alone (`mos_shortlist.py`).
+
+    Args:
+        in_features, out_features, bias, device, dtype: of the decoder, (V, D), as for `nn.Linear`.
+        num_mixtures, shortlist_size, latent_scale: as in `MoSConfig`.
+        softcap: each component's logits become `softcap * tanh(logits / softcap)`; `None` for none.
+
+    Initialisation: every shift is zero, so every latent is the hidden state itself and the mixture predicts what one
+    softmax with its decoder predicts. The prior's logits have random weights of standard deviation 1 / sqrt(D), so that
+    the components get the gradients of different tokens, and part. Under equal weights they would stay clones for ever
+    (`python examples/benchmarks/initialisation.py --threads 1` compares).
+
+    To compute other latents, derive a class that overrides `latents` and give it the place of the head with
+    `take_over`. It trains by the same loss.
+
+    Source: Yang et al. 2018, arXiv 1711.03953, section 2.3.
+    """
+
+    shard_of: Any = None  # hf_mos.training.tensor_parallel sets it
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        num_mixtures: int = 16,
+        shortlist_size: int | None = 64,
+        latent_scale: float | None = None,
+        softcap: float | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._add_mixture(num_mixtures, shortlist_size, latent_scale, softcap)
+
+    @classmethod
+    def take_over(
+        cls,
+        linear: nn.Linear,
+        *,
+        num_mixtures: int = 16,
+        shortlist_size: int | None = 64,
+        latent_scale: float | None = None,
+        softcap: float | None = None,
+    ) -> "MoSLMHead":
+        """Turns a vocabulary projection into a head, in place: its weight, hooks and place in the model stay."""
+        linear.__class__ = cls
+        head: Any = linear
+        head._add_mixture(num_mixtures, shortlist_size, latent_scale, softcap)
+        return head
+
+    def _add_mixture(
+        self, num_mixtures: int, shortlist_size: int | None, latent_scale: float | None, softcap: float | None
+    ) -> None:
+        D, dtype, device = self.in_features, self.weight.dtype, device_of(self)
+        self.num_mixtures, self.shortlist_size, self.softcap = num_mixtures, shortlist_size, softcap
+        self.latent_scale = default_scale(D) if latent_scale is None else latent_scale
+        self.num_classes: int | None = None  # the classes that count; `None`: all rows of the weight
+        prior_dtype = torch.promote_types(dtype, torch.float32)
+        self.prior = nn.Linear(D, num_mixtures, bias=False, dtype=prior_dtype, device=device)
+        self.shift = nn.Linear(D, num_mixtures * D, bias=False, dtype=dtype, device=device)
+        self.reset_mixture()
+
+    @torch.no_grad()
+    def reset_mixture(self) -> None:
+        """Initialises the prior and the shift, as the class's docstring says."""
+        init.normal_(self.prior.weight, std=self.in_features**-0.5 / self.latent_scale)
+        init.zeros_(self.shift.weight)
+
+    # ------------------------------------------------------------------------------------------- prior and latents
+
+    def prior_logits(self, hidden_states: Tensor) -> Tensor:
+        """The logits of the prior (..., K) for hidden states (..., D); in its own dtype under autocast too."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return self.prior(self.latent_scale * in_dtype_of(self.prior, hidden_states))
+
+    def latents(self, hidden_states: Tensor) -> Tensor:
+        """The latents (..., K, D) for hidden states (..., D). A subclass may compute others."""
+        return in_dtype_of(self.shift, hidden_states).unsqueeze(-2) + self.shifts(hidden_states)
+
+    def shifts(self, hidden_states: Tensor) -> Tensor:
+        """What the latents add to the hidden state, (..., K, D)."""
+        shifts = project(self.shift, in_dtype_of(self.shift, hidden_states))
+        return self.latent_scale * shifts.unflatten(-1, (self.num_mixtures, -1))
+
+    def mean_and_offsets(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Equivalent to: `m = latents(h).mean(-2); (m, latents(h) - m.unsqueeze(-2))`, of (..., D) and (..., K, D).
+
+        The sum of a hidden state and a small shift is rounded; so the shifts are taken as they are.
+        """
+        if type(self).latents is not MoSLMHead.latents:
+            latents = self.latents(hidden_states)
+            mean = latents.mean(dim=-2)
+            return mean, latents - mean.unsqueeze(-2)
+        shifts = self.shifts(hidden_states)
+        mean = shifts.mean(dim=-2)
+        return in_dtype_of(self.shift, hidden_states).to(shifts) + mean, shifts - mean.unsqueeze(-2)
+
+    def components(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The log-weights (..., K) and the logits (..., K, V) of the components, in fp32 or wider. Differentiable."""
+        return components(
+            self.as_decoder(None), *self.latents_and_prior(hidden_states), self.softcap, self.shortlist_size
+        )
+
+    def latents_and_prior(self, hidden_states: Tensor) -> tuple[Latents, Tensor]:
+        """The latents, on a shortlist their mean and offsets, and the prior's logits."""
+        latents = self.latents if self.shortlist_size is None else self.mean_and_offsets
+        return latents(hidden_states), self.prior_logits(hidden_states)
+
+    # ------------------------------------------------------------------------------------- log-probabilities, loss
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if plays(self, "input"):
+            return hand_on(*args)
+        if plays(self, "decoder"):
+            return F.linear(args[0], *self.weight_and_bias(args[0].dtype))
+        return super().__call__(*args, **kwargs)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        targets: Tensor | None = None,
+        *,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        chunk_size: int | None = None,
+        add_log_partition: bool = False,
+        decoder: nn.Module | None = None,
+        function: Callable[..., Any] | None = None,
+    ) -> Any:
+        """Computes log-probabilities, or with `targets` the loss.
+
+        Args:
+            hidden_states: (..., D).
+            targets: (...), class indices aligned with the hidden states (not shifted), or `None`.
+            reduction, ignore_index, chunk_size: as in `mos_cross_entropy`.
+            add_log_partition: without targets, as in `mix_log_probs`.
+            decoder: a module around this head, such as an adapter, that is called as the decoder in its place.
+            function: computes something else of the targets, `function(head, latents, prior_logits, targets, decoder)`
+                of N tokens, inside this forward, where engines have gathered the weights.
+
+        Returns:
+            (..., V), natural log-probabilities in fp32 or wider; with targets the loss in nats, or the function's
+            result.
+        """
+        leading = hidden_states.shape[:-1]
+        if targets is not None and targets.shape != leading:
+            raise ValueError(f"targets: expected {tuple(leading)}, given {tuple(targets.shape)}")
+        # The layers see the batch as it is, whose hooks may count its sequences; the decoder sees N tokens.
+        parts = each(lambda x: x.reshape(-1, *x.shape[len(leading) :]), self.latents_and_prior(hidden_states))
+        if targets is None:
+            return self.log_probs(*parts, decoder, add_log_partition).unflatten(0, leading)
+        if function is not None:
+            return function(self, *parts, targets.flatten(), decoder)
+        loss = self.loss(*parts, targets.flatten(), decoder, reduction, ignore_index, chunk_size)
+        return loss.view(leading) if reduction == "none" else loss
+
+    def log_probs(
+        self,
+        latents: Latents,
+        prior_logits: Tensor,
+        decoder: nn.Module | None = None,
+        add_log_partition: bool = False,
+    ) -> Tensor:
+        """Equivalent to: `mos_log_probs(latents, prior_logits, weight)`, (N, V)."""
+        tensors, M, K = self.read_decoder(decoder), self.shortlist_size, self.num_mixtures
+        if tensors is not None:
+            weight, bias, shard = tensors
+            weight = weight.to((latents if isinstance(latents, Tensor) else latents[0]).dtype)
+            if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+                given: dict[str, Any] = {"softcap": self.softcap, "shortlist_size": M, "vocabulary": shard}
+                given |= {"decoder_bias": bias, "add_log_partition": add_log_partition}
+                log_probs = infer_log_probs(latents, prior_logits, weight, **given)
+                return log_probs if shard is None else shard.gather_classes(log_probs)
+            if shard is None and M is not None and M * weight.shape[1] < K * weight.shape[0]:
+                logits = shortlist_logits(weight, bias, *latents, prior_logits, self.softcap, M).unsqueeze(-2)
+                return mix_log_probs(logits, torch.zeros_like(logits[..., 0]), add_log_partition)
+        log_weights, logits = components(self.as_decoder(decoder), latents, prior_logits, self.softcap, M)
+        return mix_log_probs(logits, log_weights, add_log_partition)
+
+    def loss(
+        self,
+        latents: Latents,
+        prior_logits: Tensor,
+        targets: Tensor,
+        decoder: nn.Module | None = None,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        chunk_size: int | None = None,
+    ) -> Tensor:
+        """Equivalent to: `mos_cross_entropy(latents, prior_logits, weight, targets)`."""
+        tensors = self.read_decoder(decoder)
+        if tensors is not None:
+            weight, bias, shard = tensors
+            given: dict[str, Any] = {"softcap": self.softcap, "shortlist_size": self.shortlist_size, "shard": shard}
+            given |= {"reduction": reduction, "ignore_index": ignore_index, "chunk_size": chunk_size}
+            return mos_cross_entropy(latents, prior_logits, weight, targets, decoder_bias=bias, **given)
+
+        def chunk_nll(latents: Latents, prior_logits: Tensor, targets: Tensor) -> Tensor:
+            log_probs = self.log_probs(latents, prior_logits, decoder)
+            return F.nll_loss(log_probs, targets, ignore_index=ignore_index, reduction="none")
+
+        nll = torch.cat(self.in_chunks(chunk_nll, latents, prior_logits, targets, chunk_size=chunk_size))
+        return reduce(nll, targets != ignore_index, reduction)
+
+    def in_chunks(self, function: Callable[..., Any], *inputs: Any, chunk_size: int | None = None) -> list[Any]:
+        """The results of a function of some tokens, chunk by chunk; the backward pass computes each chunk again."""
+        if is_transformed():  # it would follow a checkpoint wrongly
+            return [function(*inputs)]
+        N, V, device = inputs[-1].shape[0], self.weight.shape[0], inputs[-1].device
+        size = chunk_size or tokens_per_chunk(self.num_mixtures, V, AUTOGRAD_BYTES_PER_LOGIT, device)
+        parts = (slice(start, start + size) for start in range(0, max(N, 1), size))
+        return [checkpoint(function, *each(lambda x, p=part: x[p], inputs), use_reentrant=False) for part in parts]
+
+    # ---------------------------------------------------------------------------------------------------- the decoder
+
+    def read_decoder(self, decoder: nn.Module | None) -> tuple[Tensor, Tensor | None, Any] | None:
+        """The decoder's weight, bias and vocabulary shard; `None` where reading these is not enough."""
+        if decoder is not None or is_transformed():  # what follows every operation follows no loop of our own
+            return None
+        weight, bias = self.weight_and_bias()
+        if self.shard_of is not None and (shard := self.shard_of(weight)) is not None:
+            return weight.to_local(), None if bias is None else bias.to_local(), shard
+        return (weight, bias, None) if is_plain(weight) else None
+
+    def as_decoder(self, wrapper: nn.Module | None) -> Callable[[Tensor], Tensor]:
+        """The function that makes logits of latents: this layer's own, or that of the module around it."""
+
+        def decode(rows: Tensor) -> Tensor:
+            if wrapper is None:
+                return F.linear(rows, *self.weight_and_bias(rows.dtype))
+            with role(self, "decoder"):
+                return wrapper(rows)
+
+        return decode
+
+    def weight_and_bias(self, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+        """The rows of the classes that count; with a `dtype` as whole tensors of it, where the weight is plain."""
+        weight, bias = self.weight, self.bias
+        if dtype is not None and hasattr(weight, "full_tensor"):
+            weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+        if self.num_classes is not None and self.num_classes < weight.shape[0]:
+            weight, bias = weight[: self.num_classes], None if bias is None else bias[: self.num_classes]
+        return weight if dtype is None or not is_plain(weight) else weight.to(dtype), bias
+
+    def extra_repr(self) -> str:
+        names = ("num_mixtures", "shortlist_size", "latent_scale", "softcap")
+        return ", ".join([super().extra_repr(), *(f"{name}={getattr(self, name)}" for name in names)])
+
+
+def hand_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Equivalent to: the identity; fp16 is widened, as it cannot hold what some models compute next (`NO_SOFTCAP`)."""
+    return hidden_states.float() if hidden_states.dtype == torch.float16 else hidden_states
+
+
+def each(function: Callable[[Tensor], Tensor], parts: Any) -> Any:
+    """The function's result for each tensor of a tuple of tensors and tuples."""
+    return function(parts) if isinstance(parts, Tensor) else tuple(each(function, part) for part in parts)
+
+
+def in_dtype_of(layer: nn.Module, hidden_states: Tensor) -> Tensor:
+    # A quantizer's weight has the dtype of its codes, or is no tensor.
+    weight = layer.weight
+    is_float = isinstance(weight, Tensor) and weight.is_floating_point()
+    return hidden_states.to(weight.dtype) if is_float else hidden_states
+
+
+def device_of(linear: nn.Linear) -> torch.device:
+    """The device that computes with a layer; an offloaded weight lies on the meta device between two calls."""
+    hook = getattr(linear, "_hf_hook", None)  # accelerate's
+    devices = [getattr(each, "execution_device", None) for each in getattr(hook, "hooks", [hook])]
+    executing = next((device for device in devices if device is not None), None)
+    return linear.weight.device if executing is None else torch.device(executing)

@@ -1,0 +1,337 @@
+"""The loss of the mixture of softmaxes at the cost of its matrix products.
+
+    N tokens, n of them in a chunk, K mixtures, V classes
+    component_nll    = logsumexp_V(component_logits) - component_logits[target]        (n, K)
+    nll              = -logsumexp_K(log_gate - component_nll)                          (n,)
+    responsibilities = softmax_K(log_gate - component_nll)                             (n, K)
+    d component_logits = responsibilities_k * (softmax(component_logits_k) - onehot)   (n, K, V), never stored whole
+    d prior_logits     = softmax(prior_logits) - responsibilities                      (n, K)
+
+The gradients of a chunk need nothing beyond its own forward pass, in one reused buffer of (n K, V). So autograd's
+forward pass makes them and its backward pass hands them over. A training step is three matmuls of (N K) x D x V, two
+where the decoder is frozen, one without gradients. On a shortlist it is three of N x D x V (`mos_shortlist.py`).
+`full_loss` and `shortlist_loss` are the whole computation, each from top to bottom; the rest is autograd's.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .mos_decoder import ChunkBuffers, Decoder, WholeVocabulary, cap_, split
+from .mos_log_probs import REDUCTIONS, Latents, check_shapes, divisor, reduce, split_latents
+from .mos_matmul import Accumulator, multiply
+from .mos_shortlist import gather_rows, mix_on_shortlist_, parts_of
+
+
+def mos_cross_entropy(
+    latents: Latents,
+    prior_logits: Tensor,
+    decoder_weight: Tensor,
+    targets: Tensor,
+    *,
+    decoder_bias: Tensor | None = None,
+    softcap: float | None = None,
+    shortlist_size: int | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    chunk_size: int | None = None,
+    shard: Any = None,
+) -> Tensor:
+    """Equivalent to: `F.nll_loss(mos_log_probs(latents, prior_logits, decoder_weight), targets)`.
+
+    Exact, in log space, and without an (N, K, V) or (N, V) tensor. Under autocast the matmuls run in its dtype.
+
+    Args:
+        latents, prior_logits, decoder_weight, decoder_bias, softcap, shortlist_size: as in `mos_log_probs`, for N
+            tokens: latents (N, K, D), or on a shortlist a mean (N, D) and offsets (N, K, D); prior_logits (N, K).
+        targets: (N,), integer class indices, or `ignore_index`.
+        ignore_index: targets of this value have no loss and no gradient, and cost nothing.
+        reduction: `"mean"` over the targets that are not ignored, `"sum"`, or `"none"`. With `"none"` the backward
+            pass computes the component logits again, as their gradients are weighted token by token.
+        chunk_size: tokens in a chunk. `None`: as many as a budget of bytes allows, which follows the device's memory.
+        shard: the vocabulary shard whose rows `decoder_weight` and `decoder_bias` hold (`VocabularyShard`). Each
+            process gets the whole loss, and the whole gradient of the latents and the prior logits.
+
+    Returns:
+        The negative log-likelihood in nats, in fp32 (fp64 for fp64): a scalar, or (N,) for `"none"`, zero where
+        ignored. If every target is ignored, zero with zero gradients. Differentiable once.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, a target is out of range (on the CPU; other devices assert),
+            or an option is unknown.
+
+    Source: Yang et al. 2018, arXiv 1711.03953, section 2.3; gradients in the forward pass as in Liger's fused linear
+    cross-entropy, arXiv 2410.10989.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {REDUCTIONS}, given {reduction!r}")
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"chunk_size: expected an int of at least 1, or None, given {chunk_size!r}")
+    latents, offsets = split_latents(latents, shortlist_size)
+    inputs = LossInputs(latents, offsets, prior_logits, decoder_weight, decoder_bias)
+    _check_inputs(inputs, targets, ignore_index, decoder_weight.shape[0] if shard is None else shard.num_classes)
+    options = LossOptions(softcap, shortlist_size, ignore_index, chunk_size, work_dtype_of(latents), shard)
+    if torch.compiler.is_compiling() and shard is None:
+        return apply_when_compiling(options, reduction, targets, *inputs)
+    if not torch.is_grad_enabled():  # autograd would still say that gradients are needed
+        inputs = LossInputs(*(None if x is None else x.detach() for x in inputs))
+    return MoSCrossEntropy.apply(options, reduction, targets, *inputs)
+
+
+class LossInputs(NamedTuple):
+    """The inputs of the loss that can have gradients; the gradients and the wanted ones come in the same order."""
+
+    latents: Any  # (N, K, D), or on a shortlist the mean latent (N, D)
+    offsets: Any  # (N, K, D) on a shortlist, else None
+    prior_logits: Any  # (N, K)
+    decoder_weight: Any  # (V, D)
+    decoder_bias: Any  # (V,), or None
+
+
+class LossOptions(NamedTuple):
+    softcap: float | None
+    shortlist_size: int | None
+    ignore_index: int
+    chunk_size: int | None
+    work_dtype: torch.dtype  # of the matmuls
+    shard: Any = None  # the shard whose rows the decoder holds; `None`: it holds all rows
+
+
+@torch.no_grad()
+def full_loss(
+    inputs: LossInputs, targets: Tensor, options: LossOptions, wanted: LossInputs, token_weights: Tensor | None = None
+) -> tuple[Tensor, LossInputs]:
+    """Each token's nll (N,), and the `wanted` gradients of the sum of `token_weights` (N,) times nll, on all classes."""
+    latents, decoder, log_gate, kept = _prepare(inputs, targets, options)
+    N, K, _ = latents.shape
+    wants_gradients = any(wanted)
+    nll = log_gate.new_zeros(N)
+    d_latents = torch.zeros_like(latents) if wanted.latents else None
+    d_prior = torch.zeros_like(log_gate) if wanted.prior_logits else None
+    d_weight = Accumulator(decoder.weight, wanted.decoder_weight, decoder.sum_dtype)
+    d_bias = log_gate.new_zeros(decoder.weight.shape[0]) if wanted.decoder_bias else None
+    buffers = ChunkBuffers.allocate(
+        kept.shape[0], K, decoder, wants_gradients, wanted.decoder_weight, options.chunk_size
+    )
+    for tokens in split(kept, buffers.size, of=N):
+        rows = latents[tokens].flatten(0, 1)  # (n K, D)
+        target_rows = targets[tokens].long().repeat_interleave(K).unsqueeze(1)  # (n K, 1)
+        logits, half, slope = buffers.rows(rows.shape[0])  # (n K, V) each
+        decoder.write_logits(rows, logits, half)
+        cap_(logits, decoder.softcap, slope)
+        component_nll = decoder.vocabulary.softmax_(logits, target_rows).view(-1, K)  # logits become probabilities
+        log_joint = log_gate[tokens] - component_nll
+        chunk_nll = -torch.logsumexp(log_joint, dim=-1, keepdim=True)
+        nll[tokens] = chunk_nll.squeeze(1)
+        if not wants_gradients:
+            continue
+        responsibilities = torch.exp(log_joint + chunk_nll)  # (n, K)
+        token_weight = _weights_of(tokens, token_weights, chunk_nll)
+        row_weights = (responsibilities * token_weight).view(-1, 1)  # (n K, 1)
+        error = decoder.vocabulary.subtract_targets_(logits, target_rows)
+        if slope is not None:
+            error.mul_(slope)
+        if d_prior is not None:
+            d_prior[tokens] = (log_gate[tokens].exp() - responsibilities) * token_weight
+        d_rows = _backward_of_decoder(error, row_weights, half, rows, decoder, d_latents is not None, d_weight, d_bias)
+        if d_latents is not None:
+            d_latents[tokens] = d_rows.view(-1, *latents.shape[1:])
+    decoder.vocabulary.sum_(d_latents)
+    return nll, LossInputs(d_latents, None, d_prior, d_weight.result(), d_bias)
+
+
+@torch.no_grad()
+def shortlist_loss(
+    inputs: LossInputs, targets: Tensor, options: LossOptions, wanted: LossInputs, token_weights: Tensor | None = None
+) -> tuple[Tensor, LossInputs]:
+    """As `full_loss`, for components that differ on a shortlist. `mos_shortlist.py` has the maths."""
+    assert options.shortlist_size is not None
+    mean_latents, decoder, log_gate, kept = _prepare(inputs, targets, options)
+    offsets = inputs.offsets.to(options.work_dtype)
+    wants_gradients = any(wanted)
+    nll = log_gate.new_zeros(mean_latents.shape[0])
+    d_mean = torch.zeros_like(mean_latents) if wanted.latents else None
+    d_offsets = torch.zeros_like(offsets) if wanted.offsets else None
+    d_prior = torch.zeros_like(log_gate) if wanted.prior_logits else None
+    d_weight = Accumulator(decoder.weight, wanted.decoder_weight, decoder.sum_dtype)
+    d_bias = log_gate.new_zeros(decoder.weight.shape[0]) if wanted.decoder_bias else None
+    buffers = ChunkBuffers.allocate(
+        kept.shape[0], 1, decoder, wants_gradients, wanted.decoder_weight, options.chunk_size
+    )
+    for tokens in split(kept, buffers.size, of=nll.shape[0]):
+        rows, chunk_offsets, chunk_gate = mean_latents[tokens], offsets[tokens], log_gate[tokens]
+        target_rows = targets[tokens].long().unsqueeze(1)  # (n, 1)
+        logits, half, slope = buffers.rows(rows.shape[0])  # (n, V) each
+        decoder.write_logits(rows, logits, half)
+        on_list = mix_on_shortlist_(logits, chunk_offsets, chunk_gate, decoder, options.shortlist_size, slope)
+        chunk_nll = decoder.vocabulary.softmax_(logits, target_rows)  # logits become probabilities
+        nll[tokens] = chunk_nll.squeeze(1)
+        if not wants_gradients:
+            continue
+        token_weight = _weights_of(tokens, token_weights, chunk_nll)
+        error = decoder.vocabulary.subtract_targets_(logits, target_rows)
+        d_logits = on_list.shares.mul_(error.gather(1, on_list.shortlist).unsqueeze(1))  # (n, K, M)
+        if d_prior is not None:
+            d_log_gate = d_logits.sum(-1)
+            decoder.vocabulary.sum_(d_log_gate)
+            d_prior[tokens] = (d_log_gate - chunk_gate.exp() * d_log_gate.sum(-1, keepdim=True)) * token_weight
+        if slope is not None and on_list.slope is not None:
+            d_logits.mul_(on_list.slope)
+            error.mul_(slope).scatter_(1, on_list.shortlist, d_logits.sum(1))
+        d_differences = d_logits.mul_(token_weight.unsqueeze(-1))
+        if on_list.is_in is not None:
+            d_differences.mul_(on_list.is_in.unsqueeze(1))
+        d_differences = d_differences.to(options.work_dtype)
+        d_rows = _backward_of_decoder(error, token_weight, half, rows, decoder, d_mean is not None, d_weight, d_bias)
+        if d_mean is not None:
+            d_mean[tokens] = d_rows
+        chunk_d_offsets = torch.empty_like(chunk_offsets)
+        for part in parts_of(on_list.shortlist, decoder.weight):
+            if d_offsets is not None:
+                list_rows = gather_rows(decoder.weight, on_list.shortlist[part])  # (n, M, D)
+                torch.bmm(d_differences[part], list_rows, out=chunk_d_offsets[part])
+            if wanted.decoder_weight:
+                d_list_rows = torch.bmm(d_differences[part].transpose(1, 2), chunk_offsets[part])  # (n, M, D)
+                d_weight.add_rows(on_list.shortlist[part].flatten(), d_list_rows.flatten(0, 1))
+        if d_offsets is not None:
+            d_offsets[tokens] = chunk_d_offsets
+    for gradient in (d_mean, d_offsets):
+        decoder.vocabulary.sum_(gradient)
+    return nll, LossInputs(d_mean, d_offsets, d_prior, d_weight.result(), d_bias)
+
+
+def loss_of(options: LossOptions) -> Callable[..., tuple[Tensor, LossInputs]]:
+    return full_loss if options.shortlist_size is None else shortlist_loss
+
+
+def _prepare(inputs: LossInputs, targets: Tensor, options: LossOptions) -> tuple[Tensor, Decoder, Tensor, Tensor]:
+    """The latents and the decoder in the dtype of the matmuls, the log_gate (N, K), and the tokens that count."""
+    latents, weight, bias = (
+        None if x is None else x.to(options.work_dtype)
+        for x in (inputs.latents, inputs.decoder_weight, inputs.decoder_bias)
+    )
+    sum_dtype = torch.promote_types(inputs.latents.dtype, torch.float32)
+    vocabulary = WholeVocabulary(weight.shape[0]) if options.shard is None else options.shard
+    decoder = Decoder(weight, bias, options.softcap, vocabulary, sum_dtype)
+    log_gate = F.log_softmax(inputs.prior_logits.to(sum_dtype), dim=-1)
+    return latents, decoder, log_gate, (targets != options.ignore_index).nonzero().squeeze(1)
+
+
+def _weights_of(tokens: Any, token_weights: Tensor | None, like: Tensor) -> Tensor:
+    """The weights (n, 1) of some tokens, in the dtype of `like`; ones where there are none."""
+    return torch.ones_like(like) if token_weights is None else token_weights[tokens].to(like.dtype).unsqueeze(1)
+
+
+def _backward_of_decoder(
+    error: Tensor,
+    row_weights: Tensor,
+    half: Tensor | None,
+    rows: Tensor,
+    decoder: Decoder,
+    wants_rows: bool,
+    d_weight: Accumulator,
+    d_bias: Tensor | None,
+) -> Any:
+    """The gradient of the rows (R, D), of that of their logits, `row_weights * error`; adds the decoder's.
+
+    In fp32 and wider that product (R, V) is never made: the row weights (R, 1) go on the narrow side of each matmul.
+    In half precision they join the error when it is rounded.
+    """
+    if d_bias is not None:
+        d_bias.addmv_(error.t(), row_weights.squeeze(1))
+    if half is not None:
+        error, left = torch.mul(error, row_weights, out=half), rows
+        d_rows = multiply(error, decoder.weight.t()) if wants_rows else None
+    else:
+        left = rows * row_weights
+        d_rows = multiply(error, decoder.weight.t()) * row_weights if wants_rows else None
+    d_weight.add_product(error.t(), left)
+    return d_rows
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Like torch's `once_differentiable`, which raises only if the incoming gradient requires one itself."""
+
+    def checked(ctx: Any, *d_outputs: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph: expected False, as the loss with labels is differentiable once, given True. "
+                "Compute the loss from outputs.logits to differentiate it twice."
+            )
+        return backward(ctx, *d_outputs)
+
+    return checked
+
+
+NOTHING = LossInputs(False, False, False, False, False)  # of the gradients is wanted
+
+
+class MoSCrossEntropy(torch.autograd.Function):
+    """`mos_cross_entropy` without its checks."""
+
+    @staticmethod
+    def forward(ctx: Any, options: LossOptions, reduction: str, targets: Tensor, *tensors: Tensor | None) -> Tensor:
+        ctx.save_for_backward(targets, *tensors)
+        ctx.options, ctx.reduction, ctx.gradients = options, reduction, None
+        # With "none" the gradients wait for each token's weight.
+        wanted = NOTHING if reduction == "none" else LossInputs(*ctx.needs_input_grad[3:])
+        with torch.autocast(targets.device.type, enabled=False):
+            nll, ctx.gradients = loss_of(options)(LossInputs(*tensors), targets, options, wanted)
+        return reduce(nll, targets != options.ignore_index, reduction)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        targets, *tensors = ctx.saved_tensors
+        inputs, options, wanted = LossInputs(*tensors), ctx.options, LossInputs(*ctx.needs_input_grad[3:])
+        gradients, ctx.gradients = ctx.gradients, None  # handed over, so that they can be scaled in place
+        with torch.autocast(targets.device.type, enabled=False):
+            if ctx.reduction == "none":
+                _, gradients = loss_of(options)(inputs, targets, options, wanted, grad_output)
+            else:
+                if gradients is None:  # a second backward pass through a retained graph
+                    _, gradients = loss_of(options)(inputs, targets, options, wanted)
+                scale = grad_output / divisor(targets != options.ignore_index, ctx.reduction)
+                gradients = [None if x is None else x.mul_(scale) for x in gradients]
+        return (None, None, None, *in_dtype_of(inputs, gradients))
+
+
+# A graph break; `hf_mos.training.compiled_loss` puts an operator in its place, which torch.compile does not open.
+apply_when_compiling: Callable[..., Tensor] = torch.compiler.disable(MoSCrossEntropy.apply)
+
+
+def in_dtype_of(inputs: LossInputs, gradients: Any) -> tuple[Tensor | None, ...]:
+    """The gradients, each in the dtype of its input."""
+    pairs = zip(inputs, gradients, strict=True)
+    return tuple(None if x is None or gradient is None else gradient.to(x.dtype) for x, gradient in pairs)
+
+
+def work_dtype_of(latents: Tensor) -> torch.dtype:
+    """The dtype of the matmuls: that of autocast where it is on, else that of the latents."""
+    device_type = latents.device.type
+    if torch.is_autocast_enabled(device_type) and latents.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return latents.dtype
+
+
+def _check_inputs(inputs: LossInputs, targets: Tensor, ignore_index: int, num_classes: int) -> None:
+    latents, _, prior_logits, decoder_weight, _ = inputs
+    if prior_logits.dim() != 2:
+        raise ValueError(f"prior_logits: expected (N, K), given {tuple(prior_logits.shape)}")
+    check_shapes(*inputs)
+    if targets.shape != prior_logits.shape[:1]:
+        raise ValueError(f"targets: expected ({prior_logits.shape[0]},), given {tuple(targets.shape)}")
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(f"targets: expected integer class indices, given {targets.dtype}")
+    if latents.dtype != decoder_weight.dtype and not torch.is_autocast_enabled(targets.device.type):
+        raise ValueError(f"latents: expected the decoder's {decoder_weight.dtype}, given {latents.dtype}")
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = (targets != ignore_index) & ((targets < 0) | (targets >= num_classes))
+        if outside.any():
+            raise ValueError(
+                f"targets: expected class indices below {num_classes}, or {ignore_index}, "
+                f"given {int(targets[outside][0])}"
+            )

@@ -1,0 +1,83 @@
+"""The loss as an operator that torch.compile does not open, so that a training step is one graph.
+
+This module does not travel with a checkpoint: without it torch.compile breaks the graph at the loss.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..remote_code import mos_loss
+from ..remote_code.mos_log_probs import divisor, reduce
+from ..remote_code.mos_loss import NOTHING, LossInputs, LossOptions, differentiable_once, in_dtype_of, loss_of
+
+
+def apply_when_compiling(options: LossOptions, reduction: str, targets: Tensor, *inputs: Tensor | None) -> Tensor:
+    """Equivalent to: `MoSCrossEntropy.apply`."""
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    return cross_entropy_operator(*inputs, targets, None, *options[:-1], reduction, wanted)[0]
+
+
+@torch.library.custom_op("hf_mos::cross_entropy", mutates_args=())
+def cross_entropy_operator(
+    latents: Tensor,
+    offsets: Tensor | None,
+    prior_logits: Tensor,
+    decoder_weight: Tensor,
+    decoder_bias: Tensor | None,
+    targets: Tensor,
+    token_weights: Tensor | None,
+    softcap: float | None,
+    shortlist_size: int | None,
+    ignore_index: int,
+    chunk_size: int | None,
+    work_dtype: torch.dtype,
+    reduction: str,
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor]]:
+    """Opaque to torch.compile; returns the loss and one gradient per input, empty where not wanted."""
+    options = LossOptions(softcap, shortlist_size, ignore_index, chunk_size, work_dtype)
+    inputs = LossInputs(latents, offsets, prior_logits, decoder_weight, decoder_bias)
+    waits = reduction == "none" and token_weights is None
+    wants = NOTHING if waits else LossInputs(*wanted)
+    with torch.autocast(targets.device.type, enabled=False):
+        nll, gradients = loss_of(options)(inputs, targets, options, wants, token_weights)
+    loss = reduce(nll, targets != ignore_index, reduction)
+    return loss, [latents.new_empty(0) if gradient is None else gradient for gradient in gradients]
+
+
+@cross_entropy_operator.register_fake
+def _(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    inputs, (targets, token_weights, *_, work_dtype, reduction, wanted) = arguments[:5], arguments[5:]
+    sum_dtype = torch.promote_types(inputs[0].dtype, torch.float32)
+    loss = targets.new_empty(targets.shape if reduction == "none" else (), dtype=sum_dtype)
+    waits = reduction == "none" and token_weights is None
+    dtypes = (work_dtype, work_dtype, sum_dtype, sum_dtype, sum_dtype)
+    return loss, [
+        torch.empty_like(x, dtype=dtype) if want and not waits else inputs[0].new_empty(0)
+        for x, want, dtype in zip(inputs, wanted, dtypes, strict=True)
+    ]
+
+
+def _save_for_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
+    *ctx.options, ctx.reduction, ctx.wanted = inputs[7:]
+    ctx.save_for_backward(*inputs[:6], *output[1])
+
+
+@differentiable_once
+def _backward_of_operator(ctx: Any, grad_output: Tensor, _: list[Tensor]) -> tuple[Any, ...]:
+    *inputs, targets = ctx.saved_tensors[:6]
+    gradients, options = ctx.saved_tensors[6:], LossOptions(*ctx.options)
+    if ctx.reduction == "none":
+        weighing = (targets, grad_output, *ctx.options, ctx.reduction, ctx.wanted)
+        _, gradients = cross_entropy_operator(*inputs, *weighing)
+    else:
+        scale = grad_output / divisor(targets != options.ignore_index, ctx.reduction)
+        gradients = [gradient * scale for gradient in gradients]
+    wanted = [gradient if want else None for gradient, want in zip(gradients, ctx.wanted, strict=True)]
+    return (*in_dtype_of(LossInputs(*inputs), wanted), *(None,) * 9)
+
+
+cross_entropy_operator.register_autograd(_backward_of_operator, setup_context=_save_for_operator)
+mos_loss.apply_when_compiling = apply_when_compiling
