@@ -254,7 +254,7 @@ COLUMNS = ("head", "validation perplexity", "seconds", "peak memory, MB", "param
 def table_rows(runs: dict[str, Run], settings: Settings) -> list[tuple[str, ...]]:
     titles = {
         "softmax": "softmax",
-        "mixture": f"mixture of {settings.num_mixtures} on 64 classes",
+        "mixture": f"mixture of {settings.num_mixtures}",
         LONGER: f"softmax, {runs[LONGER].num_steps} steps",
     }
     return [

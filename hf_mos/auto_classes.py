@@ -11,7 +11,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .remote_code.configuration_mos import MODEL_TYPE, MoSConfig, when_made
+from .remote_code.configuration_mos import LISTENERS, MODEL_TYPE, MoSConfig
 from .remote_code.modeling_mos import MoSForCausalLM
 
 # These load other models that have the layers of a causal LM; of a mixture too.
@@ -35,4 +35,4 @@ AutoConfig.register(MODEL_TYPE, MoSConfig)
 AutoModelForCausalLM.register(MoSConfig, MoSForCausalLM)
 MoSConfig.register_for_auto_class()
 MoSForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-when_made(register)
+LISTENERS.append(register)

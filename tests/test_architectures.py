@@ -1,5 +1,6 @@
 """Runs the checks of `examples/architectures.py` on a sample of architectures, and tests each special case."""
 
+import copy
 import importlib.util
 import sys
 from pathlib import Path
@@ -238,15 +239,20 @@ def test_a_softcap_that_may_not_be_none_in_half_precision() -> None:
 def test_a_padded_vocabulary_is_cut_and_can_be_resized(tmp_path: Path) -> None:
     original = sweep.tiny_original("inkling_text")
     batch = sweep.batch_for(original)
-    model = MoSForCausalLM.from_causal_lm(original)
-    assert original.get_output_embeddings().out_features == sweep.VOCAB
-    assert model.get_output_embeddings().out_features == 90
-    model.resize_token_embeddings(104, mean_resizing=False)
-    expected = sweep.log_probs(model, batch)
-    assert expected.shape[-1] == 104
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(sweep.log_probs(loaded, batch), expected)
+    model = MoSForCausalLM.from_causal_lm(copy.deepcopy(original))
+    for size, classes in ((None, 90), (104, 90)):
+        for candidate in (original, model):
+            if size is not None:
+                candidate.resize_token_embeddings(size, mean_resizing=False)
+            assert candidate.get_output_embeddings().out_features == (size or sweep.VOCAB)
+        log_probs = sweep.log_probs(model, batch)
+        assert log_probs.shape[-1] == classes
+        assert sweep.largest_gap(log_probs, sweep.log_probs(original, batch)) < 1e-5
+        torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(2, 16))
+        losses = [candidate(**batch, labels=batch["input_ids"]).loss for candidate in (original, model)]
+        torch.testing.assert_close(losses[1], losses[0])
+        model.save_pretrained(tmp_path)
+        assert torch.equal(sweep.log_probs(AutoModelForCausalLM.from_pretrained(tmp_path), batch), log_probs)
 
 
 def test_a_new_model_of_a_composite_config_reloads(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from helpers import (
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, QuantoConfig
 
-from hf_mos import MoSForCausalLM
+from hf_mos import MoSForCausalLM, MoSLMHead
 
 
 def log_probs(model: MoSForCausalLM, tokens: Tensor, **kwargs: Any) -> Tensor:
@@ -85,8 +85,6 @@ def test_tuples(name: str) -> None:
         assert torch.equal(loss, outputs.loss)
         assert torch.equal(logits, outputs.logits)
         assert torch.equal(model(input_ids=tokens, return_dict=False)[0], outputs.logits)
-        model.config.return_dict = False
-        assert torch.equal(model(input_ids=tokens)[0], outputs.logits)
 
 
 def test_output_class_is_the_backbones() -> None:
@@ -128,7 +126,7 @@ def test_attention_implementations(name: str, implementation: str, tmp_path: Pat
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_resized_embeddings_keep_the_mixture(name: str, tmp_path: Path) -> None:
-    model = tiny_mos(name)
+    model = tiny_mos(name, shortlist_size=None)  # new classes may push others from a shortlist
     is_tied = model.lm_head.weight is model.get_input_embeddings().weight
     tokens = random_tokens() % 60
 
@@ -270,12 +268,13 @@ def test_tags(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "mamba"])
 def test_quantizers_skip_the_head(name: str, tmp_path: Path) -> None:
     pytest.importorskip("optimum.quanto")
-    model = tiny_mos(name)
+    model = tiny_mos(name, shortlist_size=None)  # rounding may change a shortlist
     model.save_pretrained(tmp_path)
     config = QuantoConfig(weights="int8")
     quantized = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.bfloat16)
-    linear = {name for name, module in quantized.named_modules() if isinstance(module, nn.Linear)}
-    assert {"lm_head.prior", "lm_head"} <= linear
+    assert isinstance(quantized.lm_head, MoSLMHead)
+    for layer in (quantized.lm_head, quantized.lm_head.prior, quantized.lm_head.shift):
+        assert type(layer.weight) is nn.Parameter
     assert quantized.lm_head.prior.weight.dtype == torch.float32
     assert any(type(module).__name__ == "QLinear" for module in quantized.modules())
     assert torch.equal(quantized.lm_head.prior.weight, model.lm_head.prior.weight)

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, RemBertConfig, RemBertForCausalLM, Trainer
 from hf_mos import MoSConfig, MoSForCausalLM
 from hf_mos.remote_code.configuration_mos import default_scale
 
-SCALE = 10.0
+SCALE = 8.0  # a power of two, so that both ways round alike
 STEPS, RATE = 6, 1e-2
 TOKENS = random_tokens(4)
 
@@ -107,9 +107,9 @@ def losses_of(model: MoSForCausalLM, optimizer: torch.optim.Optimizer) -> list[f
 
 # Each with the factor of the head's rate that the scale stands for. Adam and Adagrad divide by the gradients' size.
 OPTIMIZERS: dict[str, tuple[float, Callable[..., torch.optim.Optimizer]]] = {
-    "AdamW": (SCALE, lambda groups: torch.optim.AdamW(groups, weight_decay=0.0, eps=1e-14)),
-    "fused AdamW": (SCALE, lambda groups: torch.optim.AdamW(groups, weight_decay=0.0, eps=1e-14, fused=True)),
-    "Adagrad": (SCALE, lambda groups: torch.optim.Adagrad(groups, eps=1e-14)),
+    "AdamW": (SCALE, lambda groups: torch.optim.AdamW(groups, weight_decay=0.0, eps=1e-30)),
+    "fused AdamW": (SCALE, lambda groups: torch.optim.AdamW(groups, weight_decay=0.0, eps=1e-30, fused=True)),
+    "Adagrad": (SCALE, lambda groups: torch.optim.Adagrad(groups, eps=1e-30)),
     "SGD": (SCALE**2, lambda groups: torch.optim.SGD(groups, lr=RATE)),
     "SGD with momentum": (SCALE**2, lambda groups: torch.optim.SGD(groups, lr=RATE, momentum=0.9)),
 }

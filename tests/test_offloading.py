@@ -35,9 +35,10 @@ def assert_works(model: MoSForCausalLM, expected: Any, folder: Path, gap: float 
     assert log_prob_gap(model, expected, input_ids=TOKENS) <= gap
     with torch.no_grad():
         losses = [m(input_ids=TOKENS, labels=TOKENS).loss for m in (model, expected)]
-        skipped = model(input_ids=TOKENS, labels=TOKENS, skip_logits=True).loss
+        skipped = model(input_ids=TOKENS, labels=TOKENS, skip_logits=True)
     torch.testing.assert_close(losses[0], losses[1])
-    torch.testing.assert_close(skipped, losses[1])
+    torch.testing.assert_close(skipped.loss, losses[1])
+    assert skipped.logits is None
     assert torch.equal(greedy(model, TOKENS, 3), greedy(expected, TOKENS, 3))
     model.save_pretrained(folder)
     loaded = AutoModelForCausalLM.from_pretrained(folder)

@@ -6,11 +6,12 @@
 From the same trained softmax model, the softmax and the mixture of 4 are fine-tuned by each optimizer with its usual
 learning rate, the same for both heads and for all weights. Adafactor is that of transformers, with a fixed rate. Muon
 updates the matrices; AdamW updates the embedding, which is the decoder too, and all vectors. The row of 8 bits needs
-torchao.
+torchao. A seed is that of the mixture's prior, by which the results differ most; the softmax has no random weight.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Annotated, Any
 
@@ -18,7 +19,7 @@ import torch
 import typer
 from experiment import Experiment
 from models import SOFTMAX, Size, mixture
-from results import DEFAULT_OUT, Out, Quick, Results, perplexities, show, start
+from results import DEFAULT_OUT, Out, Quick, Results, Seeds, perplexities, show, spread, start
 from text import DataDir, DatasetConfigName, DatasetName, Source, Text, TrainFile, ValidationFile, VocabSize, load_text
 from torch import nn
 from training import checkpoint_recipe
@@ -74,9 +75,11 @@ if find_spec("torchao"):
 QUICK = ["AdamW", "SGD with momentum"]
 
 
-def train(model: PreTrainedModel, text: Text, setting: Setting, steps: int, batch_size: int) -> dict[str, Any]:
-    """Trains with a rate that falls to zero; returns the `valid_nats`."""
-    model.to(setting.dtype)
+def train(
+    make: Callable[[], PreTrainedModel], text: Text, setting: Setting, steps: int, batch_size: int
+) -> dict[str, Any]:
+    """Trains a model with a rate that falls to zero; returns the `valid_nats`."""
+    model = make().to(setting.dtype)
     model.lm_head.prior.float() if hasattr(model.lm_head, "prior") else None
     optimizers = setting.optimizers(model)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
@@ -105,12 +108,13 @@ def main(
     hidden_size: int = 32,
     checkpoint_steps: Annotated[int, typer.Option(help="Steps of the softmax model, at most.")] = 40000,
     steps: Annotated[int, typer.Option(help="Steps of each fine-tuning.")] = 500,
+    seeds: Seeds = 3,
     out: Out = DEFAULT_OUT,
     quick: Quick = False,
 ) -> None:
     start()
     if quick:
-        vocab_size, hidden_size, checkpoint_steps, steps = 512, 16, 400, 30
+        vocab_size, hidden_size, checkpoint_steps, steps, seeds = 512, 16, 400, 30, 1
     source = Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name)
     text, results = load_text(source, vocab_size), Results(out, "optimizers", quick)
     base = Experiment(text, Size(hidden_size, 2), checkpoint_recipe(checkpoint_steps), results).from_checkpoint()
@@ -118,13 +122,13 @@ def main(
     rows = []
     for name in QUICK if quick else SETTINGS:
         row = {"optimizer": name}
-        for column, head in (("softmax", SOFTMAX), ("mixture", mixture(4))):
-            settings = {**text.settings, "head": head.settings, "optimizer": name, "steps": steps}
-            result = results.run(
-                settings,
-                lambda head=head, name=name: train(base.model(head), text, SETTINGS[name], steps, batch_size),
-            )
-            row[column] = f"{perplexities([result])[0]:.2f}"
+        for column, head, count in (("softmax", SOFTMAX, 1), ("mixture", mixture(4), seeds)):
+            runs = []
+            for seed in range(count):
+                model, setting = partial(base.model, head, seed), SETTINGS[name]
+                settings = {**text.settings, "head": head.settings, "optimizer": name, "steps": steps, "seed": seed}
+                runs.append(results.run(settings, partial(train, model, text, setting, steps, batch_size)))
+            row[column] = spread(perplexities(runs), 2)
         rows.append(row)
     show(f"D = {hidden_size}, fine-tuned on {text.name}, {steps} steps, validation perplexity", rows)
 

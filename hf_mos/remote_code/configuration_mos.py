@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -33,6 +34,9 @@ NO_SOFTCAP = 2.0**64
 # The config of no model type that AutoTokenizer reads where it may not run the code of this one: it finds one in a
 # config.json, and warns of the type of the model where it finds none.
 TOKENIZER_CONFIG = "tokenizer_without_code"
+
+
+LISTENERS: list[Callable[[Any], None]] = []  # called with each config class that is made
 
 
 def option(default: Any, help: str) -> Any:
@@ -66,15 +70,9 @@ class MoSConfig(PreTrainedConfig):
     )
     softcap: float | None = None  # the backbone's own, in a config whose model is made
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "MoSConfig":
-        if cls is MoSConfig:
-            raise ValueError(
-                "MoSConfig: expected MoSConfig.from_backbone_config(config, num_mixtures=...), "
-                "given a call without a backbone's config"
-            )
-        return super().__new__(cls)
-
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.backbone_config_class is None:
+            raise ValueError("MoSConfig: expected MoSConfig.from_backbone_config(config), given no backbone's config")
         check_options({name: getattr(self, name) for name in option_defaults()})
         super().__post_init__(**kwargs)
 
@@ -147,14 +145,16 @@ def check_options(options: dict[str, Any]) -> None:
     if unknown := sorted(options.keys() - option_defaults().keys()):
         raise ValueError(f"options: expected {', '.join(option_defaults())}, given {', '.join(unknown)}")
 
-    def require(name: str, ok: bool, expected: str) -> None:
-        if name in options and not ok:
-            raise ValueError(f"{name}: expected {expected}, given {options[name]!r}")
-
-    size, scale = options.get("shortlist_size"), options.get("latent_scale")
-    require("num_mixtures", is_count(options.get("num_mixtures")), "an int of at least 1")
-    require("shortlist_size", size is None or is_count(size), "an int of at least 1, or None")
-    require("latent_scale", scale is None or is_positive(scale), "a finite number above 0, or None")
+    counts, numbers = (int,), (int, float)
+    expected = {
+        "num_mixtures": (counts, "an int of at least 1"),
+        "shortlist_size": ((*counts, type(None)), "an int of at least 1, or None"),
+        "latent_scale": ((*numbers, type(None)), "a finite number above 0, or None"),
+    }
+    for name, value in options.items():
+        types, words = expected[name]
+        if not isinstance(value, types) or isinstance(value, bool) or not (value is None or 0 < value < math.inf):
+            raise ValueError(f"{name}: expected {words}, given {value!r}")
 
 
 @functools.cache
@@ -167,17 +167,9 @@ def config_class_for(backbone: type[PreTrainedConfig]) -> type[MoSConfig]:
     members["model_type"] = backbone.model_type
     made: Any = type("MoSConfig", (backbone, MoSConfig), members)
     globals()[name] = made
-    for tell in _listeners:
-        tell(made)
+    for listener in LISTENERS:
+        listener(made)
     return made
-
-
-def when_made(listener: Callable[[type[MoSConfig]], None]) -> None:
-    """Calls the listener with each config class that is made from now on."""
-    _listeners.append(listener)
-
-
-_listeners: list[Callable[[type[MoSConfig]], None]] = []
 
 
 def __getattr__(name: str) -> type[MoSConfig]:
@@ -186,14 +178,6 @@ def __getattr__(name: str) -> type[MoSConfig]:
     if not (isinstance(backbone, type) and issubclass(backbone, PreTrainedConfig)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return config_class_for(backbone)
-
-
-def is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 def default_scale(width: int) -> float:

@@ -55,8 +55,9 @@ from .mos_matmul import has_foreign_hooks
 HUB_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
 FILE_ARGUMENTS = (
     *("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder", "gguf_file"),
-    *("trust_remote_code", "quantization_config", "_from_auto", "_from_pipeline"),
+    *("trust_remote_code", "_from_auto", "_from_pipeline"),
 )
+MODEL_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")  # that a config would take for its own
 OWN_ARGUMENTS = ("skip_logits", "add_log_partition", "fused_lm_head")  # of forward, that no softmax model takes
 
 
@@ -68,9 +69,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
     cross-entropy read them rightly. `temperature` and `repetition_penalty` act on the mixture, not on each component.
 
     `from_causal_lm` converts a model, `from_pretrained` loads a mixture, `MoSForCausalLM(config)` makes one with
-    random weights. Each returns an instance of a class made of this one and of the softmax model's.
-
-    `forward` takes the softmax model's arguments, and these by name:
+    random weights. Each returns an instance of a made class. `forward` takes the softmax model's arguments, and these:
 
         shift_labels (batch, sequence): labels that are shifted already, in place of `labels`
         num_items_in_batch: the divisor of the summed loss; by default the number of labels that are not ignored
@@ -80,9 +79,6 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             (`skip_logits_in_training`); who then reads them gets a RuntimeError that says how to ask for them
         add_log_partition: as in `mix_log_probs`, for logits on the softmax's scale: `generate` asks for these, as
             `repetition_penalty` depends on the scale
-
-    Args:
-        config ([`MoSConfig`]): made by `MoSConfig.from_backbone_config`.
     """
 
     config: MoSConfig
@@ -148,6 +144,8 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             plan = dict(self._tp_plan)
             style, own = plan.pop(path), [] if MoSLMHead.shard_of is None else head.named_parameters(recurse=False)
             self._tp_plan = plan | {f"{path}.{name}": style for name, _ in own}
+        if self._fsdp_plan and self.config.tie_word_embeddings:  # a tied weight stays with the embedding
+            self._fsdp_plan = {name: style for name, style in self._fsdp_plan.items() if name != path}
         if self.loss_type is None:
             self.loss_type = "ForCausalLM"
 
@@ -195,9 +193,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         If the process is killed, the folder loads as the old or new checkpoint (`mos_checkpoint.py`); the disk must
         hold both. Adapters and a `distributed_checkpoint` are saved as transformers saves them. With sharded weights
         (FSDP2, tensor parallelism) every process must call this; all return when the checkpoint is complete.
-
-        Raises:
-            ValueError: the head is not a [`MoSLMHead`], so that the checkpoint would load as something else.
+        ValueError where the head is not a [`MoSLMHead`], so that the checkpoint would load as something else.
         """
         head: Any = self.mos_head
         if head is None or type(head).latents is not MoSLMHead.latents:
@@ -259,8 +255,9 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             content, _ = PreTrainedConfig.get_config_dict(place, **files)
             if content.get("model_type") != MoSConfig.model_type and cls.config_class is MoSConfig:
                 return cls.from_causal_lm(pretrained_model_name_or_path, *args, **kwargs)
+            models = {name: kwargs.pop(name) for name in MODEL_ARGUMENTS if name in kwargs}
             config, unused = MoSConfig.from_pretrained(place, return_unused_kwargs=True, **kwargs)
-            kwargs = unused | files
+            kwargs = unused | files | models
         made = model_class_for(backbone_class_of(config)) if cls is MoSForCausalLM else cls
         folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder", ""))
         headers = {}
@@ -287,13 +284,10 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh: Any) -> Any:
         """Like `PreTrainedModel.maybe_distribute_model`, but FSDP2 gets a tied weight as one parameter."""
-        is_tied = model.config.tie_word_embeddings
-        if mesh is not None and is_tied and getattr(distributed_config, "dp_size", distributed_config.fsdp_size) > 1:
-            if distributed_config.tp_size > 1:
-                raise ValueError(
-                    "tie_word_embeddings: expected False with both fsdp_size and tp_size, as transformers then trains "
-                    "the embedding and the decoder apart, given True"
-                )
+        shards = mesh is not None and getattr(distributed_config, "dp_size", distributed_config.fsdp_size) > 1
+        if shards and model.config.tie_word_embeddings:
+            if distributed_config.tp_size > 1:  # transformers then trains the embedding and the decoder apart
+                raise ValueError("tie_word_embeddings: expected False with both fsdp_size and tp_size, given True")
             model.tie_weights(recompute_mapping=False)
         return super().maybe_distribute_model(model, distributed_config, mesh)
 
@@ -317,17 +311,19 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         return HandsOn(found) if plays(found, "input") and not isinstance(found, MoSLMHead) else found
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Like `nn.Module.__setattr__`, but a forward of TRL's, the layers and one softmax, only leaves its options."""
+        """Like `nn.Module.__setattr__`; a forward of TRL's, the layers and one softmax, only leaves its options."""
         function = getattr(value, "__func__", None) if name == "forward" else None
         names = getattr(getattr(function, "__code__", None), "co_varnames", ())
         if "fused_lm_head" not in names and "_ForwardRedirection" not in getattr(function, "__qualname__", ""):
             super().__setattr__(name, value)
         elif self.read_fused_forward is None:
-            raise ValueError(
-                "forward: expected `import hf_mos` before the model is loaded, for TRL, given no such import"
-            )
+            raise ValueError("forward: expected `import hf_mos` before the model is loaded, for TRL, given none")
         else:
             self.score_options = self.read_fused_forward(function)
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether the module is an attribute of this model itself, so that `__getattr__` can replace it."""
+        return any(module is child for child in self._modules.values())
 
     def head_inputs(self, *args: Any, **kwargs: Any) -> Tensor:
         """The hidden states (batch, sequence, D) that the head reads, for the arguments of `forward`."""
@@ -338,14 +334,15 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
     def _run_layers(self, **kwargs: Any) -> Any:
         """The softmax model's own forward, whose head hands on the hidden states as the logits."""
         kwargs = {name: value for name, value in kwargs.items() if value is not None} | {"return_dict": True}
-        with role(self.get_output_embeddings(), "input"):
+        module = self.get_output_embeddings()
+        with role(module if self.holds(module) else find_head(module), "input"):
             return super().forward(**kwargs)
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         names = self.argument_names
         if len(args) > len(names) or kwargs.keys() & {*names[: len(args)]}:
             raise TypeError(
-                f"forward: expected at most {len(names)} arguments, each once, given {len(args)} by position"
+                f"forward: expected at most {len(names)} positional arguments, each given once, given {len(args)}"
             )
         return dict(zip(names, args, strict=False)) | kwargs
 
@@ -442,7 +439,7 @@ def model_class_for(backbone: type[PreTrainedModel]) -> type[MoSForCausalLM]:
         module = self.get_output_embeddings()
         if find_head(module) is None:  # another head took its place: this is a softmax model
             self.return_softcap()
-        elif is_transparent(module) or any(module is child for child in self.children()):
+        elif is_transparent(module) or self.holds(module):
             return self.mix(**self._by_name(args, kwargs))
         elif hasattr(module, "base_layer"):
             raise ValueError(f"{self.head_path()}: expected no adapter on a head inside another module, given one")
@@ -485,7 +482,7 @@ def backbone_class_of(config: Any) -> type[PreTrainedModel]:
     return found
 
 
-# ----------------------------------------------------------------------------------------------------- parts of forward
+# ---------------------------------------------------------------------------------------------------- parts of forward
 
 
 def find_head(module: Any) -> MoSLMHead | None:
@@ -524,8 +521,8 @@ class LogitsLeftOut(tuple):
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(
-            "logits: expected skip_logits=False in the call of the model, or model.skip_logits_in_training = False, to "
-            "read them in training mode with labels; they are left out to save memory"
+            "logits: expected skip_logits=False in the call of the model, or model.skip_logits_in_training = False, "
+            "to read them in training mode with labels; they are left out to save memory"
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -533,16 +530,11 @@ class LogitsLeftOut(tuple):
             raise AttributeError(name)
         self._refuse()
 
-    __getitem__ = __array__ = _refuse  # type: ignore[assignment]
-    __add__ = __sub__ = __mul__ = __truediv__ = __matmul__ = __neg__ = _refuse  # type: ignore[assignment]
-    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rmatmul__ = _refuse  # type: ignore[assignment]
+    __getitem__ = __add__ = __mul__ = __array__ = _refuse  # type: ignore[assignment]  # for others a tuple has no answer
 
     @classmethod
     def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
         return LEFT_OUT._refuse()
-
-    def __repr__(self) -> str:
-        return "LogitsLeftOut()"
 
 
 LEFT_OUT = LogitsLeftOut()

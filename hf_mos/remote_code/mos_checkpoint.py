@@ -1,16 +1,13 @@
 """An atomic save, and a strict load.
 
-A checkpoint is many files, and no system call replaces them all at once. But `config.json` decides which of them are
-read: its `transformers_weights` names the weights and its `auto_map` the code, also in a subfolder. So a save writes
-everything to a subfolder first. After each of its steps one complete checkpoint loads with transformers' own
-`from_pretrained`:
+No system call replaces the files of a checkpoint all at once. But `config.json` decides which of them are read: its
+`transformers_weights` names the weights and its `auto_map` the code, also in a subfolder. After each of these steps
+one complete checkpoint loads with transformers' own `from_pretrained`:
 
     1. write the new checkpoint to `_saving_*/`                                      the old one loads
     2. `os.replace` the `config.json` by one that names the files in `_saving_*/`    from here on the new one loads
-    3. delete weights of another layout, and give the new files their usual names too
+    3. delete weights of another layout, and give the new files their usual names too; other files stay
     4. `os.replace` the `config.json` by the usual one, and delete `_saving_*/`
-
-Files that are no part of the checkpoint stay: a tokenizer, the state of a Trainer, a README.
 """
 
 import contextlib
@@ -168,13 +165,8 @@ class SavedCheckpoint(PushToHubMixin):
 def check_files(folder: Path, variant: str | None, weights: str | None = None) -> dict[str, Header]:
     """Reads the headers of a checkpoint's weights, by file name; empty where the folder has no weights of this kind.
 
-    Args:
-        variant: as in `from_pretrained`.
-        weights: the file that a config names; `None`: the one that the folder's `config.json` names, or a usual name.
-
-    Raises:
-        OSError: a file is missing, cut short or no JSON.
-        ValueError: the weights are pickled, or an index names a file outside the folder.
+    `weights` is the file that a config names; `None`: the one that the folder's `config.json` names, or a usual name.
+    OSError for a file that is missing, cut short or no JSON; ValueError for pickles, and names outside the folder.
     """
     if weights is None and (folder / CONFIG_FILE).is_file():
         weights = _read_json(folder / CONFIG_FILE).get("transformers_weights")
@@ -225,8 +217,7 @@ def _refuse_pickles(folder: Path) -> None:
     if pickles:
         raise ValueError(
             f"{folder}: expected safetensors, given {', '.join(pickles)}, pickled. If you trust where it is from, "
-            "convert it: model = MoSForCausalLM(MoSConfig.from_pretrained(folder)); for each file "
-            "model.load_state_dict(torch.load(file, weights_only=True), strict=False); model.save_pretrained(folder)"
+            "load the files by torch.load(file, weights_only=True) into MoSForCausalLM(config), and save that model"
         )
 
 

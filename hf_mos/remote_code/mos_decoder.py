@@ -16,7 +16,7 @@ Tokens = slice | Tensor  # the tokens of a chunk, as an index
 # Working memory of the loss. A chunk of n rows moves about 4 n V + 16 V D bytes and computes 6 n V D operations, so n
 # has to be large. In place of 12 MiB, 30 MiB took 0.82 (D = 256, V = 32000) and 0.81 (D = 768, V = 50257) of the time
 # with a trained decoder, on an AMD EPYC of family 26. More than 32 MiB gain at most 3 %, and glibc no longer keeps
-# such a buffer for the next step: at V = 2048 44 MiB took 1.8 times as long. An accelerator's budget follows its memory.
+# such a buffer for the next step: at V = 2048 44 MiB took 1.8 times as long. On an accelerator its memory decides.
 CPU_BUDGET_BYTES = 30 * 2**20
 # With a trained decoder, 128 rows of logits in fp32 are the budget where 30 MiB are fewer, as each chunk reads and
 # writes the decoder's gradient. They took 0.86 of the time of 30 MiB at D = 256, V = 128000, and 0.69 at V = 262144.

@@ -21,14 +21,14 @@ from .mos_shortlist import shortlist_logits
 # Which module plays which role at this moment, as (module, role). A model whose hidden states are asked for lets its
 # head hand on its "input"; a head behind a wrapper, such as an adapter, is called as the "decoder" that it is.
 _role: ContextVar[tuple[nn.Module, str] | None] = ContextVar("hf_mos_role", default=None)
-_traced_role: list[Any] = [None]  # torch.compile, which traces one thread, cannot follow a ContextVar
+_traced_role: list[Any] = [None]  # the same for torch.compile, which cannot follow a ContextVar
 
 
 @contextlib.contextmanager
 def role(module: nn.Module, name: str) -> Iterator[None]:
     before = _traced_role[0]
     token = None if torch.compiler.is_compiling() else _role.set((module, name))
-    _traced_role[0] = (module, name) if token is None else before
+    _traced_role[0] = (module, name)
     try:
         yield
     finally:
@@ -46,27 +46,22 @@ class MoSLMHead(nn.Linear):
     """Equivalent to: `mos_log_probs(latents(h), prior_logits(h), weight, decoder_bias=bias)`.
 
     An `nn.Linear`, the decoder that K components share, with two children: `shift` makes the K latents of a hidden
-    state, `prior` weighs their softmaxes.
+    state, `prior` weighs their softmaxes. `mos_shortlist.py` tells what a shortlist changes.
 
         latents_k = h + latent_scale * shift(h)_k                        (..., K, D)
         log_gate  = log_softmax(prior(latent_scale * h))                 (..., K), fp32
 
-    On a shortlist the components differ on the `shortlist_size` likeliest classes alone (`mos_shortlist.py`).
-
     Args:
         in_features, out_features, bias, device, dtype: of the decoder, (V, D), as for `nn.Linear`.
-        num_mixtures, shortlist_size, latent_scale: as in `MoSConfig`.
-        softcap: each component's logits become `softcap * tanh(logits / softcap)`; `None` for none.
+        options: num_mixtures, shortlist_size and latent_scale, as in `MoSConfig`, and softcap, as in `mos_log_probs`.
 
     Initialisation: every shift is zero, so every latent is the hidden state itself and the mixture predicts what one
-    softmax with its decoder predicts. The prior's logits have random weights of standard deviation 1 / sqrt(D), so that
-    the components get the gradients of different tokens, and part. Under equal weights they would stay clones for ever
+    softmax with its decoder predicts. The prior's logits have random weights of standard deviation 1 / sqrt(D), so
+    that the components get the gradients of different tokens, and part. Under equal weights they would stay clones
     (`python examples/benchmarks/initialisation.py --threads 1` compares).
 
     To compute other latents, derive a class that overrides `latents` and give it the place of the head with
-    `take_over`. It trains by the same loss.
-
-    Source: Yang et al. 2018, arXiv 1711.03953, section 2.3.
+    `take_over`. It trains by the same loss. Source: Yang et al. 2018, arXiv 1711.03953, section 2.3.
     """
 
     shard_of: Any = None  # hf_mos.training.tensor_parallel sets it
@@ -76,36 +71,29 @@ class MoSLMHead(nn.Linear):
         in_features: int,
         out_features: int,
         bias: bool = False,
-        *,
-        num_mixtures: int = 16,
-        shortlist_size: int | None = 64,
-        latent_scale: float | None = None,
-        softcap: float | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._add_mixture(num_mixtures, shortlist_size, latent_scale, softcap)
+        self.add_mixture(**options)
 
     @classmethod
-    def take_over(
-        cls,
-        linear: nn.Linear,
-        *,
-        num_mixtures: int = 16,
-        shortlist_size: int | None = 64,
-        latent_scale: float | None = None,
-        softcap: float | None = None,
-    ) -> "MoSLMHead":
+    def take_over(cls, linear: nn.Linear, **options: Any) -> "MoSLMHead":
         """Turns a vocabulary projection into a head, in place: its weight, hooks and place in the model stay."""
         linear.__class__ = cls
         head: Any = linear
-        head._add_mixture(num_mixtures, shortlist_size, latent_scale, softcap)
+        head.add_mixture(**options)
         return head
 
-    def _add_mixture(
-        self, num_mixtures: int, shortlist_size: int | None, latent_scale: float | None, softcap: float | None
+    def add_mixture(
+        self,
+        num_mixtures: int = 16,
+        shortlist_size: int | None = 64,
+        latent_scale: float | None = None,
+        softcap: float | None = None,
     ) -> None:
+        """Adds the prior and the shift; `options` of the class."""
         D, dtype, device = self.in_features, self.weight.dtype, device_of(self)
         self.num_mixtures, self.shortlist_size, self.softcap = num_mixtures, shortlist_size, softcap
         self.latent_scale = default_scale(D) if latent_scale is None else latent_scale
@@ -158,8 +146,9 @@ class MoSLMHead(nn.Linear):
 
     def latents_and_prior(self, hidden_states: Tensor) -> tuple[Latents, Tensor]:
         """The latents, on a shortlist their mean and offsets, and the prior's logits."""
+        prior_logits = self.prior_logits(hidden_states)
         latents = self.latents if self.shortlist_size is None else self.mean_and_offsets
-        return latents(hidden_states), self.prior_logits(hidden_states)
+        return latents(hidden_states), prior_logits
 
     # ------------------------------------------------------------------------------------- log-probabilities, loss
 
@@ -168,7 +157,8 @@ class MoSLMHead(nn.Linear):
             return hand_on(*args)
         if plays(self, "decoder"):
             return F.linear(args[0], *self.weight_and_bias(args[0].dtype))
-        return super().__call__(*args, **kwargs)
+        result = super().__call__(*args, **kwargs)
+        return result.real if isinstance(result, Tensor) and result.is_complex() else result
 
     def forward(  # type: ignore[override]
         self,
@@ -207,7 +197,9 @@ class MoSLMHead(nn.Linear):
         if function is not None:
             return function(self, *parts, targets.flatten(), decoder)
         loss = self.loss(*parts, targets.flatten(), decoder, reduction, ignore_index, chunk_size)
-        return loss.view(leading) if reduction == "none" else loss
+        loss = loss.view(leading) if reduction == "none" else loss
+        # FSDP2's mixed precision rounds each real number that a module returns, and no complex one.
+        return torch.complex(loss, torch.zeros_like(loss)) if hasattr(self, "_get_fsdp_state") else loss
 
     def log_probs(
         self,

@@ -9,9 +9,7 @@
 On a shortlist the components differ on the likeliest classes alone: `mos_shortlist.py` has its maths.
 
 Always in log space and in fp32 or wider: a sharp softmax underflows in probability space, and an epsilon inside the
-logarithm caps the loss and adds mass.
-
-Source: Yang, Dai, Salakhutdinov, Cohen: Breaking the Softmax Bottleneck, arXiv 1711.03953, section 2.3.
+logarithm caps the loss and adds mass. Source: Yang et al., Breaking the Softmax Bottleneck, arXiv 1711.03953, 2.3.
 """
 
 import math
@@ -57,10 +55,7 @@ def mos_log_probs(
         add_log_partition: as in `mix_log_probs`.
 
     Returns:
-        (..., V), natural log-probabilities in fp32 (fp64 for fp64). Differentiable.
-
-    Raises:
-        ValueError: the shapes do not fit together.
+        (..., V), natural log-probabilities in fp32 (fp64 for fp64). ValueError where the shapes do not fit together.
     """
     check_shapes(*split_latents(latents, shortlist_size), prior_logits, decoder_weight, decoder_bias)
     log_weights, component_logits = components(

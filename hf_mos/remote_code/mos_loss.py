@@ -60,11 +60,9 @@ def mos_cross_entropy(
         ignored. If every target is ignored, zero with zero gradients. Differentiable once.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together, a target is out of range (on the CPU; other devices assert),
-            or an option is unknown.
+        ValueError: shapes, dtypes or options do not fit, or a target is out of range (other devices assert).
 
-    Source: Yang et al. 2018, arXiv 1711.03953, section 2.3; gradients in the forward pass as in Liger's fused linear
-    cross-entropy, arXiv 2410.10989.
+    Source: arXiv 1711.03953, section 2.3; gradients in the forward pass as in Liger's, arXiv 2410.10989.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, given {reduction!r}")
@@ -104,7 +102,7 @@ class LossOptions(NamedTuple):
 def full_loss(
     inputs: LossInputs, targets: Tensor, options: LossOptions, wanted: LossInputs, token_weights: Tensor | None = None
 ) -> tuple[Tensor, LossInputs]:
-    """Each token's nll (N,), and the `wanted` gradients of the sum of `token_weights` (N,) times nll, on all classes."""
+    """Each token's nll (N,), and the `wanted` gradients of the sum of `token_weights` (N,) times nll."""
     latents, decoder, log_gate, kept = _prepare(inputs, targets, options)
     N, K, _ = latents.shape
     wants_gradients = any(wanted)

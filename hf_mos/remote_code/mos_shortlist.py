@@ -19,8 +19,7 @@ So a step makes the three wide products of a softmax, and the rest is (n, K, M).
 
 A softcap acts on every component's logits. The label has no part in the choice of the shortlist, or a perplexity would
 be no likelihood. The choice carries no gradient. The mean latent reaches every class and trains as the latent of one
-softmax does: if the classes outside the shortlist kept the hidden state's logits, a head that trains alone could not
-change them.
+softmax does, so that a head that trains alone can change the classes outside the shortlist too.
 """
 
 from collections.abc import Callable

@@ -45,7 +45,7 @@ def list_models(manager: ModelManager) -> list[dict[str, Any]]:
 def load_model(manager: ModelManager, name: str, *args: Any, **options: Any) -> PreTrainedModel:
     """Loads a model, after its class is put where the server looks: by name, or by config where it reads images."""
     model, revision = name.split("@", 1)
-    config = load_config(model, **hub_options(revision, manager.trust_remote_code))
+    config: Any = load_config(model, **hub_options(revision, manager.trust_remote_code))
     if is_mixture(config):
         models: Any = AutoModelForCausalLM._model_mapping
         setattr(transformers, config.architectures[0], models[type(config)])

@@ -28,9 +28,9 @@ from vllm.model_executor.models.registry import ModelRegistry
 
 from ..remote_code.configuration_mos import NO_SOFTCAP, PREFIX, find_softcap_field
 from ..remote_code.mos_checkpoint import non_finite
-from ..remote_code.mos_decoder import VocabularyShard
 from ..remote_code.mos_head import MoSLMHead
 from ..remote_code.mos_log_probs import infer_log_probs
+from ..training.tensor_parallel import VocabularyShard
 from .vllm_plugin import VLLM_VERSION
 
 if not hasattr(LogitsProcessor, "_apply_head"):

@@ -226,7 +226,8 @@ def whole_head(head: MoSLMHead) -> MoSLMHead:
     else:
         return head
     V, D = weights["weight"].shape
-    own_class = next(c for c in type(head).__mro__ if not c.__name__.startswith("FSDP"))  # FSDP2 makes a class of it
+    # FSDP2 makes a class of the head's.
+    own_class: Any = next(each for each in type(head).__mro__ if not each.__name__.startswith("FSDP"))
     options = {name: getattr(head, name) for name in ("num_mixtures", "shortlist_size", "latent_scale", "softcap")}
     whole = own_class.take_over(nn.Linear(D, V, bias="bias" in weights, device="meta"), **options)
     whole.load_state_dict(weights, assign=True)

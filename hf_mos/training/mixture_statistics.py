@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..remote_code.mos_decoder import tokens_per_chunk
+from ..remote_code.mos_log_probs import components
 
 BYTES_PER_LOGIT = 16  # log-probabilities, probabilities and temporaries
 
@@ -53,7 +54,9 @@ def predict_in_chunks(
     size = tokens_per_chunk(K, head.out_features, BYTES_PER_LOGIT, hidden_states.device)
     for start in range(0, N, size):
         tokens = slice(start, min(start + size, N))
-        log_prior, logits = head.components(hidden_states[tokens], decoder)
+        latents, prior_logits = head.latents_and_prior(hidden_states[tokens])
+        decode, M = head.as_decoder(decoder), head.shortlist_size
+        log_prior, logits = components(decode, latents, prior_logits, head.softcap, M)
         yield tokens, MixturePredictions(log_prior, F.log_softmax(logits, dim=-1), F.softmax(logits, dim=-1))
 
 

@@ -43,10 +43,10 @@ def gather_heads(folder: str) -> None:
         plain = make_model(name)
         sharded = {"torch": shard(make_model(name)), "transformers": load_sharded(Path(folder, name), name)}
         for model in sharded.values():
-            head = whole_head(model.lm_head, model.config)
+            head = whole_head(model.lm_head)
             for key, parameter in head.named_parameters():
                 assert torch.equal(parameter, plain.lm_head.get_parameter(key)), key
-        assert whole_head(plain.lm_head, plain.config) is plain.lm_head
+        assert whole_head(plain.lm_head) is plain.lm_head
 
 
 def log_usage(folder: str | Path, world_size: int) -> list[dict[str, float]]:

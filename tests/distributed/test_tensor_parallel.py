@@ -17,8 +17,8 @@ from transformers.distributed import DistributedConfig
 
 from hf_mos import MoSForCausalLM, mos_cross_entropy, mos_log_probs
 from hf_mos.remote_code import mos_head
-from hf_mos.remote_code.mos_decoder import VocabularyShard
 from hf_mos.remote_code.mos_log_probs import infer_log_probs
+from hf_mos.training.tensor_parallel import VocabularyShard
 
 # GPT-2 has no plan of its own.
 PLANS = {"gpt2": {"transformer.wte": "embedding_rowwise", "lm_head": "colwise_gather_output"}}

@@ -87,14 +87,11 @@ def predicted_by_hand(model: MoSForCausalLM, token_ids: list[int]) -> dict[str, 
     """Every probability at every position of (prefix, text), with the formulas of the paper in probability space."""
     head = model.lm_head
     with torch.no_grad():
-        h = model.head_inputs(input_ids=torch.tensor([token_ids]))[0]
+        h = model.head_inputs(input_ids=torch.tensor([token_ids]))[0].double()  # mamba's are fp32 in any model
 
         def logits_of(latents: torch.Tensor) -> torch.Tensor:
-            return latents @ head.weight.T + (0 if head.bias is None else head.bias)
-
-        def softmax(logits: torch.Tensor) -> torch.Tensor:
-            cap = head.softcap
-            return (logits if cap is None else cap * torch.tanh(logits / cap)).softmax(-1)
+            logits = latents @ head.weight.T + (0 if head.bias is None else head.bias)
+            return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
         weights = (head.latent_scale * h @ head.prior.weight.T).softmax(-1)
         shifts = (head.latent_scale * h @ head.shift.weight.T).unflatten(-1, (head.num_mixtures, -1))
@@ -105,13 +102,13 @@ def predicted_by_hand(model: MoSForCausalLM, token_ids: list[int]) -> dict[str, 
             inside = torch.zeros_like(shared).scatter(1, shared.topk(head.shortlist_size).indices, 1).unsqueeze(1)
             logits = torch.where(inside > 0, logits, shared.unsqueeze(1))
             weights = torch.nn.functional.normalize(weights * logits.exp().sum(-1), p=1, dim=-1)
-        components = softmax(logits)
+        components = logits.softmax(-1)
         mixture = (weights.unsqueeze(-1) * components).sum(1)
     return {
         "weights": weights,
         "components": components,
         "mixture": mixture,
-        "softmax": softmax(logits_of(h)).detach(),
+        "softmax": logits_of(h).softmax(-1).detach(),
     }
 
 

@@ -165,7 +165,7 @@ def test_adapters(case: str, tmp_path: Path) -> None:
 
 
 def test_an_adapter_on_a_tied_decoder(tmp_path: Path) -> None:
-    """It trains and is loaded again. PEFT warns of it, as for a softmax model: merging it would change the embedding."""
+    """It trains and is loaded again. PEFT warns that merging it would change the embedding, as for a softmax model."""
     with pytest.warns(
         UserWarning, match="Model has `tie_word_embeddings=True` and a tied layer is part of the adapter"
     ):

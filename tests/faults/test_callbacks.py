@@ -15,7 +15,7 @@ from killing import kill_at_every_change
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_mos import MoSForCausalLM
+from hf_mos import MoSForCausalLM, MoSLMHead
 from hf_mos.training.callbacks import MixtureUsage, StopOnNonFiniteLoss, last_whole_checkpoint
 from hf_mos.training.mixture_statistics import mixture_statistics
 
@@ -200,6 +200,29 @@ def test_usage_is_logged(components: bool, tmp_path: Path) -> None:
             divergences = [entry[f"divergence_{j}_{k}"] for j, k in pairs]
             assert entry["mixture_divergence"] == pytest.approx(sum(divergences) / len(pairs))
             assert sum(entry[f"responsibility_{k}"] for k in range(4)) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_usage_is_that_of_the_batch_and_the_loss_makes_no_logits(
+    wrapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_mos()
+    with torch.no_grad():
+        hidden_states = model.head_inputs(input_ids=torch.stack([row["input_ids"] for row in ROWS]))[:, :-1]
+    expected = mixture_statistics(model.mos_head, hidden_states.flatten(0, 1), random_tokens(16, 8)[:, 1:].flatten())
+    if wrapped:
+        model.lm_head = torch.nn.Sequential(model.lm_head)
+    else:
+        monkeypatch.setattr(MoSLMHead, "log_probs", lambda *args: pytest.fail("logits were computed"))
+    run = trainer(tmp_path, model, [], max_steps=1, save_strategy="no", learning_rate=0.0)
+    run.args.per_device_train_batch_size = len(ROWS)
+    MixtureUsage(components=True, max_tokens=1000).add_to(run)
+    run.train()
+    entry = run.state.log_history[0]
+    assert entry["mixture_entropy"] == pytest.approx(expected.entropy, rel=1e-5)
+    assert entry["smallest_mixture_weight"] == pytest.approx(float(expected.mean_weights.min()), rel=1e-5)
+    assert entry["responsibility_1"] == pytest.approx(float(expected.responsibilities[1]), rel=1e-5)
+    assert entry["divergence_0_1"] == pytest.approx(float(expected.divergence[0, 1]), rel=1e-5)
 
 
 def test_a_component_that_starves_for_long_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
