@@ -20,9 +20,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 MODEL_TYPE, BACKBONE_TYPE = "mos", "backbone_model_type"  # the first is the file's `model_type`
 PREFIX = "MoS"  # of the name of a made class
 
-# Adam moves every weight by the learning rate. So the change of a layer's output in a step grows with its width D, and
-# the scale of the head's layers must fall as 1 / D to give every width the same change: 10 at D = 32, 0.56 at D = 576.
-# `examples/softmax_bottleneck/learning_rates.py` compares other products. Source: Yang et al., arXiv 2203.03466.
+# Adam moves every weight by the learning rate, so the change of a layer's output in a step grows with its width D. A
+# scale that falls as 1 / D gives every width the same change: 10 at D = 32, 0.56 at D = 576, measured at both by
+# `examples/softmax_bottleneck/learning_rates.py`. Source: Yang et al., arXiv 2203.03466.
 SCALE_TIMES_WIDTH = 320.0
 
 # The names of a logit softcap in transformers' configs. It belongs inside each component of the mixture, so a model

@@ -77,8 +77,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         hidden_states (batch, sequence, D): the result of an earlier `head_inputs`; the layers are then not run
         skip_logits: return `logits=None`. By default a call with labels in training mode leaves the logits out
             (`skip_logits_in_training`); who then reads them gets a RuntimeError that says how to ask for them
-        add_log_partition: as in `mix_log_probs`, for logits on the softmax's scale: `generate` asks for these, as
-            `repetition_penalty` depends on the scale
+        add_log_partition: as in `mix_log_probs`; `generate` asks for it, as `repetition_penalty` depends on the scale
     """
 
     config: MoSConfig
@@ -134,20 +133,23 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             self.config.softcap = None
 
     def describe_head(self) -> None:
-        """Tells transformers about the head: dtypes, tensor parallelism, loss."""
-        path, head = self.head_path(), self.mos_head
-        assert head is not None
+        """Tells transformers about the head: dtypes, parallelism, loss."""
+        path = self.head_path()
         self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), f"{path}.prior"}
         # Quantizers look for the same module by the end of its name, or by the full name of its weight.
         self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), "prior", f"{path}.prior.weight"}
-        if self._tp_plan and path in self._tp_plan:  # the head itself gathers what the processes compute
-            plan = dict(self._tp_plan)
-            style, own = plan.pop(path), [] if MoSLMHead.shard_of is None else head.named_parameters(recurse=False)
-            self._tp_plan = plan | {f"{path}.{name}": style for name, _ in own}
         if self._fsdp_plan and self.config.tie_word_embeddings:  # a tied weight stays with the embedding
             self._fsdp_plan = {name: style for name, style in self._fsdp_plan.items() if name != path}
         if self.loss_type is None:
             self.loss_type = "ForCausalLM"
+
+    def _expand_parallel_plan(self, plan: dict[str, str]) -> dict[str, str]:
+        """Like transformers', but the head itself gathers what the processes of tensor parallelism compute."""
+        expanded, path = super()._expand_parallel_plan(plan), self.head_path()
+        if f"{path}.weight" in expanded:  # a plan of tensor parallelism, which names weights
+            shards = MoSLMHead.shard_of is not None
+            return {name: each for name, each in expanded.items() if name != path and (shards or path not in name)}
+        return expanded
 
     def head_path(self) -> str:
         """The name of the head in this model, such as `lm_head`."""

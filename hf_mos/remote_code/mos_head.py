@@ -177,15 +177,13 @@ class MoSLMHead(nn.Linear):
         Args:
             hidden_states: (..., D).
             targets: (...), class indices aligned with the hidden states (not shifted), or `None`.
-            reduction, ignore_index, chunk_size: as in `mos_cross_entropy`.
-            add_log_partition: without targets, as in `mix_log_probs`.
+            reduction, ignore_index, chunk_size: as in `mos_cross_entropy`; add_log_partition: as in `mix_log_probs`.
             decoder: a module around this head, such as an adapter, that is called as the decoder in its place.
             function: computes something else of the targets, `function(head, latents, prior_logits, targets, decoder)`
                 of N tokens, inside this forward, where engines have gathered the weights.
 
         Returns:
-            (..., V), natural log-probabilities in fp32 or wider; with targets the loss in nats, or the function's
-            result.
+            Natural log-probabilities (..., V) in fp32 or wider; with targets the loss in nats, or the function's result.
         """
         leading = hidden_states.shape[:-1]
         if targets is not None and targets.shape != leading:

@@ -8,9 +8,9 @@
     d prior_logits     = softmax(prior_logits) - responsibilities                      (n, K)
 
 The gradients of a chunk need nothing beyond its own forward pass, in one reused buffer of (n K, V). So autograd's
-forward pass makes them and its backward pass hands them over. A training step is three matmuls of (N K) x D x V, two
-where the decoder is frozen, one without gradients. On a shortlist it is three of N x D x V (`mos_shortlist.py`).
-`full_loss` and `shortlist_loss` are the whole computation, each from top to bottom; the rest is autograd's.
+forward pass makes them and its backward pass hands them over: three matmuls of (N K) x D x V, two where the decoder is
+frozen, one without gradients; on a shortlist of N x D x V (`mos_shortlist.py`). `full_loss` and `shortlist_loss` are
+the whole computation, each from top to bottom.
 """
 
 from collections.abc import Callable

@@ -12,12 +12,7 @@ from torch.nn.modules import module as all_modules
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-GLOBAL_HOOKS = (
-    all_modules._global_forward_hooks,
-    all_modules._global_forward_pre_hooks,
-    all_modules._global_backward_hooks,
-    all_modules._global_backward_pre_hooks,
-)
+HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 ENGINES = ("torch.distributed.fsdp.", "deepspeed.")  # modules whose hooks gather a weight
 MODULE_TRACKER = "torch.utils.module_tracker"  # FlopCounterMode's: it notes which module runs, and reads no tensor
 FEW_ROWS = 16
@@ -29,11 +24,9 @@ TILE = 1024  # classes at a time, so that a tile of logits stays in the cache un
 def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Equivalent to: `F.linear(rows, weight, bias)`, which is `rows @ weight.T + bias`, without gradients.
 
-    Shapes: rows (n, D), weight (V, D), bias (V,), result (n, V), all of one dtype.
-
-    On the CPU torch hands fp32 products to its BLAS, and carries oneDNN for other dtypes. Which is faster depends on
-    the machine. The vendor alone decides here, so that a run can be repeated to the bit. MKL refuses its fast paths on
-    AMD: oneDNN reaches 230 to 430 GFLOP/s there and MKL 110 to 200 (40 to 512 rows, 2 threads of an EPYC). On Intel
+    Shapes: rows (n, D), weight (V, D), bias (V,), result (n, V), all of one dtype. On the CPU torch hands fp32
+    products to its BLAS, and carries oneDNN for other dtypes. Which is faster depends on the machine; the vendor alone
+    decides here, so that a run can be repeated to the bit. MKL refuses its fast paths on AMD: oneDNN reaches 230 to 430 GFLOP/s there and MKL 110 to 200 (40 to 512 rows, 2 threads of an EPYC). On Intel
     MKL is the faster for many rows, and oneDNN for 2 to 16 (6.7 ms against 9.0 for 4 rows, V = 50257, a Xeon). On AMD
     2 to 4 rows, the components of one decoded token, are faster as columns in MKL up to D = 1024 (3.6 ms against 5.9
     for 4 rows, D = 768, V = 50257; but 25 against 13 at D = 2048; family 26).
@@ -140,10 +133,9 @@ def has_foreign_hooks(module: nn.Module) -> bool:
 
 
 def _hooks_of(module: nn.Module) -> list[Any]:
-    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    found = [hook for hooks in own for hook in hooks.values()]
+    found = [hook for kind in HOOKS for hook in getattr(module, f"_{kind}").values()]
     if _has_any_global_hook():
-        everybodys = (hook for hooks in GLOBAL_HOOKS for hook in hooks.values())
+        everybodys = (hook for kind in HOOKS for hook in getattr(all_modules, f"_global_{kind}").values())
         found += [hook for hook in everybodys if getattr(hook, "__module__", None) != MODULE_TRACKER]
     return found
 
