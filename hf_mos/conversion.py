@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
-from .remote_code.configuration_mos import MODEL_TYPE, MoSConfig, check_options, option_defaults
+from .remote_code.configuration_mos import MODEL_TYPE, MoSConfig, adopt, check_options, option_defaults
 from .remote_code.modeling_mos import MoSForCausalLM, model_class_for
+from .remote_code.mos_head import change_class
 
 
 def from_causal_lm(cls: Any, model: str | os.PathLike | PreTrainedModel, **kwargs: Any) -> MoSForCausalLM:
@@ -58,19 +59,22 @@ def from_causal_lm(cls: Any, model: str | os.PathLike | PreTrainedModel, **kwarg
     if ties and not tied:
         raise ValueError("tie_word_embeddings: expected False, the model's own head is not tied, given True")
     part_device_map(backbone, projection)
-    config: Any = backbone.config
-    made = MoSConfig.from_backbone_config(config, **options)
-    config.__class__ = type(made)  # in place, as the layers hold the same config
-    vars(config).update(vars(made))
+    made = model_class_for(type(backbone))
+    if not issubclass(made if cls is MoSForCausalLM else cls, made):
+        raise ValueError(f"model: expected a {cls.backbone_class.__name__}, given a {type(backbone).__name__}")
+    config: Any = adopt(backbone.config, options)
     config.tie_word_embeddings = tied if ties is None else ties
     config.dtype = backbone.dtype
     result: Any = backbone
-    result.__class__ = model_class_for(type(backbone)) if cls.backbone_class is None else cls
+    change_class(result, made if cls is MoSForCausalLM else cls)
     config.architectures = [type(result).__name__]
     result.put_head()
     for module in result.modules():
         module._is_hf_initialized = True  # nothing may draw its weights again
     result.describe_head()
+    if not config.tie_word_embeddings:
+        own = f"{result.head_path()}."
+        result.all_tied_weights_keys = {k: v for k, v in result.all_tied_weights_keys.items() if not k.startswith(own)}
     result.name_or_path = ""  # PEFT would name it as the base of an adapter; the softmax model is not that base
     return result
 

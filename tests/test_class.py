@@ -115,12 +115,14 @@ def test_every_way_to_load_or_make_one_gives_the_class(name: str, head: dict[str
         assert new(TOKENS).logits.exp().sum(-1).sub(1).abs().max() < 1e-4
 
 
-def test_a_softmax_folder_is_converted_by_one_name_alone(tmp_path: Path) -> None:
+def test_a_softmax_folder_is_converted(tmp_path: Path) -> None:
     tiny_causal_lm().save_pretrained(tmp_path)
-    assert MoSForCausalLM.from_pretrained(tmp_path).config.num_mixtures == 16
-    for loader in (hf_mos.MoSLlamaForCausalLM, MoSConfig):
-        with pytest.raises(ValueError, match="from_causal_lm"):
-            loader.from_pretrained(tmp_path)
+    for loader in (MoSForCausalLM, hf_mos.MoSLlamaForCausalLM):
+        assert type(loader.from_pretrained(tmp_path)) is hf_mos.MoSLlamaForCausalLM
+    with pytest.raises(ValueError, match="expected a GPT2LMHeadModel, given a LlamaForCausalLM"):
+        hf_mos.MoSGPT2LMHeadModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="from_causal_lm"):
+        MoSConfig.from_pretrained(tmp_path)
 
 
 def test_a_config_without_a_backbone_is_refused() -> None:

@@ -87,11 +87,7 @@ class MoSConfig(PreTrainedConfig):
             given = "a mixture's" if isinstance(config, MoSConfig) else type(config).__name__
             raise ValueError(f"config: expected the config of a causal LM with a softmax head, given {given}")
         check_options(options)
-        result: Any = copy.deepcopy(config)
-        result.__class__ = config_class_for(type(config))
-        for name, value in (option_defaults() | {"softcap": None} | options).items():
-            setattr(result, name, value)
-        return result
+        return adopt(copy.deepcopy(config), options)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -133,6 +129,14 @@ class MoSConfig(PreTrainedConfig):
             (content if inner is None else content[inner])[field] = softcap
         content |= {"model_type": MODEL_TYPE, BACKBONE_TYPE: self.model_type, TOKENIZER_CONFIG: {"model_type": ""}}
         return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+def adopt(config: Any, options: dict[str, Any]) -> Any:
+    """Makes a backbone's config a mixture's, in place, as the layers of a model hold it too."""
+    config.__class__ = config_class_for(type(config))
+    for name, value in (option_defaults() | {"softcap": None} | options).items():
+        setattr(config, name, value)
+    return config
 
 
 def option_defaults() -> dict[str, Any]:

@@ -4,11 +4,13 @@ The class of a mixture is made when it is first asked for: `MoSLlamaForCausalLM(
 that is not said here is the softmax model's: attributes, names, signatures, generation.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import inspect
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -34,6 +36,7 @@ from .configuration_mos import (
     PREFIX,
     SOFTCAP_FIELDS,
     MoSConfig,
+    adopt,
     config_class_for,
     find_softcap_field,
     option_defaults,
@@ -84,6 +87,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = MoSConfig
     backbone_class: Any = None  # the softmax model's class, in a made class
     argument_names: tuple[str, ...] = ()  # of the softmax model's forward
+    drops_cache_with_labels = False  # as the softmax model's forward does
     skip_logits_in_training = True  # a call with labels then makes no tensor as wide as V
     read_fused_forward: Any = None  # hf_mos.training.token_scores sets these two, for TRL
     score_batch: Any = None
@@ -91,6 +95,11 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __new__(cls, config: Any = None, *args: Any, **kwargs: Any) -> "MoSForCausalLM":
         return super().__new__(model_class_for(backbone_class_of(config)) if cls is MoSForCausalLM else cls)
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        vars(self)["_given_config"] = config
+        super().__init__(config, *args, **kwargs)
+        del self._given_config
 
     # ------------------------------------------------------------------------------------------------- construction
 
@@ -105,6 +114,8 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         linear: Any = self.get_output_embeddings()
         if isinstance(linear, MoSLMHead):  # a class may call post_init twice
             return
+        if not hasattr(config, "num_mixtures"):  # the model is made of a part of the config that was given
+            adopt(config, {name: getattr(self._given_config, name) for name in option_defaults()})
         if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
             found = "none" if linear is None else type(linear).__name__
             raise ValueError(f"model: expected a causal LM whose output embeddings are one nn.Linear, given {found}")
@@ -138,6 +149,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), f"{path}.prior"}
         # Quantizers look for the same module by the end of its name, or by the full name of its weight.
         self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), "prior", f"{path}.prior.weight"}
+        self._no_split_modules = {*(self._no_split_modules or ()), MoSLMHead.__name__}
         if self._fsdp_plan and self.config.tie_word_embeddings:  # a tied weight stays with the embedding
             self._fsdp_plan = {name: style for name, style in self._fsdp_plan.items() if name != path}
         if self.loss_type is None:
@@ -166,6 +178,14 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
     def is_custom_code(cls) -> bool:
         """As the softmax model, for transformers' guarded init functions and its conversions of weights."""
         return cls.backbone_class is not None and cls.backbone_class.is_custom_code()
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:  # transformers reads the source of the class's module
+        return cls.backbone_class._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return cls.backbone_class._can_set_experts_implementation()
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
@@ -255,7 +275,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             place = pretrained_model_name_or_path if config is None else config
             files = {name: kwargs[name] for name in FILE_ARGUMENTS if name in kwargs}
             content, _ = PreTrainedConfig.get_config_dict(place, **files)
-            if content.get("model_type") != MoSConfig.model_type and cls.config_class is MoSConfig:
+            if content.get("model_type") != MoSConfig.model_type:
                 return cls.from_causal_lm(pretrained_model_name_or_path, *args, **kwargs)
             models = {name: kwargs.pop(name) for name in MODEL_ARGUMENTS if name in kwargs}
             config, unused = MoSConfig.from_pretrained(place, return_unused_kwargs=True, **kwargs)
@@ -314,7 +334,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Like `nn.Module.__setattr__`; a forward of TRL's, the layers and one softmax, only leaves its options."""
-        function = getattr(value, "__func__", None) if name == "forward" else None
+        function = getattr(value, "__func__", value) if name == "forward" else None
         names = getattr(getattr(function, "__code__", None), "co_varnames", ())
         if "fused_lm_head" not in names and "_ForwardRedirection" not in getattr(function, "__qualname__", ""):
             super().__setattr__(name, value)
@@ -385,6 +405,8 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         keeps_itself = hidden_states is None and not has_labels and "logits_to_keep" in self.argument_names
         if keeps_itself:
             kwargs["logits_to_keep"] = logits_to_keep
+        if has_labels and self.drops_cache_with_labels:
+            kwargs["use_cache"] = False
         outputs: Any = self._run_layers(**kwargs) if hidden_states is None else CausalLMOutput(logits=hidden_states)
         states, aux_loss = outputs.logits, getattr(outputs, "aux_loss", None)
         if has_labels and kwargs.get("input_ids") is not None:
@@ -422,11 +444,6 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             return_dict = self.config.return_dict
         return outputs if return_dict else outputs.to_tuple()
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As the softmax model does it, and asks for logits on the softmax's scale (see the class)."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        return inputs if self.mos_head is None else inputs | {"add_log_partition": True}
-
 
 # ------------------------------------------------------------------------------------------------------- made classes
 
@@ -436,7 +453,7 @@ def model_class_for(backbone: type[PreTrainedModel]) -> type[MoSForCausalLM]:
     """The class of the mixtures with this softmax model, importable from this module as `MoS` + its name."""
     name = PREFIX + backbone.__name__
 
-    @functools.wraps(backbone.forward)
+    @with_signature_of(backbone.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         module = self.get_output_embeddings()
         if find_head(module) is None:  # another head took its place: this is a softmax model
@@ -448,13 +465,17 @@ def model_class_for(backbone: type[PreTrainedModel]) -> type[MoSForCausalLM]:
         kwargs = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
         return super(MoSForCausalLM, self).forward(*args, **kwargs)
 
+    @with_signature_of(backbone.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = super(MoSForCausalLM, self).prepare_inputs_for_generation(*args, **kwargs)
+        return inputs if self.mos_head is None else inputs | {"add_log_partition": True}
+
     parameters = inspect.signature(backbone.forward).parameters.values()
     named = tuple(each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD))
-    forward.__signature__ = inspect.signature(backbone.forward)  # type: ignore[attr-defined]
-    del forward.__wrapped__  # type: ignore[attr-defined]  # who unwraps a forward ends here
-    members = {"__module__": __name__, "__qualname__": name, "__doc__": MoSForCausalLM.__doc__, "forward": forward}
-    config_class = config_class_for(backbone.config_class)
-    members |= {"backbone_class": backbone, "config_class": config_class, "argument_names": named[1:]}
+    members: dict[str, Any] = {"__module__": __name__, "__qualname__": name, "__doc__": MoSForCausalLM.__doc__}
+    members |= {"forward": forward, "prepare_inputs_for_generation": prepare_inputs_for_generation}
+    members |= {"backbone_class": backbone, "config_class": config_class_for(backbone.config_class)}
+    members |= {"argument_names": named[1:], "drops_cache_with_labels": drops_cache_with_labels(backbone)}
     made: Any = type(name, (MoSForCausalLM, backbone), members)
     globals().setdefault(name, made)
     # transformers looks up some things by the name of a class.
@@ -462,6 +483,18 @@ def model_class_for(backbone: type[PreTrainedModel]) -> type[MoSForCausalLM]:
     if (conversions := get_checkpoint_conversion_mapping(backbone.__name__)) is not None:
         register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
     return made
+
+
+def with_signature_of(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a function the name and the signature of another, whose arguments it hands on."""
+
+    def decorate(ours: Callable[..., Any]) -> Any:
+        wrapped: Any = functools.wraps(theirs)(ours)
+        wrapped.__signature__ = inspect.signature(theirs)
+        del wrapped.__wrapped__  # who unwraps it ends here
+        return wrapped
+
+    return decorate
 
 
 def __getattr__(name: str) -> type[MoSForCausalLM]:
@@ -474,7 +507,7 @@ def __getattr__(name: str) -> type[MoSForCausalLM]:
 
 def backbone_class_of(config: Any) -> type[PreTrainedModel]:
     """The class that `AutoModelForCausalLM` has for the backbone; for one that it does not load, the config's own."""
-    if not isinstance(config, MoSConfig):
+    if getattr(config, "backbone_config_class", None) is None:  # of the code beside a checkpoint too
         given = type(config).__name__
         raise ValueError(f"config: expected MoSConfig.from_backbone_config(config, num_mixtures=...), given {given}")
     name = (config.architectures or [""])[0].removeprefix(PREFIX)
@@ -532,7 +565,7 @@ class LogitsLeftOut(tuple):
             raise AttributeError(name)
         self._refuse()
 
-    __getitem__ = __add__ = __mul__ = __array__ = _refuse  # type: ignore[assignment]  # for others a tuple has no answer
+    __getitem__ = __add__ = __mul__ = __rmul__ = __truediv__ = __array__ = _refuse  # type: ignore[assignment]  # for others a tuple has no answer
 
     @classmethod
     def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -563,6 +596,14 @@ def add_aux_loss(loss: Tensor, aux_loss: Any, model: PreTrainedModel) -> Tensor:
     names = ("router_aux_loss_coef", "aux_loss_coef")
     coefficient = next(getattr(holder, name) for holder in holders for name in names if hasattr(holder, name))
     return loss + coefficient * aux_loss.to(loss.device)
+
+
+def drops_cache_with_labels(backbone: type[PreTrainedModel]) -> bool:
+    """Whether a model's forward turns off the cache where it gets labels, as those of BERT's family do."""
+    with contextlib.suppress(OSError, TypeError):  # no source
+        source = inspect.getsource(inspect.unwrap(backbone.forward))
+        return re.search(r"if labels is not None:\n(.*\n){0,2}?\s+use_cache = False", source) is not None
+    return False
 
 
 def reads_softcap(backbone: type[PreTrainedModel]) -> bool:

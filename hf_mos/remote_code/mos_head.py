@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from types import MethodType
 from typing import Any
 
 import torch
@@ -81,8 +82,8 @@ class MoSLMHead(nn.Linear):
     @classmethod
     def take_over(cls, linear: nn.Linear, **options: Any) -> "MoSLMHead":
         """Turns a vocabulary projection into a head, in place: its weight, hooks and place in the model stay."""
-        linear.__class__ = cls
         head: Any = linear
+        change_class(head, cls)
         head.add_mixture(**options)
         return head
 
@@ -290,6 +291,14 @@ class MoSLMHead(nn.Linear):
     def extra_repr(self) -> str:
         names = ("num_mixtures", "shortlist_size", "latent_scale", "softcap")
         return ", ".join([super().extra_repr(), *(f"{name}={getattr(self, name)}" for name in names)])
+
+
+def change_class(module: nn.Module, cls: Any) -> None:
+    """Sets the class of a module, and of the forward that accelerate keeps of an offloaded one."""
+    kept = vars(module).get("_old_forward")
+    if getattr(kept, "__func__", None) is type(module).forward:
+        vars(module)["_old_forward"] = MethodType(cls.forward, module)
+    module.__class__ = cls
 
 
 def hand_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -26,7 +26,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.registry import ModelRegistry
 
-from ..remote_code.configuration_mos import NO_SOFTCAP, PREFIX, find_softcap_field
+from ..remote_code.configuration_mos import PREFIX
 from ..remote_code.mos_checkpoint import non_finite
 from ..remote_code.mos_head import MoSLMHead
 from ..remote_code.mos_log_probs import infer_log_probs
@@ -62,7 +62,7 @@ class MixtureLogits(LogitsProcessor):
             num_mixtures=config.num_mixtures,
             shortlist_size=config.shortlist_size,
             latent_scale=config.latent_scale,
-            softcap=softcap_of(config),
+            softcap=native.soft_cap,
         ).requires_grad_(False)
         del self.mixture.weight
         self.decoder = (decoder,)
@@ -256,12 +256,6 @@ def input_embedding(model: nn.Module, num_classes: int, size: int) -> VocabParal
             f"given {kinds}"
         )
     return found[0]
-
-
-def softcap_of(config: PreTrainedConfig) -> float | None:
-    """The softcap of the logits, which the architectures name differently; `None` if there is none."""
-    found = find_softcap_field(config, lambda value: value not in (None, NO_SOFTCAP))
-    return None if found is None else getattr(*found)
 
 
 def renamings_of(config: PreTrainedConfig) -> list[WeightRenaming]:

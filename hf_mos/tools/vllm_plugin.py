@@ -16,7 +16,6 @@ from ..remote_code.configuration_mos import (
     PREFIX,
     TOKENIZER_CONFIG,
     MoSConfig,
-    backbone_config_class,
     option_defaults,
 )
 from ..remote_code.mos_checkpoint import check_files
@@ -129,4 +128,4 @@ def served_config(config_dict: dict[str, Any], config: MoSConfig, source: str | 
     fields |= {name: getattr(config, name) for name in option_defaults()}
     # vLLM asks for an architecture by its own name too.
     fields["architectures"] = [PREFIX + architecture, architecture]
-    return backbone_config_class(config.model_type).from_dict(fields)
+    return config.backbone_config_class.from_dict(fields)

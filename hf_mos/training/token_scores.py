@@ -53,13 +53,13 @@ class TokenScores(ModelOutput):
     aux_loss: Tensor | None = None
 
 
-def score(log_probs: Tensor, targets: Tensor, options: ScoreOptions) -> Scores:
+def score(log_probs: Tensor, targets: Tensor, options: ScoreOptions, are_log_probs: bool = True) -> Scores:
     """The scores in the order of `SCORES`: the readable reference.
 
-    `log_probs` (n, V) are the mixture's, `targets` (n,) class indices.
+    `log_probs` (n, V) are the mixture's, or logits where they are no log-probabilities; `targets` (n,) class indices.
     """
     logits = log_probs if options.temperature == 1 else log_probs / options.temperature
-    if options.temperature != 1:
+    if options.temperature != 1 or not are_log_probs:
         log_probs = F.log_softmax(logits, dim=-1)
     wanted = options.wanted
     return (
@@ -219,7 +219,7 @@ def score_batch(
         function = functools.partial(score_tokens, options)
         flat = head(hidden_states[counts], targets=targets[counts], function=function)
     else:
-        flat = score(F.log_softmax(head(hidden_states)[counts].float(), dim=-1), targets[counts], options)
+        flat = score(widen(head(hidden_states)[counts]), targets[counts], options, are_log_probs=False)
     # masked_scatter stays differentiable where no label counts
     scores: dict[str, Any] = {
         name: None if part is None else part.new_zeros(counts.shape).masked_scatter(counts, part)
