@@ -46,7 +46,7 @@ def from_causal_lm(cls: Any, model: str | os.PathLike | PreTrainedModel, **kwarg
         if kwargs:
             raise ValueError(f"options: expected {known}, given {', '.join(sorted(kwargs))}")
         refuse_mixture(model.config, type(model).__name__)
-        backbone = share_weights(model)
+        backbone: Any = share_weights(model)
     elif isinstance(model, (str, os.PathLike)):
         backbone = load_causal_lm(model, known, kwargs)
     else:
@@ -59,7 +59,8 @@ def from_causal_lm(cls: Any, model: str | os.PathLike | PreTrainedModel, **kwarg
     if ties and not tied:
         raise ValueError("tie_word_embeddings: expected False, the model's own head is not tied, given True")
     part_device_map(backbone, projection)
-    made = model_class_for(type(backbone))
+    softmax_class: Any = type(backbone)
+    made = model_class_for(softmax_class)
     if not issubclass(made if cls is MoSForCausalLM else cls, made):
         raise ValueError(f"model: expected a {cls.backbone_class.__name__}, given a {type(backbone).__name__}")
     config: Any = adopt(backbone.config, options)

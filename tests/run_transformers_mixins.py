@@ -101,9 +101,11 @@ if "tests.test_modeling_common" in sys.modules:
         make_tester = Tester
         model_tester = None
 
+        def __init_subclass__(cls) -> None:
+            cls.all_model_classes = cls.all_generative_model_classes = (class_of(cls.make_tester.backbone),)
+
         def setUp(self) -> None:
             self.model_tester = self.make_tester(self)
-            self.all_model_classes = self.all_generative_model_classes = (self.model_tester.causal_lm_class,)
 
         def test_config(self) -> None:
             config = self.model_tester.get_config()

@@ -31,10 +31,9 @@ SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_so
 # Replaces a softcap that may not be None: `tanh(h / 2^64) * 2^64` is h, to the bit, in fp32 and in bf16.
 NO_SOFTCAP = 2.0**64
 
-# The config of no model type that AutoTokenizer reads where it may not run the code of this one: it finds one in a
-# config.json, and warns of the type of the model where it finds none.
+# A config of no model type. AutoTokenizer reads it where it may not run the code of this one: it finds any config in
+# the file, and would warn of the type of the model without one.
 TOKENIZER_CONFIG = "tokenizer_without_code"
-
 
 LISTENERS: list[Callable[[Any], None]] = []  # called with each config class that is made
 
@@ -55,7 +54,7 @@ class MoSConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    backbone_config_class: ClassVar[type[PreTrainedConfig] | None] = None  # of a made class
+    backbone_config_class: ClassVar[Any] = None  # of a made class
 
     num_mixtures: int = option(16, "K, the number of softmaxes.")
     shortlist_size: int | None = option(
@@ -90,9 +89,9 @@ class MoSConfig(PreTrainedConfig):
         return adopt(copy.deepcopy(config), options)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Like `PreTrainedConfig.from_pretrained`; the class of the result is the one that the file names."""
-        return super(MoSConfig, MoSConfig).from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return super(MoSConfig, MoSConfig).from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -110,14 +109,14 @@ class MoSConfig(PreTrainedConfig):
                 f"model_type: expected {MODEL_TYPE!r}, given {model_type!r}. To put a mixture head on that model, "
                 "call MoSForCausalLM.from_causal_lm."
             )
-        known = backbone_type or model_type
+        known: Any = backbone_type or model_type
         if known not in CONFIG_MAPPING:
             raise ValueError(f"{BACKBONE_TYPE}: expected a model type that transformers knows, given {known!r}")
-        made = cls if cls is not MoSConfig else config_class_for(CONFIG_MAPPING[known])
+        backbone: Any = CONFIG_MAPPING[known]
+        made = cls if cls is not MoSConfig else config_class_for(backbone)
         ours = ("model_type", BACKBONE_TYPE, TOKENIZER_CONFIG)
         config_dict = {name: value for name, value in config_dict.items() if name not in ours}
-        from_dict: Any = made.backbone_config_class.from_dict
-        return from_dict.__func__(made, config_dict, **kwargs)
+        return made.backbone_config_class.from_dict.__func__(made, config_dict, **kwargs)
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """The text of the file: this config, and `model_type` as the file says it."""
@@ -133,7 +132,8 @@ class MoSConfig(PreTrainedConfig):
 
 def adopt(config: Any, options: dict[str, Any]) -> Any:
     """Makes a backbone's config a mixture's, in place, as the layers of a model hold it too."""
-    config.__class__ = config_class_for(type(config))
+    backbone: Any = type(config)
+    config.__class__ = config_class_for(backbone)
     for name, value in (option_defaults() | {"softcap": None} | options).items():
         setattr(config, name, value)
     return config
@@ -148,12 +148,10 @@ def check_options(options: dict[str, Any]) -> None:
     """Raises a ValueError for an unknown option, and for one that has a wrong type or is out of range."""
     if unknown := sorted(options.keys() - option_defaults().keys()):
         raise ValueError(f"options: expected {', '.join(option_defaults())}, given {', '.join(unknown)}")
-
-    counts, numbers = (int,), (int, float)
-    expected = {
-        "num_mixtures": (counts, "an int of at least 1"),
-        "shortlist_size": ((*counts, type(None)), "an int of at least 1, or None"),
-        "latent_scale": ((*numbers, type(None)), "a finite number above 0, or None"),
+    expected: dict[str, tuple[Any, str]] = {
+        "num_mixtures": (int, "an int of at least 1"),
+        "shortlist_size": (int | None, "an int of at least 1, or None"),
+        "latent_scale": (int | float | None, "a finite number above 0, or None"),
     }
     for name, value in options.items():
         types, words = expected[name]
@@ -162,13 +160,13 @@ def check_options(options: dict[str, Any]) -> None:
 
 
 @functools.cache
-def config_class_for(backbone: type[PreTrainedConfig]) -> type[MoSConfig]:
+def config_class_for(backbone: Any) -> type[MoSConfig]:
     """The class of the configs of mixtures with this backbone, importable from this module as `MoS` + its name."""
     name = PREFIX + backbone.__name__
+    members: dict[str, Any] = {own: vars(MoSConfig)[own] for own in ("from_pretrained", "from_dict", "to_json_string")}
+    members |= {"__module__": __name__, "__qualname__": name}
+    members |= {"backbone_config_class": backbone, "model_type": backbone.model_type}
     # `__name__` is the same in all of them, as `AutoModelForCausalLM.register` compares it.
-    members: dict[str, Any] = {"__module__": __name__, "__qualname__": name, "backbone_config_class": backbone}
-    members |= {own: vars(MoSConfig)[own] for own in ("from_pretrained", "from_dict", "to_json_string")}
-    members["model_type"] = backbone.model_type
     made: Any = type("MoSConfig", (backbone, MoSConfig), members)
     globals()[name] = made
     for listener in LISTENERS:
@@ -178,8 +176,9 @@ def config_class_for(backbone: type[PreTrainedConfig]) -> type[MoSConfig]:
 
 def __getattr__(name: str) -> type[MoSConfig]:
     """Makes the config class of a backbone of transformers: `MoSLlamaConfig`."""
-    backbone = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
-    if not (isinstance(backbone, type) and issubclass(backbone, PreTrainedConfig)):
+    backbone: Any = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    is_config = isinstance(backbone, type) and issubclass(backbone, PreTrainedConfig)
+    if not is_config:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return config_class_for(backbone)
 

@@ -19,13 +19,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
@@ -42,14 +36,7 @@ from .configuration_mos import (
     option_defaults,
     take_softcap,
 )
-from .mos_checkpoint import (
-    SavedCheckpoint,
-    check_files,
-    check_loaded,
-    own_class_name,
-    replace_checkpoint,
-    whole_state_dict,
-)
+from .mos_checkpoint import SavedCheckpoint, check_files, check_loaded, own_class, replace_checkpoint, whole_state_dict
 from .mos_head import MoSLMHead, hand_on, plays, role
 from .mos_log_probs import count_items
 from .mos_matmul import has_foreign_hooks
@@ -67,12 +54,12 @@ OWN_ARGUMENTS = ("skip_logits", "add_log_partition", "fused_lm_head")  # of forw
 class MoSForCausalLM(PreTrainedModel, GenerationMixin):
     """A causal LM whose head is a mixture of softmaxes.
 
-    Equivalent to: the softmax model with [`MoSLMHead`] in the place of its vocabulary projection. `outputs.logits` are
-    the mixture's natural log-probabilities in fp32: their softmax is the mixture, so generation, sampling and
-    cross-entropy read them rightly. `temperature` and `repetition_penalty` act on the mixture, not on each component.
+    Equivalent to: the softmax model with [`MoSLMHead`] in the place of its vocabulary projection. `outputs.logits`
+    (batch, sequence, V) are the mixture's natural log-probabilities in fp32. Their softmax is the mixture, on which
+    generation, `temperature` and `repetition_penalty` act, not on each component.
 
-    `from_causal_lm` converts a model, `from_pretrained` loads a mixture, `MoSForCausalLM(config)` makes one with
-    random weights. Each returns an instance of a made class. `forward` takes the softmax model's arguments, and these:
+    `from_causal_lm`, `from_pretrained` and `MoSForCausalLM(config)` return instances of made classes. `forward` takes
+    the softmax model's arguments, and these:
 
         shift_labels (batch, sequence): labels that are shifted already, in place of `labels`
         num_items_in_batch: the divisor of the summed loss; by default the number of labels that are not ignored
@@ -89,7 +76,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
     argument_names: tuple[str, ...] = ()  # of the softmax model's forward
     drops_cache_with_labels = False  # as the softmax model's forward does
     skip_logits_in_training = True  # a call with labels then makes no tensor as wide as V
-    read_fused_forward: Any = None  # hf_mos.training.token_scores sets these two, for TRL
+    read_fused_forward: Any = None  # hf_mos.training.token_scores sets these three, for TRL
     score_batch: Any = None
     score_options: Any = None
 
@@ -100,8 +87,6 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         vars(self)["_given_config"] = config
         super().__init__(config, *args, **kwargs)
         del self._given_config
-
-    # ------------------------------------------------------------------------------------------------- construction
 
     def post_init(self) -> None:
         self.put_head()
@@ -180,14 +165,6 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         return cls.backbone_class is not None and cls.backbone_class.is_custom_code()
 
     @classmethod
-    def _can_set_attn_implementation(cls) -> bool:  # transformers reads the source of the class's module
-        return cls.backbone_class._can_set_attn_implementation()
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return cls.backbone_class._can_set_experts_implementation()
-
-    @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
         made = model_class_for(backbone_class_of(config)) if cls is MoSForCausalLM else cls
         return super(MoSForCausalLM, made)._from_config(config, **kwargs)
@@ -196,8 +173,6 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
     def from_causal_lm(cls, model: Any, **kwargs: Any) -> Any:
         """Replaces the head of a causal LM with a mixture; `hf_mos.conversion` defines it."""
         raise ImportError("from_causal_lm: expected `import hf_mos`, given the files beside a checkpoint alone")
-
-    # -------------------------------------------------------------------------------------------------- save and load
 
     def save_pretrained(  # type: ignore[override]  # the rest of its arguments are among the kwargs
         self,
@@ -213,9 +188,8 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         """Like `PreTrainedModel.save_pretrained`, but atomic.
 
         If the process is killed, the folder loads as the old or new checkpoint (`mos_checkpoint.py`); the disk must
-        hold both. Adapters and a `distributed_checkpoint` are saved as transformers saves them. With sharded weights
-        (FSDP2, tensor parallelism) every process must call this; all return when the checkpoint is complete.
-        ValueError where the head is not a [`MoSLMHead`], so that the checkpoint would load as something else.
+        hold both. Transformers itself saves adapters and a `distributed_checkpoint`. With sharded weights every
+        process must call this. ValueError where the head is not a [`MoSLMHead`], which is what would be loaded.
         """
         head: Any = self.mos_head
         if head is None or type(head).latents is not MoSLMHead.latents:
@@ -239,7 +213,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         is_writer = is_main_process and not (torch.distributed.is_initialized() and torch.distributed.get_rank())
         is_special = getattr(self, "_hf_peft_config_loaded", False) or kwargs.get("distributed_checkpoint")
-        with own_class_name(self):
+        with own_class(self):
             if not is_writer or is_special or os.path.isfile(save_directory):
                 write(save_directory, is_main_process=is_main_process, push_to_hub=push_to_hub, **hub, **kwargs)
             else:
@@ -285,15 +259,9 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         headers = {}
         if pretrained_model_name_or_path is not None and folder.is_dir() and kwargs.get("gguf_file") is None:
             headers = check_files(folder, kwargs.get("variant"), getattr(config, "transformers_weights", None))
-        loaded: Any = super(MoSForCausalLM, made).from_pretrained(
-            pretrained_model_name_or_path,
-            *args,
-            config=config,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, in words
-            use_safetensors=True,
-            **kwargs,
-        )
+        kwargs |= {"config": config, "use_safetensors": True, "output_loading_info": True}
+        kwargs["ignore_mismatched_sizes"] = True  # refused below, in words
+        loaded: Any = super(MoSForCausalLM, made).from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model, info = loaded
         check_loaded(model, info, pretrained_model_name_or_path, headers, ignore_mismatched_sizes)
         staged = vars(model.config).pop("transformers_weights", None)
@@ -313,8 +281,6 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             model.tie_weights(recompute_mapping=False)
         return super().maybe_distribute_model(model, distributed_config, mesh)
 
-    # ------------------------------------------------------------------------------------------------------ the head
-
     @property
     def mos_head(self) -> MoSLMHead | None:
         """The mixture's head, also inside a wrapper such as an adapter; `None` where another head took its place."""
@@ -329,7 +295,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         return old_lm_head
 
     def __getattr__(self, name: str) -> Any:
-        found = super().__getattr__(name)
+        found: Any = super().__getattr__(name)
         return HandsOn(found) if plays(found, "input") and not isinstance(found, MoSLMHead) else found
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -351,21 +317,17 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         """The hidden states (batch, sequence, D) that the head reads, for the arguments of `forward`."""
         return self._run_layers(**self._by_name(args, kwargs)).logits
 
-    # ------------------------------------------------------------------------------------------------------- forward
-
     def _run_layers(self, **kwargs: Any) -> Any:
         """The softmax model's own forward, whose head hands on the hidden states as the logits."""
         kwargs = {name: value for name, value in kwargs.items() if value is not None} | {"return_dict": True}
-        module = self.get_output_embeddings()
+        module: Any = self.get_output_embeddings()
         with role(module if self.holds(module) else find_head(module), "input"):
             return super().forward(**kwargs)
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         names = self.argument_names
         if len(args) > len(names) or kwargs.keys() & {*names[: len(args)]}:
-            raise TypeError(
-                f"forward: expected at most {len(names)} positional arguments, each given once, given {len(args)}"
-            )
+            raise TypeError(f"forward: expected up to {len(names)} positional arguments, each once, given {len(args)}")
         return dict(zip(names, args, strict=False)) | kwargs
 
     def mix(
@@ -395,7 +357,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         fuses = not has_foreign_hooks(head) and not has_foreign_hooks(module)
         if type(head).forward is not MoSLMHead.forward or ("forward" in vars(head) and not fuses):
             fuses, call = False, lambda hidden_states, **_: module(hidden_states)
-        targets = shift(labels, ignore_index) if shift_labels is None and labels is not None else shift_labels
+        targets: Any = shift(labels, ignore_index) if shift_labels is None and labels is not None else shift_labels
         has_labels = targets is not None
         leaves_out = has_labels and self.training and self.skip_logits_in_training
         skips = leaves_out if skip_logits is None else skip_logits
@@ -418,14 +380,16 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             scores.loss, scores.aux_loss = add_aux_loss(scores.loss, aux_loss, self), aux_loss
             return scores
 
-        kept = states if keeps_itself else keep_positions(states, logits_to_keep)
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        keeps_all = keeps_itself or (isinstance(logits_to_keep, int) and logits_to_keep == 0)
+        kept = states if keeps_all else states[:, positions]
         logits = None if skips else call(kept, add_log_partition=add_log_partition)
         loss = None
         if has_labels:
             targets = targets.to(states.device)
             if not fuses or self.loss_function is not ForCausalLMLoss:
                 whole = logits if logits is not None and kept is states else call(states)
-                options = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
+                options: dict[str, Any] = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
                 options = {name: value for name, value in options.items() if value is not None} | kwargs
                 options |= {"ignore_index": ignore_index} if ignore_index != -100 else {}
                 loss = self.loss_function(logits=whole, labels=labels, vocab_size=whole.shape[-1], **options)
@@ -440,20 +404,15 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         if logits is None and skip_logits is None:
             logits = LEFT_OUT
         outputs = dataclasses.replace(outputs, loss=loss, logits=logits)
-        if return_dict is None:
-            return_dict = self.config.return_dict
-        return outputs if return_dict else outputs.to_tuple()
-
-
-# ------------------------------------------------------------------------------------------------------- made classes
+        returns_dict = self.config.return_dict if return_dict is None else return_dict
+        return outputs if returns_dict else outputs.to_tuple()
 
 
 @functools.cache
-def model_class_for(backbone: type[PreTrainedModel]) -> type[MoSForCausalLM]:
+def model_class_for(backbone: Any) -> type[MoSForCausalLM]:
     """The class of the mixtures with this softmax model, importable from this module as `MoS` + its name."""
     name = PREFIX + backbone.__name__
 
-    @with_signature_of(backbone.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         module = self.get_output_embeddings()
         if find_head(module) is None:  # another head took its place: this is a softmax model
@@ -465,7 +424,6 @@ def model_class_for(backbone: type[PreTrainedModel]) -> type[MoSForCausalLM]:
         kwargs = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
         return super(MoSForCausalLM, self).forward(*args, **kwargs)
 
-    @with_signature_of(backbone.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs = super(MoSForCausalLM, self).prepare_inputs_for_generation(*args, **kwargs)
         return inputs if self.mos_head is None else inputs | {"add_log_partition": True}
@@ -473,7 +431,12 @@ def model_class_for(backbone: type[PreTrainedModel]) -> type[MoSForCausalLM]:
     parameters = inspect.signature(backbone.forward).parameters.values()
     named = tuple(each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD))
     members: dict[str, Any] = {"__module__": __name__, "__qualname__": name, "__doc__": MoSForCausalLM.__doc__}
-    members |= {"forward": forward, "prepare_inputs_for_generation": prepare_inputs_for_generation}
+    members["forward"] = sign_as(backbone.forward, forward)
+    prepare = sign_as(backbone.prepare_inputs_for_generation, prepare_inputs_for_generation)
+    members["prepare_inputs_for_generation"] = prepare
+    # These read the source of the class's module.
+    asked = ("_can_set_attn_implementation", "_can_set_experts_implementation")
+    members |= {name: getattr(backbone, name) for name in asked}
     members |= {"backbone_class": backbone, "config_class": config_class_for(backbone.config_class)}
     members |= {"argument_names": named[1:], "drops_cache_with_labels": drops_cache_with_labels(backbone)}
     made: Any = type(name, (MoSForCausalLM, backbone), members)
@@ -485,39 +448,34 @@ def model_class_for(backbone: type[PreTrainedModel]) -> type[MoSForCausalLM]:
     return made
 
 
-def with_signature_of(theirs: Callable[..., Any]) -> Callable[..., Any]:
+def sign_as(theirs: Any, ours: Any) -> Any:
     """Gives a function the name and the signature of another, whose arguments it hands on."""
-
-    def decorate(ours: Callable[..., Any]) -> Any:
-        wrapped: Any = functools.wraps(theirs)(ours)
-        wrapped.__signature__ = inspect.signature(theirs)
-        del wrapped.__wrapped__  # who unwraps it ends here
-        return wrapped
-
-    return decorate
+    functools.update_wrapper(ours, theirs)
+    ours.__signature__ = inspect.signature(theirs)
+    del ours.__wrapped__  # who unwraps it ends here
+    return ours
 
 
 def __getattr__(name: str) -> type[MoSForCausalLM]:
     """Makes the class of the mixtures with a softmax model of transformers: `MoSLlamaForCausalLM`."""
-    backbone = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
-    if not (isinstance(backbone, type) and issubclass(backbone, GenerationMixin)):
+    backbone: Any = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    is_model = isinstance(backbone, type) and issubclass(backbone, GenerationMixin)
+    if not is_model:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return model_class_for(backbone)
 
 
-def backbone_class_of(config: Any) -> type[PreTrainedModel]:
+def backbone_class_of(config: Any) -> Any:
     """The class that `AutoModelForCausalLM` has for the backbone; for one that it does not load, the config's own."""
     if getattr(config, "backbone_config_class", None) is None:  # of the code beside a checkpoint too
         given = type(config).__name__
         raise ValueError(f"config: expected MoSConfig.from_backbone_config(config, num_mixtures=...), given {given}")
+    mapping: Any = AutoModelForCausalLM._model_mapping  # type: ignore[attr-defined]
     name = (config.architectures or [""])[0].removeprefix(PREFIX)
-    mapped = AutoModelForCausalLM._model_mapping.get(config.backbone_config_class, None)  # type: ignore[attr-defined]
+    mapped = mapping.get(config.backbone_config_class, None)
     if (found := mapped if mapped is not None else getattr(transformers, name, None)) is None:
         raise ValueError(f"architectures: expected a causal LM of transformers, given {config.architectures}")
     return found
-
-
-# ---------------------------------------------------------------------------------------------------- parts of forward
 
 
 def find_head(module: Any) -> MoSLMHead | None:
@@ -538,7 +496,7 @@ def is_transparent(module: Any) -> bool:
 
 
 class HandsOn:
-    """Stands for a module around the head while the layers run: returns its input, and has the module's attributes."""
+    """Stands for a module around the head while the layers run: returns its input, and has its attributes."""
 
     __call__ = staticmethod(hand_on)
 
@@ -565,7 +523,8 @@ class LogitsLeftOut(tuple):
             raise AttributeError(name)
         self._refuse()
 
-    __getitem__ = __add__ = __mul__ = __rmul__ = __truediv__ = __array__ = _refuse  # type: ignore[assignment]  # for others a tuple has no answer
+    # A tuple has an answer for these, or raises another error.
+    __getitem__ = __add__ = __mul__ = __rmul__ = __truediv__ = __array__ = _refuse  # type: ignore[assignment]
 
     @classmethod
     def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -580,12 +539,6 @@ def shift(labels: Tensor, ignore_index: int = -100) -> Tensor:
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels: expected integer class indices, given {labels.dtype}")
     return F.pad(labels.long(), (0, 1), value=ignore_index)[..., 1:]
-
-
-def keep_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    if isinstance(logits_to_keep, int):
-        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
-    return hidden_states[:, logits_to_keep]
 
 
 def add_aux_loss(loss: Tensor, aux_loss: Any, model: PreTrainedModel) -> Tensor:

@@ -44,9 +44,8 @@ def replace_checkpoint(folder: Path, variant: str | None, write: Callable[[Path]
         write(staging)
         names = sorted(path.name for path in staging.iterdir())
         _point_into(staging, names)
-        for path in staging.iterdir():
+        for path in (*staging.iterdir(), staging):
             _flush(path)
-        _flush(staging)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -139,7 +138,7 @@ def whole_state_dict(model: nn.Module) -> Any:
 
 
 @contextlib.contextmanager
-def own_class_name(model: PreTrainedModel) -> Iterator[None]:
+def own_class(model: PreTrainedModel) -> Iterator[None]:
     """Saves the name and the code of the model's own class, in place of the class that FSDP2 gives it."""
     given: Any = type(model)
     own = next(base for base in given.__mro__ if not base.__module__.startswith("torch."))
@@ -258,7 +257,7 @@ def check_loaded(
         given = type(model.get_output_embeddings()).__name__
         raise ValueError(f"{where}: expected a mixture's head that stays one while it is loaded, given {given}")
     path = model.head_path()
-    own = re.compile(rf"{re.escape(path)}\.(prior|shift)\.(weight|bias)|{re.escape(path)}\.bias")
+    own = re.compile(rf"{re.escape(path)}\.(?!weight$)(.+\.)?(weight|bias)")
     if unread := sorted(key for key in info["unexpected_keys"] if own.fullmatch(key)):
         raise ValueError(
             f"{where}: expected the weights of the head that the config names, given {', '.join(unread)} too"

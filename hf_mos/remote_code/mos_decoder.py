@@ -13,14 +13,13 @@ from .mos_matmul import multiply, multiply_into
 
 Tokens = slice | Tensor  # the tokens of a chunk, as an index
 
-# Working memory of the loss. A chunk of n rows moves about 4 n V + 16 V D bytes and computes 6 n V D operations, so n
-# has to be large. In place of 12 MiB, 30 MiB took 0.82 (D = 256, V = 32000) and 0.81 (D = 768, V = 50257) of the time
-# with a trained decoder, on an AMD EPYC of family 26. More than 32 MiB gain at most 3 %, and glibc no longer keeps
-# such a buffer for the next step: at V = 2048 44 MiB took 1.8 times as long. On an accelerator its memory decides.
+# Working memory of the loss; on an accelerator its memory decides. A chunk of n rows moves about 4 n V + 16 V D bytes
+# and computes 6 n V D operations, so n has to be large: with a trained decoder 30 MiB took 0.82 (D = 256, V = 32000)
+# and 0.81 (D = 768, V = 50257) of the time of 12 MiB, on an AMD EPYC of family 26. More than 32 MiB gain at most 3 %,
+# and glibc no longer keeps such a buffer for the next step: at V = 2048 44 MiB took 1.8 times as long.
 CPU_BUDGET_BYTES = 30 * 2**20
-# With a trained decoder, 128 rows of logits in fp32 are the budget where 30 MiB are fewer, as each chunk reads and
-# writes the decoder's gradient. They took 0.86 of the time of 30 MiB at D = 256, V = 128000, and 0.69 at V = 262144.
-# At most four times the budget, 120 MiB.
+# With a trained decoder at least 128 rows of logits in fp32, as each chunk reads and writes the decoder's gradient; at
+# most 120 MiB. They took 0.86 of the time of 30 MiB at D = 256, V = 128000, and 0.69 at V = 262144.
 TRAINED_DECODER_ROWS, TRAINED_DECODER_BUDGETS = 128, 4
 MIN_ROWS = 32  # at least so many rows of logits, however many bytes each needs
 MIN_BUDGET_BYTES = 256 * 2**20
@@ -36,8 +35,8 @@ class WholeVocabulary(NamedTuple):
     def softmax_(self, logits: Tensor, target_rows: Tensor) -> Tensor:
         """Softmax of the logits (R, V), in place; returns the component_nll of the targets, both (R, 1).
 
-        The largest probability is exp(-log(total)), which cannot underflow; log(total) is read back from it. So there
-        are three passes over the logits, where logsumexp and softmax take six and a copy.
+        The logarithm of their sum is read back from the largest probability, which cannot underflow. So there are
+        three passes over the logits, where logsumexp and softmax take six and a copy.
         """
         target_logits = logits.gather(1, target_rows)
         largest = logits.amax(dim=-1, keepdim=True)
@@ -91,30 +90,17 @@ class ChunkBuffers(NamedTuple):
 
     @classmethod
     def allocate(
-        cls,
-        num_tokens: int,
-        rows_per_token: int,
-        decoder: Decoder,
-        wants_gradients: bool,
-        trains_decoder: bool,
-        chunk_size: int | None,
+        cls, count: int, rows_per_token: int, decoder: Decoder, wants_any: bool, trains_decoder: bool, size: int | None
     ) -> "ChunkBuffers":
-        """Splits the tokens; `chunk_size=None` puts as many into a chunk as the budget allows.
-
-        The budget counts the classes of the whole vocabulary: processes that shard it split the tokens alike.
-        """
+        """Makes the buffers for chunks of `size` of the `count` tokens; `None`: of as many as the budget allows."""
+        # V of the whole vocabulary, so that processes that shard it split the tokens alike.
         weight, sum_dtype, V = decoder.weight, decoder.sum_dtype, decoder.vocabulary.num_classes
         work_dtype, device = weight.dtype, weight.device
-        has_half, has_slope = work_dtype != sum_dtype, decoder.softcap is not None and wants_gradients
-        budget = budget_bytes(device)
-        if trains_decoder:
-            wanted = TRAINED_DECODER_ROWS * V * torch.float32.itemsize
-            budget = min(max(budget, wanted), TRAINED_DECODER_BUDGETS * budget)
-        size = chunk_size
+        has_half, has_slope = work_dtype != sum_dtype, decoder.softcap is not None and wants_any
         if size is None:
             bytes_per_logit = sum_dtype.itemsize * (1 + has_slope) + work_dtype.itemsize * has_half
-            size = max(MIN_ROWS, budget // (V * bytes_per_logit)) // rows_per_token
-        size = even(num_tokens, size)
+            size = tokens_per_chunk(rows_per_token, V, bytes_per_logit, device, trains_decoder)
+        size = even(count, size)
 
         def empty(dtype: torch.dtype) -> Tensor:
             return torch.empty(size * rows_per_token, weight.shape[0], dtype=dtype, device=device)
@@ -150,9 +136,15 @@ def budget_bytes(device: torch.device) -> int:
     return CPU_BUDGET_BYTES
 
 
-def tokens_per_chunk(rows_per_token: int, num_classes: int, bytes_per_logit: int, device: torch.device) -> int:
+def tokens_per_chunk(
+    rows_per_token: int, num_classes: int, bytes_per_logit: int, device: torch.device, trains_decoder: bool = False
+) -> int:
     """The number of tokens whose logits fit into the budget."""
-    rows = max(MIN_ROWS, budget_bytes(device) // (num_classes * bytes_per_logit))
+    budget = budget_bytes(device)
+    if trains_decoder:
+        wanted = TRAINED_DECODER_ROWS * num_classes * torch.float32.itemsize
+        budget = min(max(budget, wanted), TRAINED_DECODER_BUDGETS * budget)
+    rows = max(MIN_ROWS, budget // (num_classes * bytes_per_logit))
     return max(1, rows // rows_per_token)
 
 

@@ -19,14 +19,14 @@ from .mos_loss import mos_cross_entropy
 from .mos_matmul import is_plain, is_transformed, project
 from .mos_shortlist import shortlist_logits
 
-# Which module plays which role at this moment, as (module, role). A model whose hidden states are asked for lets its
-# head hand on its "input"; a head behind a wrapper, such as an adapter, is called as the "decoder" that it is.
+# Which module plays which role at this moment, as (module, role). While the layers run, the head hands on its "input";
+# while a wrapper such as an adapter is called for logits, the head in it is the plain "decoder".
 _role: ContextVar[tuple[nn.Module, str] | None] = ContextVar("hf_mos_role", default=None)
 _traced_role: list[Any] = [None]  # the same for torch.compile, which cannot follow a ContextVar
 
 
 @contextlib.contextmanager
-def role(module: nn.Module, name: str) -> Iterator[None]:
+def role(module: Any, name: str) -> Iterator[None]:
     before = _traced_role[0]
     token = None if torch.compiler.is_compiling() else _role.set((module, name))
     _traced_role[0] = (module, name)
@@ -56,10 +56,9 @@ class MoSLMHead(nn.Linear):
         in_features, out_features, bias, device, dtype: of the decoder, (V, D), as for `nn.Linear`.
         options: num_mixtures, shortlist_size and latent_scale, as in `MoSConfig`, and softcap, as in `mos_log_probs`.
 
-    Initialisation: every shift is zero, so every latent is the hidden state itself and the mixture predicts what one
-    softmax with its decoder predicts. The prior's logits have random weights of standard deviation 1 / sqrt(D), so
-    that the components get the gradients of different tokens, and part. Under equal weights they would stay clones
-    (`python examples/benchmarks/initialisation.py --threads 1` compares).
+    Initialisation: all shifts are zero, so the mixture predicts what one softmax with its decoder does. The prior's
+    weights times `latent_scale` are random, of standard deviation 1 / sqrt(D). So the components get the gradients of
+    different tokens, and part; with equal ones they stay clones (`examples/benchmarks/initialisation.py` compares).
 
     To compute other latents, derive a class that overrides `latents` and give it the place of the head with
     `take_over`. It trains by the same loss. Source: Yang et al. 2018, arXiv 1711.03953, section 2.3.
@@ -110,8 +109,6 @@ class MoSLMHead(nn.Linear):
         init.normal_(self.prior.weight, std=self.in_features**-0.5 / self.latent_scale)
         init.zeros_(self.shift.weight)
 
-    # ------------------------------------------------------------------------------------------- prior and latents
-
     def prior_logits(self, hidden_states: Tensor) -> Tensor:
         """The logits of the prior (..., K) for hidden states (..., D); in its own dtype under autocast too."""
         with torch.autocast(hidden_states.device.type, enabled=False):
@@ -141,17 +138,14 @@ class MoSLMHead(nn.Linear):
 
     def components(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """The log-weights (..., K) and the logits (..., K, V) of the components, in fp32 or wider. Differentiable."""
-        return components(
-            self.as_decoder(None), *self.latents_and_prior(hidden_states), self.softcap, self.shortlist_size
-        )
+        latents, prior_logits = self.latents_and_prior(hidden_states)
+        return components(self.as_decoder(None), latents, prior_logits, self.softcap, self.shortlist_size)
 
     def latents_and_prior(self, hidden_states: Tensor) -> tuple[Latents, Tensor]:
         """The latents, on a shortlist their mean and offsets, and the prior's logits."""
-        prior_logits = self.prior_logits(hidden_states)
+        prior_logits = self.prior_logits(hidden_states)  # first: gradients are summed in this order, to the bit
         latents = self.latents if self.shortlist_size is None else self.mean_and_offsets
         return latents(hidden_states), prior_logits
-
-    # ------------------------------------------------------------------------------------- log-probabilities, loss
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if plays(self, "input"):
@@ -184,28 +178,25 @@ class MoSLMHead(nn.Linear):
                 of N tokens, inside this forward, where engines have gathered the weights.
 
         Returns:
-            Natural log-probabilities (..., V) in fp32 or wider; with targets the loss in nats, or the function's result.
+            Natural log-probabilities (..., V) in fp32 or wider; with targets the loss in nats, or `function`'s result.
         """
         leading = hidden_states.shape[:-1]
         if targets is not None and targets.shape != leading:
             raise ValueError(f"targets: expected {tuple(leading)}, given {tuple(targets.shape)}")
         # The layers see the batch as it is, whose hooks may count its sequences; the decoder sees N tokens.
-        parts = each(lambda x: x.reshape(-1, *x.shape[len(leading) :]), self.latents_and_prior(hidden_states))
+        parts = self.latents_and_prior(hidden_states)
+        latents, prior_logits = each(lambda x: x.reshape(-1, *x.shape[len(leading) :]), parts)
         if targets is None:
-            return self.log_probs(*parts, decoder, add_log_partition).unflatten(0, leading)
+            return self.log_probs(latents, prior_logits, decoder, add_log_partition).unflatten(0, leading)
         if function is not None:
-            return function(self, *parts, targets.flatten(), decoder)
-        loss = self.loss(*parts, targets.flatten(), decoder, reduction, ignore_index, chunk_size)
+            return function(self, latents, prior_logits, targets.flatten(), decoder)
+        loss = self.loss(latents, prior_logits, targets.flatten(), decoder, reduction, ignore_index, chunk_size)
         loss = loss.view(leading) if reduction == "none" else loss
         # FSDP2's mixed precision rounds each real number that a module returns, and no complex one.
         return torch.complex(loss, torch.zeros_like(loss)) if hasattr(self, "_get_fsdp_state") else loss
 
     def log_probs(
-        self,
-        latents: Latents,
-        prior_logits: Tensor,
-        decoder: nn.Module | None = None,
-        add_log_partition: bool = False,
+        self, latents: Latents, prior_logits: Tensor, decoder: nn.Module | None = None, add_log_partition: bool = False
     ) -> Tensor:
         """Equivalent to: `mos_log_probs(latents, prior_logits, weight)`, (N, V)."""
         tensors, M, K = self.read_decoder(decoder), self.shortlist_size, self.num_mixtures
@@ -218,7 +209,8 @@ class MoSLMHead(nn.Linear):
                 log_probs = infer_log_probs(latents, prior_logits, weight, **given)
                 return log_probs if shard is None else shard.gather_classes(log_probs)
             if shard is None and M is not None and M * weight.shape[1] < K * weight.shape[0]:
-                logits = shortlist_logits(weight, bias, *latents, prior_logits, self.softcap, M).unsqueeze(-2)
+                mean, offsets = latents
+                logits = shortlist_logits(weight, bias, mean, offsets, prior_logits, self.softcap, M).unsqueeze(-2)
                 return mix_log_probs(logits, torch.zeros_like(logits[..., 0]), add_log_partition)
         log_weights, logits = components(self.as_decoder(decoder), latents, prior_logits, self.softcap, M)
         return mix_log_probs(logits, log_weights, add_log_partition)
@@ -254,10 +246,11 @@ class MoSLMHead(nn.Linear):
             return [function(*inputs)]
         N, V, device = inputs[-1].shape[0], self.weight.shape[0], inputs[-1].device
         size = chunk_size or tokens_per_chunk(self.num_mixtures, V, AUTOGRAD_BYTES_PER_LOGIT, device)
-        parts = (slice(start, start + size) for start in range(0, max(N, 1), size))
-        return [checkpoint(function, *each(lambda x, p=part: x[p], inputs), use_reentrant=False) for part in parts]
 
-    # ---------------------------------------------------------------------------------------------------- the decoder
+        def of_chunk(tokens: slice) -> Any:
+            return checkpoint(function, *each(lambda x: x[tokens], inputs), use_reentrant=False)
+
+        return [of_chunk(slice(start, start + size)) for start in range(0, max(N, 1), size)]
 
     def read_decoder(self, decoder: nn.Module | None) -> tuple[Tensor, Tensor | None, Any] | None:
         """The decoder's weight, bias and vocabulary shard; `None` where reading these is not enough."""
@@ -281,7 +274,8 @@ class MoSLMHead(nn.Linear):
 
     def weight_and_bias(self, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
         """The rows of the classes that count; with a `dtype` as whole tensors of it, where the weight is plain."""
-        weight, bias = self.weight, self.bias
+        weight: Any = self.weight
+        bias: Any = self.bias
         if dtype is not None and hasattr(weight, "full_tensor"):
             weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
         if self.num_classes is not None and self.num_classes < weight.shape[0]:
@@ -313,7 +307,7 @@ def each(function: Callable[[Tensor], Tensor], parts: Any) -> Any:
 
 def in_dtype_of(layer: nn.Module, hidden_states: Tensor) -> Tensor:
     # A quantizer's weight has the dtype of its codes, or is no tensor.
-    weight = layer.weight
+    weight: Any = layer.weight
     is_float = isinstance(weight, Tensor) and weight.is_floating_point()
     return hidden_states.to(weight.dtype) if is_float else hidden_states
 
@@ -321,6 +315,6 @@ def in_dtype_of(layer: nn.Module, hidden_states: Tensor) -> Tensor:
 def device_of(linear: nn.Linear) -> torch.device:
     """The device that computes with a layer; an offloaded weight lies on the meta device between two calls."""
     hook = getattr(linear, "_hf_hook", None)  # accelerate's
-    devices = [getattr(each, "execution_device", None) for each in getattr(hook, "hooks", [hook])]
+    devices = [getattr(part, "execution_device", None) for part in getattr(hook, "hooks", [hook])]
     executing = next((device for device in devices if device is not None), None)
     return linear.weight.device if executing is None else torch.device(executing)

@@ -6,10 +6,9 @@
     component_log_probs  = log_softmax(component_logits)                      (N, K, V)
     log_probs            = logsumexp_K(log_gate + component_log_probs)        (N, V)
 
-On a shortlist the components differ on the likeliest classes alone: `mos_shortlist.py` has its maths.
-
-Always in log space and in fp32 or wider: a sharp softmax underflows in probability space, and an epsilon inside the
-logarithm caps the loss and adds mass. Source: Yang et al., Breaking the Softmax Bottleneck, arXiv 1711.03953, 2.3.
+On a shortlist the components differ on the likeliest classes alone: `mos_shortlist.py` has its maths. All is in log
+space and in fp32 or wider: a sharp softmax underflows in probability space, and an epsilon inside the logarithm caps
+the loss and adds mass. Source: Yang et al., Breaking the Softmax Bottleneck, arXiv 1711.03953, section 2.3.
 """
 
 import math
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .mos_decoder import Decoder, WholeVocabulary, cap_, cap_logits, even, tokens_per_chunk, widen
-from .mos_shortlist import mix_on_shortlist_, shortlist_components
+from .mos_shortlist import mix_on_shortlist_, top_classes
 
 REDUCTIONS = ("mean", "sum", "none")
 LOG2_E = math.log2(math.e)
@@ -41,8 +40,6 @@ def mos_log_probs(
     add_log_partition: bool = False,
 ) -> Tensor:
     """Equivalent to: `log(sum_k softmax(prior_logits)_k * softmax(latents_k @ decoder_weight.T + decoder_bias))`.
-
-    The reference that the fast loss is tested against.
 
     Args:
         latents: (..., K, D), one latent for each component. On a shortlist also the pair of their mean (..., D) and
@@ -73,10 +70,15 @@ def components(
 ) -> tuple[Tensor, Tensor]:
     """The log-weights (..., K) and logits (..., K, V) of the components, in fp32 or wider, by any decoder."""
     latents, offsets = split_latents(latents, shortlist_size)
-    if offsets is not None and shortlist_size is not None:
-        return shortlist_components(decoder, latents, offsets, prior_logits, softcap, shortlist_size)
-    logits = cap_logits(widen(decoder(latents)), softcap)
-    return F.log_softmax(widen(prior_logits.to(logits.device)), dim=-1), logits
+    shared = widen(decoder(latents))  # (..., K, V); on a shortlist (..., V)
+    log_gate = F.log_softmax(widen(prior_logits.to(shared.device)), dim=-1)
+    if offsets is None or shortlist_size is None:
+        return log_gate, cap_logits(shared, softcap)
+    own = widen(decoder(latents.unsqueeze(-2) + offsets))  # (..., K, V)
+    shortlist = top_classes(shared.detach(), shortlist_size).unsqueeze(-2).expand(*own.shape[:-1], -1)  # (..., K, M)
+    shared = shared.unsqueeze(-2).expand_as(own)
+    logits = cap_logits(shared.scatter(-1, shortlist, own.gather(-1, shortlist)), softcap)
+    return F.log_softmax(log_gate + torch.logsumexp(logits, dim=-1), dim=-1), logits
 
 
 def split_latents(latents: Latents, shortlist_size: int | None) -> tuple[Tensor, Tensor | None]:
@@ -119,8 +121,7 @@ def mix_log_probs(component_logits: Tensor, prior_logits: Tensor, add_log_partit
 def mean_log_partition(log_weights: Tensor, logit: Tensor, log_prob: Tensor) -> Tensor:
     """The logarithm (...) of the components' harmonic mean partition function; all arguments are (..., K).
 
-    A component's log-partition is the difference of a logit and its log-probability, here the likeliest class's, which
-    is never at -inf.
+    A component's log-partition is any logit minus its log-probability; the likeliest class's are never at -inf.
     """
     return -torch.logsumexp(log_weights - (logit - log_prob).nan_to_num(), dim=-1)  # a shard may be at -inf throughout
 
@@ -160,23 +161,20 @@ def infer_log_probs(
     for start in range(0, N, size):
         tokens = slice(start, start + size)
         chunk = latents[tokens]
-        if offsets is None:
+        if offsets is None or shortlist_size is None:
             component_logits = decoder.logits(chunk.flatten(0, 1)).unflatten(0, chunk.shape[:2])
             cap_(component_logits, softcap)
         else:
             component_logits = decoder.logits(chunk)
-            assert shortlist_size is not None
             mix_on_shortlist_(component_logits, offsets[tokens], log_gate[tokens], decoder, shortlist_size)
             component_logits = component_logits.unsqueeze(1)
-        reads_partition = add_log_partition and V_r > 0
-        largest_logit = component_logits.amax(dim=-1) if reads_partition else None
-        component_log_probs = vocabulary.log_softmax_(component_logits)
-        log_partition = None
-        if largest_logit is not None:
+        if add_log_partition and V_r:  # a process of many may hold no class
+            largest_logit = component_logits.amax(dim=-1)
+            component_log_probs = vocabulary.log_softmax_(component_logits)
             log_partition = mean_log_partition(log_weights[tokens], largest_logit, component_log_probs.amax(dim=-1))
-        log_probs[tokens] = mix_(component_log_probs, log_weights[tokens])
-        if log_partition is not None:
-            log_probs[tokens] += log_partition.unsqueeze(-1)
+            log_probs[tokens] = mix_(component_log_probs, log_weights[tokens]).add_(log_partition.unsqueeze(-1))
+        else:
+            log_probs[tokens] = mix_(vocabulary.log_softmax_(component_logits), log_weights[tokens])
     return log_probs
 
 

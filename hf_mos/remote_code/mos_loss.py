@@ -7,10 +7,9 @@
     d component_logits = responsibilities_k * (softmax(component_logits_k) - onehot)   (n, K, V), never stored whole
     d prior_logits     = softmax(prior_logits) - responsibilities                      (n, K)
 
-The gradients of a chunk need nothing beyond its own forward pass, in one reused buffer of (n K, V). So autograd's
-forward pass makes them and its backward pass hands them over: three matmuls of (N K) x D x V, two where the decoder is
-frozen, one without gradients; on a shortlist of N x D x V (`mos_shortlist.py`). `full_loss` and `shortlist_loss` are
-the whole computation, each from top to bottom.
+The gradients of a chunk need its own forward pass alone. So autograd's forward pass makes them, in one reused buffer
+of (n K, V), and its backward pass hands them over: three matmuls of (N K) x D x V, two where the decoder is frozen,
+one without gradients; on a shortlist of N x D x V. `full_loss` and `shortlist_loss` are the whole computation.
 """
 
 from collections.abc import Callable
@@ -105,15 +104,13 @@ def full_loss(
     """Each token's nll (N,), and the `wanted` gradients of the sum of `token_weights` (N,) times nll."""
     latents, decoder, log_gate, kept = _prepare(inputs, targets, options)
     N, K, _ = latents.shape
-    wants_gradients = any(wanted)
+    wants_any = any(wanted)
     nll = log_gate.new_zeros(N)
     d_latents = torch.zeros_like(latents) if wanted.latents else None
     d_prior = torch.zeros_like(log_gate) if wanted.prior_logits else None
     d_weight = Accumulator(decoder.weight, wanted.decoder_weight, decoder.sum_dtype)
     d_bias = log_gate.new_zeros(decoder.weight.shape[0]) if wanted.decoder_bias else None
-    buffers = ChunkBuffers.allocate(
-        kept.shape[0], K, decoder, wants_gradients, wanted.decoder_weight, options.chunk_size
-    )
+    buffers = ChunkBuffers.allocate(kept.shape[0], K, decoder, wants_any, wanted.decoder_weight, options.chunk_size)
     for tokens in split(kept, buffers.size, of=N):
         rows = latents[tokens].flatten(0, 1)  # (n K, D)
         target_rows = targets[tokens].long().repeat_interleave(K).unsqueeze(1)  # (n K, 1)
@@ -124,7 +121,7 @@ def full_loss(
         log_joint = log_gate[tokens] - component_nll
         chunk_nll = -torch.logsumexp(log_joint, dim=-1, keepdim=True)
         nll[tokens] = chunk_nll.squeeze(1)
-        if not wants_gradients:
+        if not wants_any:
             continue
         responsibilities = torch.exp(log_joint + chunk_nll)  # (n, K)
         token_weight = _weights_of(tokens, token_weights, chunk_nll)
@@ -149,16 +146,14 @@ def shortlist_loss(
     assert options.shortlist_size is not None
     mean_latents, decoder, log_gate, kept = _prepare(inputs, targets, options)
     offsets = inputs.offsets.to(options.work_dtype)
-    wants_gradients = any(wanted)
+    wants_any = any(wanted)
     nll = log_gate.new_zeros(mean_latents.shape[0])
     d_mean = torch.zeros_like(mean_latents) if wanted.latents else None
     d_offsets = torch.zeros_like(offsets) if wanted.offsets else None
     d_prior = torch.zeros_like(log_gate) if wanted.prior_logits else None
     d_weight = Accumulator(decoder.weight, wanted.decoder_weight, decoder.sum_dtype)
     d_bias = log_gate.new_zeros(decoder.weight.shape[0]) if wanted.decoder_bias else None
-    buffers = ChunkBuffers.allocate(
-        kept.shape[0], 1, decoder, wants_gradients, wanted.decoder_weight, options.chunk_size
-    )
+    buffers = ChunkBuffers.allocate(kept.shape[0], 1, decoder, wants_any, wanted.decoder_weight, options.chunk_size)
     for tokens in split(kept, buffers.size, of=nll.shape[0]):
         rows, chunk_offsets, chunk_gate = mean_latents[tokens], offsets[tokens], log_gate[tokens]
         target_rows = targets[tokens].long().unsqueeze(1)  # (n, 1)
@@ -167,7 +162,7 @@ def shortlist_loss(
         on_list = mix_on_shortlist_(logits, chunk_offsets, chunk_gate, decoder, options.shortlist_size, slope)
         chunk_nll = decoder.vocabulary.softmax_(logits, target_rows)  # logits become probabilities
         nll[tokens] = chunk_nll.squeeze(1)
-        if not wants_gradients:
+        if not wants_any:
             continue
         token_weight = _weights_of(tokens, token_weights, chunk_nll)
         error = decoder.vocabulary.subtract_targets_(logits, target_rows)
@@ -207,10 +202,8 @@ def loss_of(options: LossOptions) -> Callable[..., tuple[Tensor, LossInputs]]:
 
 def _prepare(inputs: LossInputs, targets: Tensor, options: LossOptions) -> tuple[Tensor, Decoder, Tensor, Tensor]:
     """The latents and the decoder in the dtype of the matmuls, the log_gate (N, K), and the tokens that count."""
-    latents, weight, bias = (
-        None if x is None else x.to(options.work_dtype)
-        for x in (inputs.latents, inputs.decoder_weight, inputs.decoder_bias)
-    )
+    latents, weight = inputs.latents.to(options.work_dtype), inputs.decoder_weight.to(options.work_dtype)
+    bias = None if inputs.decoder_bias is None else inputs.decoder_bias.to(options.work_dtype)
     sum_dtype = torch.promote_types(inputs.latents.dtype, torch.float32)
     vocabulary = WholeVocabulary(weight.shape[0]) if options.shard is None else options.shard
     decoder = Decoder(weight, bias, options.softcap, vocabulary, sum_dtype)
@@ -329,7 +322,5 @@ def _check_inputs(inputs: LossInputs, targets: Tensor, ignore_index: int, num_cl
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
         outside = (targets != ignore_index) & ((targets < 0) | (targets >= num_classes))
         if outside.any():
-            raise ValueError(
-                f"targets: expected class indices below {num_classes}, or {ignore_index}, "
-                f"given {int(targets[outside][0])}"
-            )
+            given = int(targets[outside][0])
+            raise ValueError(f"targets: expected class indices below {num_classes}, or {ignore_index}, given {given}")

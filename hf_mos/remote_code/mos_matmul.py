@@ -26,10 +26,11 @@ def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
     Shapes: rows (n, D), weight (V, D), bias (V,), result (n, V), all of one dtype. On the CPU torch hands fp32
     products to its BLAS, and carries oneDNN for other dtypes. Which is faster depends on the machine; the vendor alone
-    decides here, so that a run can be repeated to the bit. MKL refuses its fast paths on AMD: oneDNN reaches 230 to 430 GFLOP/s there and MKL 110 to 200 (40 to 512 rows, 2 threads of an EPYC). On Intel
-    MKL is the faster for many rows, and oneDNN for 2 to 16 (6.7 ms against 9.0 for 4 rows, V = 50257, a Xeon). On AMD
-    2 to 4 rows, the components of one decoded token, are faster as columns in MKL up to D = 1024 (3.6 ms against 5.9
-    for 4 rows, D = 768, V = 50257; but 25 against 13 at D = 2048; family 26).
+    decides here, so that a run can be repeated to the bit. On AMD MKL refuses its fast paths: oneDNN reaches 230 to
+    430 GFLOP/s and MKL 110 to 200 (40 to 512 rows, 2 threads of an EPYC). But 2 to 4 rows, the components of one
+    decoded token, are faster as columns in MKL up to D = 1024 (4 rows, V = 50257: 3.6 ms against 5.9 at D = 768, but
+    25 against 13 at D = 2048; family 26). On Intel MKL is the faster for many rows, and oneDNN for 2 to 16 (4 rows,
+    V = 50257: 6.7 ms against 9.0, a Xeon).
     """
     if not _suits_onednn(rows, weight):
         return F.linear(rows, weight, bias)
@@ -80,10 +81,9 @@ class Accumulator:
             return
         if left.dtype == self.total.dtype:
             add_product_(self.total, left, right, is_first=self.is_empty)
-        elif self.is_empty:
-            self.total.copy_(torch.mm(left, right))
         else:
-            self.total.add_(torch.mm(left, right))
+            product = torch.mm(left, right)
+            self.total.copy_(product) if self.is_empty else self.total.add_(product)
         self.is_empty = False
 
     def add_rows(self, classes: Tensor, rows: Tensor) -> None:
@@ -101,10 +101,10 @@ class Accumulator:
         return self.total
 
 
-def project(projection: nn.Module, hidden_states: Tensor) -> Tensor:
+def project(projection: Any, hidden_states: Tensor) -> Tensor:
     """Equivalent to: `projection(hidden_states)`; without gradients by the faster product."""
-    reads = type(projection) is nn.Linear and is_plain(projection.weight)
-    reads = reads and not is_hooked(projection) and "forward" not in vars(projection)
+    reads = type(projection) is nn.Linear and is_plain(projection.weight) and "forward" not in vars(projection)
+    reads = reads and not hasattr(projection, "_hf_hook") and not _hooks_of(projection)  # the former is accelerate's
     if not reads or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return projection(hidden_states)
     outputs = multiply(hidden_states.flatten(0, -2), projection.weight, projection.bias)
@@ -116,23 +116,18 @@ def is_plain(weight: Any) -> bool:
     return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether a hook of any kind, its own or one of all modules, is called with the module."""
-    return bool(_hooks_of(module)) or hasattr(module, "_hf_hook")  # the latter is accelerate's
-
-
 def has_foreign_hooks(module: nn.Module) -> bool:
     """Whether somebody waits for a call of the module: a hook, or a forward of its own.
 
     Those of the engines that gather or load weights (FSDP2, ZeRO-3, accelerate) do not count.
     """
-    engines = [getattr(hook, "__module__", None) or "" for hook in _hooks_of(module)]
-    return not all(name.startswith(ENGINES) for name in engines) or (
-        "forward" in vars(module) and not hasattr(module, "_hf_hook")
-    )
+    owners = [getattr(hook, "__module__", None) or "" for hook in _hooks_of(module)]
+    has_own_forward = "forward" in vars(module) and not hasattr(module, "_hf_hook")
+    return has_own_forward or not all(owner.startswith(ENGINES) for owner in owners)
 
 
 def _hooks_of(module: nn.Module) -> list[Any]:
+    """The hooks of any kind that are called with a module, its own and those of all modules."""
     found = [hook for kind in HOOKS for hook in getattr(module, f"_{kind}").values()]
     if _has_any_global_hook():
         everybodys = (hook for kind in HOOKS for hook in getattr(all_modules, f"_global_{kind}").values())
@@ -141,10 +136,7 @@ def _hooks_of(module: nn.Module) -> list[Any]:
 
 
 def is_transformed() -> bool:
-    """Whether something follows every operation: torch.func, forward-mode derivatives, or `torch.jit.trace`.
-
-    Code with gradients of its own, or with loops over the tokens, would be followed wrongly.
-    """
+    """Whether torch.func, forward-mode derivatives or `torch.jit.trace` follow every operation: our loops wrongly."""
     in_function_transform = torch._C._are_functorch_transforms_active()
     if torch.compiler.is_compiling():
         return in_function_transform
@@ -164,12 +156,8 @@ def _suits_onednn(*matrices: Tensor) -> bool:
         and not is_transformed()
         # FlopCounterMode knows torch's own matmul alone.
         and (torch.compiler.is_compiling() or _get_current_dispatch_mode() is None)
-        and all(
-            matrix.device.type == "cpu"
-            and matrix.dtype == torch.float32
-            and (matrix.is_contiguous() or matrix.t().is_contiguous())
-            for matrix in matrices
-        )
+        and all(matrix.device.type == "cpu" and matrix.dtype == torch.float32 for matrix in matrices)
+        and all(matrix.is_contiguous() or matrix.t().is_contiguous() for matrix in matrices)
     )
 
 

@@ -128,4 +128,5 @@ def served_config(config_dict: dict[str, Any], config: MoSConfig, source: str | 
     fields |= {name: getattr(config, name) for name in option_defaults()}
     # vLLM asks for an architecture by its own name too.
     fields["architectures"] = [PREFIX + architecture, architecture]
-    return config.backbone_config_class.from_dict(fields)
+    backbone: Any = config.backbone_config_class
+    return backbone.from_dict(fields)

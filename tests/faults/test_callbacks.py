@@ -206,16 +206,16 @@ def test_usage_is_logged(components: bool, tmp_path: Path) -> None:
 def test_usage_is_that_of_the_batch_and_the_loss_makes_no_logits(
     wrapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_mos()
+    model, batch = tiny_mos(), random_tokens(16, 8)[:4]
     with torch.no_grad():
-        hidden_states = model.head_inputs(input_ids=torch.stack([row["input_ids"] for row in ROWS]))[:, :-1]
-    expected = mixture_statistics(model.mos_head, hidden_states.flatten(0, 1), random_tokens(16, 8)[:, 1:].flatten())
+        hidden_states = model.head_inputs(input_ids=batch)[:, :-1].flatten(0, 1)
+    expected = mixture_statistics(model.mos_head, hidden_states, batch[:, 1:].flatten())
     if wrapped:
         model.lm_head = torch.nn.Sequential(model.lm_head)
     else:
         monkeypatch.setattr(MoSLMHead, "log_probs", lambda *args: pytest.fail("logits were computed"))
     run = trainer(tmp_path, model, [], max_steps=1, save_strategy="no", learning_rate=0.0)
-    run.args.per_device_train_batch_size = len(ROWS)
+    run.train_dataset = ROWS[:4]
     MixtureUsage(components=True, max_tokens=1000).add_to(run)
     run.train()
     entry = run.state.log_history[0]
