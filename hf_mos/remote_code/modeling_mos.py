@@ -134,7 +134,9 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), f"{path}.prior"}
         # Quantizers look for the same module by the end of its name, or by the full name of its weight.
         self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), "prior", f"{path}.prior.weight"}
-        self._no_split_modules = {*(self._no_split_modules or ()), MoSLMHead.__name__}
+        # A device map takes the head whole. FSDP wraps such modules by themselves, which a tied weight forbids.
+        if not self.config.tie_word_embeddings or self.get_input_embeddings().weight.is_meta:
+            self._no_split_modules = {*(self._no_split_modules or ()), MoSLMHead.__name__}
         if self._fsdp_plan and self.config.tie_word_embeddings:  # a tied weight stays with the embedding
             self._fsdp_plan = {name: style for name, style in self._fsdp_plan.items() if name != path}
         if self.loss_type is None:
@@ -264,6 +266,8 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         loaded: Any = super(MoSForCausalLM, made).from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model, info = loaded
         check_loaded(model, info, pretrained_model_name_or_path, headers, ignore_mismatched_sizes)
+        if model.config.tie_word_embeddings:
+            model._no_split_modules.discard(MoSLMHead.__name__)
         staged = vars(model.config).pop("transformers_weights", None)
         if staged is not None and kwargs.get("generation_config") is None:
             generation_file = PurePosixPath(staged).with_name("generation_config.json")

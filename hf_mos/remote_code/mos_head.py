@@ -116,7 +116,8 @@ class MoSLMHead(nn.Linear):
 
     def latents(self, hidden_states: Tensor) -> Tensor:
         """The latents (..., K, D) for hidden states (..., D). A subclass may compute others."""
-        return in_dtype_of(self.shift, hidden_states).unsqueeze(-2) + self.shifts(hidden_states)
+        hidden_states = in_dtype_of(self.shift, hidden_states)
+        return hidden_states.unsqueeze(-2) + self.shifts(hidden_states)
 
     def shifts(self, hidden_states: Tensor) -> Tensor:
         """What the latents add to the hidden state, (..., K, D)."""
@@ -132,9 +133,10 @@ class MoSLMHead(nn.Linear):
             latents = self.latents(hidden_states)
             mean = latents.mean(dim=-2)
             return mean, latents - mean.unsqueeze(-2)
+        hidden_states = in_dtype_of(self.shift, hidden_states)
         shifts = self.shifts(hidden_states)
         mean = shifts.mean(dim=-2)
-        return in_dtype_of(self.shift, hidden_states).to(shifts) + mean, shifts - mean.unsqueeze(-2)
+        return hidden_states.to(shifts) + mean, shifts - mean.unsqueeze(-2)
 
     def components(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """The log-weights (..., K) and the logits (..., K, V) of the components, in fp32 or wider. Differentiable."""
