@@ -470,3 +470,14 @@ def test_a_forward_of_an_instance(how: str, name: str) -> None:
     assert model.train()(TOKENS, labels=TOKENS).loss == plain.train()(TOKENS, labels=TOKENS).loss
     del model.forward
     assert inspect.signature(model.forward) == inspect.signature(plain.forward)
+
+
+def test_a_loss_function_gets_what_the_softmax_model_gives_it() -> None:
+    def own(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
+        return logits.float().log_softmax(-1)[..., 0].mean() + labels.float().mean() / vocab_size
+
+    softmax, model = both("llama")
+    for candidate in (softmax, model):
+        candidate.loss_function = own
+    arguments = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS), "labels": TOKENS}
+    torch.testing.assert_close(model(**arguments).loss, softmax(**arguments).loss)

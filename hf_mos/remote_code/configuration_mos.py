@@ -125,7 +125,7 @@ class MoSConfig(PreTrainedConfig):
         if softcap is not None and (found := find_softcap_field(self)) is not None:
             holder, field = found
             inner = next((name for name, value in vars(self).items() if value is holder), None)
-            (content if inner is None else content[inner])[field] = softcap
+            (content if inner is None else content.setdefault(inner, {}))[field] = softcap
         content |= {"model_type": MODEL_TYPE, BACKBONE_TYPE: self.model_type, TOKENIZER_CONFIG: {"model_type": ""}}
         return json.dumps(content, indent=2, sort_keys=True) + "\n"
 

@@ -378,6 +378,8 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         if has_labels and kwargs.get("input_ids") is not None:
             states = states[:, -kwargs["input_ids"].shape[1] :]  # without the image that some models prepend
         if fused_lm_head:
+            if targets is None:
+                raise ValueError("labels: expected labels with fused_lm_head=True, given none")
             scored = slice(-1 if shift_labels is None else None)  # the last position has no target in the batch
             batch = (call, states[:, scored], targets[:, scored], num_items_in_batch, fuses)
             scores = self.score_batch(self.score_options, *batch)
@@ -394,7 +396,8 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             if not fuses or self.loss_function is not ForCausalLMLoss:
                 whole = logits if logits is not None and kept is states else call(states)
                 options: dict[str, Any] = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
-                options = {name: value for name, value in options.items() if value is not None} | kwargs
+                options |= {name: value for name, value in kwargs.items() if name not in self.argument_names}
+                options = {name: value for name, value in options.items() if value is not None}
                 options |= {"ignore_index": ignore_index} if ignore_index != -100 else {}
                 loss = self.loss_function(logits=whole, labels=labels, vocab_size=whole.shape[-1], **options)
             else:
