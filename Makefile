@@ -100,11 +100,9 @@ $(SPACE_INSTALLED): pyproject.toml constraints.txt
 		--disable-pip-version-check -c /dev/stdin -e '.[space]'
 	touch $@
 
-# The last line makes a distribution of the name that the command `vllm` asks for.
-$(VLLM_INSTALLED): pyproject.toml tests/vllm_plugin/requirements.txt tests/vllm_plugin/metadata/pyproject.toml
+$(VLLM_INSTALLED): pyproject.toml tests/vllm_plugin/requirements.txt
 	$(HOST_PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --disable-pip-version-check --no-deps -r tests/vllm_plugin/requirements.txt -e .
-	$(@D)/bin/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation tests/vllm_plugin/metadata
 	touch $@
 
 clean: ## Delete environments and outputs

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import CONFIGS, random_tokens
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hf_mos import MoSConfig, MoSForCausalLM
 from hf_mos.remote_code import modeling_mos
@@ -70,7 +70,6 @@ class Tester:
         self.parent = parent
         config: Any = self.get_config()
         self.causal_lm_class = class_of(self.backbone)
-        self.base_model_class = MODEL_MAPPING[type(CONFIGS[self.backbone]())]
         self.hidden_size = config.hidden_size
         self.num_hidden_layers = config.num_hidden_layers
         self.num_attention_heads = config.num_attention_heads
