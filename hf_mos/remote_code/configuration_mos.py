@@ -73,6 +73,8 @@ class MoSConfig(PreTrainedConfig):
         if self.backbone_config_class is None:
             raise ValueError("MoSConfig: expected MoSConfig.from_backbone_config(config), given no backbone's config")
         check_options({name: getattr(self, name) for name in option_defaults()})
+        for name in ("model_type", BACKBONE_TYPE, TOKENIZER_CONFIG):  # the file's
+            kwargs.pop(name, None)
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -114,8 +116,6 @@ class MoSConfig(PreTrainedConfig):
             raise ValueError(f"{BACKBONE_TYPE}: expected a model type that transformers knows, given {known!r}")
         backbone: Any = CONFIG_MAPPING[known]
         made = cls if cls is not MoSConfig else config_class_for(backbone)
-        ours = ("model_type", BACKBONE_TYPE, TOKENIZER_CONFIG)
-        config_dict = {name: value for name, value in config_dict.items() if name not in ours}
         return made.backbone_config_class.from_dict.__func__(made, config_dict, **kwargs)
 
     def to_json_string(self, use_diff: bool = True) -> str:
