@@ -182,10 +182,10 @@ def main() -> None:
             rounds = "scale=None" in case and name.startswith("gradient") and difference < tolerance
             (rounded if rounds else different).append((difference, f"{case}: {name}"))
     print(f"{count - len(rounded) - len(different)} of {count} tensors of {len(results)} cases are equal to the bit")
-    if rounded:
-        print(
-            f"{len(rounded)} gradients at a scale that rounds differ, by {max(rounded)[0]:.1e} of their norm at most"
-        )
+    for dtype in ("float32", "bfloat16"):
+        gaps = [difference for difference, where in rounded if f"torch.{dtype}" in where]
+        if gaps:
+            print(f"{len(gaps)} {dtype} gradients at a scale that rounds differ, by {max(gaps):.1e} of their norm")
     for difference, where in different:
         print(f"differs by {difference:.1e} of its norm: {where}")
     sys.exit(bool(different))

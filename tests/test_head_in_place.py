@@ -7,6 +7,7 @@ predicts what the softmax predicts.
 import copy
 import functools
 import inspect
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -481,3 +482,12 @@ def test_a_loss_function_gets_what_the_softmax_model_gives_it() -> None:
         candidate.loss_function = own
     arguments = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS), "labels": TOKENS}
     torch.testing.assert_close(model(**arguments).loss, softmax(**arguments).loss)
+
+
+def test_a_forward_of_liger_is_refused() -> None:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> None: ...
+
+    forward.__module__ = "liger_kernel.transformers.model.llama"
+    _, model = both("llama")
+    with pytest.raises(ValueError, match="fused_linear_cross_entropy"):
+        model.forward = types.MethodType(forward, model)

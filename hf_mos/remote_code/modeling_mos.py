@@ -303,13 +303,14 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         return HandsOn(found) if plays(found, "input") and not isinstance(found, MoSLMHead) else found
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Like `nn.Module.__setattr__`; a forward of TRL's, the layers and one softmax, only leaves its options."""
+        """Like `nn.Module.__setattr__`; a forward of TRL's leaves its options alone, and one of Liger's is refused."""
         function = getattr(value, "__func__", value) if name == "forward" else None
         names = getattr(getattr(function, "__code__", None), "co_varnames", ())
-        if "fused_lm_head" not in names and "_ForwardRedirection" not in getattr(function, "__qualname__", ""):
+        where = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}"
+        if "fused_lm_head" not in names and not re.search(r"_ForwardRedirection|^liger_kernel\.", where):
             super().__setattr__(name, value)
         elif self.read_fused_forward is None:
-            raise ValueError("forward: expected `import hf_mos` before the model is loaded, for TRL, given none")
+            raise ValueError(f"forward: expected `import hf_mos` before the model is loaded, given {where}")
         else:
             self.score_options = self.read_fused_forward(function)
 

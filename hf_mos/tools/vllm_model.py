@@ -25,6 +25,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.registry import ModelRegistry
+from vllm.model_executor.models.transformers.causal import CausalMixin
 
 from ..remote_code.configuration_mos import PREFIX
 from ..remote_code.mos_checkpoint import non_finite
@@ -68,7 +69,7 @@ class MixtureLogits(LogitsProcessor):
         self.decoder = (decoder,)
         self.is_tied, self.source = config.tie_word_embeddings, source
         self.renamings = renamings_of(config)
-        self.is_loaded = False
+        self.is_loaded = self.may_have_bias = False
         self.vocabulary = None
         if decoder.tp_size > 1:
             start = decoder.shard_indices.org_vocab_start_index
@@ -133,7 +134,7 @@ class MixtureLogits(LogitsProcessor):
                 continue
             if name == f"{HEAD}weight" and self.is_tied:
                 continue
-            if name == f"{HEAD}bias" and name not in tensors:  # vLLM's own classes do not always tell
+            if name == f"{HEAD}bias" and name not in tensors and self.may_have_bias:
                 (decoder,) = self.decoder
                 with decoder.weight.device:
                     decoder._register_bias()
@@ -179,6 +180,7 @@ class Mixture:
         check_logits_are_final(model, native, decoder.embedding_dim)
         logits = MixtureLogits(native, config, decoder, vllm_config.model_config.model)
         logits.is_loaded = vllm_config.load_config.load_format == "dummy"
+        logits.may_have_bias = isinstance(model, CausalMixin)  # which learns of a bias by the checkpoint alone
         model.set_submodule(path, logits)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str] | None:

@@ -186,6 +186,11 @@ def read_score_options(function: Any) -> ScoreOptions:
         ValueError: a trainer of TRL is about to multiply the last hidden states by the decoder's weight, or its
             version is another.
     """
+    if (function.__module__ or "").startswith("liger_kernel."):
+        raise ValueError(
+            "forward: expected liger_kernel_config={'fused_linear_cross_entropy': False}, as Liger's fused loss is "
+            "that of one softmax, given Liger's forward"
+        )
     if "_ForwardRedirection" in function.__qualname__:
         raise ValueError(
             "model: expected one softmax with this trainer of TRL, whose loss is made of the last hidden states and "

@@ -66,6 +66,10 @@ TENSORS = {
         lambda tensors: tensors.update({"lm_head.decoder.weight": torch.zeros(97, 64)}),
         "expected the weights that the config names, given lm_head.decoder.weight too",
     ),
+    "a bias of nobody": (
+        lambda tensors: tensors.update({"lm_head.bias": torch.zeros(97)}),
+        "expected the weights that the config names, given lm_head.bias too",
+    ),
     "another shape": (
         lambda tensors: tensors.update({"lm_head.shift.weight": torch.zeros(64, 64)}),
         r"lm_head.shift.weight: expected \(192, 64\), as the config says, given \(64, 64\)",
