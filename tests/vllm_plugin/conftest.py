@@ -58,7 +58,7 @@ def known_classes() -> None:
     load_general_plugins()
     from hf_mos.tools import vllm_model
 
-    for name in ("Llama", "Qwen3", "Mixtral", "Gemma2", "Cohere", "GPTNeoX", "Phi"):
+    for name in ("Llama", "Qwen3", "Mixtral", "Gemma2", "Cohere", "GPTJ", "GPTNeoX", "Phi"):
         ModelRegistry.register_model(f"MoS{name}ForCausalLM", getattr(vllm_model, f"MoS{name}ForCausalLM"))
     ModelRegistry.register_model("MoSGPT2LMHeadModel", vllm_model.MoSGPT2LMHeadModel)
 

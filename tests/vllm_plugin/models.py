@@ -13,6 +13,7 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     GPT2Config,
+    GPTJConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MixtralConfig,
@@ -42,6 +43,7 @@ CONFIGS: dict[str, Any] = {
         **COMMON, **GROUPED, query_pre_attn_scalar=32, sliding_window=16, final_logit_softcapping=5.0
     ),
     "gpt2": lambda: GPT2Config(**COMMON, n_embd=64, n_layer=2, n_head=2, n_positions=128),
+    "gpt-j": lambda: GPTJConfig(**COMMON, n_embd=64, n_layer=2, n_head=2, n_positions=128, rotary_dim=16),
     "cohere": lambda: CohereConfig(**COMMON, **ATTENTION, logit_scale=0.25),
     "gpt-neox": lambda: GPTNeoXConfig(**COMMON, **ATTENTION),
     "phi": lambda: PhiConfig(**COMMON, **ATTENTION),
@@ -60,6 +62,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {}),
     "gemma2, untied, a shortlist": ("gemma2", {"tie_word_embeddings": False, "shortlist_size": 8}),
     "gpt2": ("gpt2", {}),
+    "gpt-j, whose decoder has a bias": ("gpt-j", {}),
     "cohere": ("cohere", {}),
     "cohere, untied": ("cohere", {"tie_word_embeddings": False}),
     "gpt-neox, whose head has another name in a checkpoint": ("gpt-neox", {}),

@@ -63,10 +63,10 @@ def server(folder: Path, *options: str) -> Iterator[OpenAI]:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """Of a tied decoder with a bias, whose padded vocabulary two processes share unevenly, and a shortlist."""
+    """Of a decoder with a bias, whose padded vocabulary two processes share unevenly, and a shortlist."""
     folder = tmp_path_factory.mktemp("served")
     save_tokenizer(folder)
-    mixture = make_mixture("phi", tie_word_embeddings=True, shortlist_size=8)
+    mixture = make_mixture("gpt-j", shortlist_size=8)
     return reference_of(mixture, folder, random_tokens(batch=3, length=12))
 
 
