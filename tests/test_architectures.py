@@ -1,11 +1,10 @@
-"""Runs the checks of `examples/architectures.py` on a sample of architectures, and tests each special case."""
+"""Runs the checks of `tests/architectures.py` on a sample of architectures, and tests each special case."""
 
 import copy
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
+import architectures as sweep
 import pytest
 import torch
 from transformers import (
@@ -27,20 +26,6 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_mos import MoSConfig, MoSForCausalLM
-
-
-def _load_sweep() -> Any:
-    path = Path(__file__).parents[1] / "examples" / "architectures.py"
-    spec = importlib.util.spec_from_file_location("architectures", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["architectures"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-sweep = _load_sweep()
 
 # Each for what it alone has: see the comments.
 SAMPLE = [

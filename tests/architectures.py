@@ -1,8 +1,8 @@
 """Converts and checks every causal LM architecture of transformers, with tiny random weights.
 
-    python examples/architectures.py                      # all, on two processes
-    python examples/architectures.py --only llama --only mamba
-    python examples/architectures.py --markdown examples/architectures.md --json architectures.json
+    python tests/architectures.py                      # all, on two processes
+    python tests/architectures.py --only llama --only mamba
+    python tests/architectures.py --markdown tests/architectures.md --json architectures.json
 
 For each model type of transformers' causal-LM mapping: build a tiny original, convert it with
 `MoSForCausalLM.from_causal_lm`, and ask of the result
@@ -578,7 +578,7 @@ def markdown(rows: list[Row]) -> str:
         [
             "# Architectures",
             closing_line(rows),
-            "Reprinted by `python examples/architectures.py --markdown examples/architectures.md`. Each model type of "
+            "Reprinted by `python tests/architectures.py --markdown tests/architectures.md`. Each model type of "
             "transformers' causal-LM mapping is built tiny with random weights and converted.",
             f"```text\n{about[3]}\n```",
             about[4].strip(),
