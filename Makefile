@@ -3,6 +3,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+EXAMPLES_INSTALLED := $(VENV)/.installed-examples
 ECOSYSTEM_INSTALLED := $(VENV)/.installed-ecosystem
 TRACKIO_INSTALLED := build/trackio/.installed
 DISTRIBUTED_INSTALLED := $(VENV)/.installed-distributed
@@ -19,17 +20,17 @@ export HF_HUB_OFFLINE := 1
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-# Waiting threads that spin slow down a machine with other work.
-quickstart: install ## Compare heads on SmolLM2-135M in a few minutes; downloads 93 MB, with TINY=1 nothing
-	$(PYTHON) examples/compare_heads.py $(if $(TINY),--tiny)
+# Without the packages of the tests, so that it starts sooner.
+quickstart: $(if $(wildcard $(INSTALLED)),$(INSTALLED),$(EXAMPLES_INSTALLED)) ## Compare heads on SmolLM2-135M in a few minutes; downloads 93 MB, with TINY=1 nothing
+	$(PYTHON) examples/quickstart/compare_heads.py $(if $(TINY),--tiny)
 
 # One thread in each of a few workers: the models are tiny, and more threads make them slower. A file stays with one
 # worker, so that what its tests share is made once.
 test: install ## Run the quick tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-# What a kill at every write, a broken file, a loss that is not finite and a starved component do.
-test-faults: install ## Kill saves, break checkpoints, drive losses to infinity and starve components
+# What a kill at every write, a broken file, a loss that is not finite and a component without weight do.
+test-faults: install ## Kill saves, break checkpoints, drive losses to infinity, take a component's weight
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 -m 'slow or not slow' tests/faults
 
 # The tools that people use with a model: command line, Hub, servers, evaluation, adapters, trackers.
@@ -71,10 +72,10 @@ format: install ## Format the code
 install: $(INSTALLED) ## Make the virtual environment
 
 # The stamp is written last, so an interrupted installation is taken up again.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED) $(EXAMPLES_INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(HOST_PYTHON)" || { echo "expected Python 3.11 or later with venv, found none of: $(CANDIDATES)"; exit 1; }
 	$(PYTHON) -m pip --version >/dev/null 2>&1 || $(HOST_PYTHON) -m venv --clear $(VENV)
-	$(PYTHON) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PYTHON) -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(if $(filter $@,$(INSTALLED)),dev,examples)]'
 	touch $@
 
 $(ECOSYSTEM_INSTALLED): $(INSTALLED)

@@ -1,4 +1,4 @@
-"""Runs examples/compare_heads.py from end to end, with few texts and few steps."""
+"""Runs examples/quickstart/compare_heads.py from end to end, with few texts and few steps."""
 
 import json
 import math
@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "compare_heads.py"
+SCRIPT = Path(__file__).parents[1] / "examples" / "quickstart" / "compare_heads.py"
 
 
 def start(out: Path, *options: str) -> subprocess.Popen[str]:
@@ -47,7 +47,6 @@ def test_prints_one_table_with_what_it_measured(finished: tuple[Path, str]) -> N
         run = results["runs"][head]
         assert 1 < run["perplexity"] < 10_000
         assert run["seconds"] > 0
-        assert run["peak_memory_mb"] > 0
         assert len(run["losses"]) == len(run["steps"]) == 4
         assert all(map(math.isfinite, run["losses"]))
         row = next(line for line in stdout.splitlines() if line.startswith(f"│ {title}"))

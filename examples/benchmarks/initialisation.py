@@ -54,7 +54,7 @@ STARTS = {
 
 
 def blocks_of_text(vocab_size: int, block_size: int) -> tuple[Tensor, Tensor]:
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
     from python_documentation import python_documentation
 
     texts = python_documentation()

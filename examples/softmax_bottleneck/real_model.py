@@ -12,8 +12,8 @@ mixtures, for equal steps, and with the old head once more, at its best rate, fo
 tenth longer or more.
 
 The products are in bf16, by autocast. Seed 0 trains with each learning rate, the other seeds with the best. Nats are
-those of `hf-mos evaluate`: each token of the validation text once, with its context. `python examples/smollm2.py smol`
-makes one `--model`.
+those of `hf-mos evaluate`: each token of the validation text once, with its context.
+`python examples/quickstart/smollm2.py smol` makes a model for `--model`.
 """
 
 import math

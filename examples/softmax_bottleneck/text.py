@@ -75,7 +75,7 @@ class Source:
             names = {"train": "train", "valid": "validation", "test": "test"}
             found = {split: list(dataset[name]["text"]) for split, name in names.items() if name in dataset}
         else:
-            sys.path.insert(0, str(Path(__file__).parents[1]))
+            sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
             from python_documentation import python_documentation
 
             documents = python_documentation()

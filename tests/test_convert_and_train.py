@@ -1,4 +1,4 @@
-"""Runs examples/quickstart.py on a tiny model, and loads its checkpoint in a process without hf_mos."""
+"""Runs examples/quickstart/convert_and_train.py, and loads its checkpoint in a process without hf_mos."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 from helpers import run_python
 from transformers import AutoTokenizer
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "quickstart.py"
+SCRIPT = Path(__file__).parents[1] / "examples" / "quickstart" / "convert_and_train.py"
 LOAD = """
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)

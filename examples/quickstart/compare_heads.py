@@ -1,15 +1,15 @@
-"""Compares the mixture with the softmax on a real language model, in a few minutes on two CPU cores.
+"""Compares the mixture with the softmax on a real language model, in three minutes on two CPU cores.
 
-    python examples/compare_heads.py --out quickstart-out          (make quickstart runs it)
-    python examples/compare_heads.py --tiny --out quickstart-out   downloads nothing
+    python examples/quickstart/compare_heads.py --out quickstart-out          (make quickstart runs it)
+    python examples/quickstart/compare_heads.py --tiny --out quickstart-out   downloads nothing, takes a minute
 
 The model is SmolLM2-135M-Instruct, which the package index has; the text is the documentation inside Python. Its
 backbone runs once over the text. On the hidden states then train, for the same steps on the same data in the same
-order: one softmax with a latent that is trained, and the mixture, each at its own best of the same learning rates
-(`smollm2_heads.py`). `--tiny` trains and compares a small Llama of its own (`tiny_llama.py`).
+order, one softmax and the mixture, each at its own best of the same learning rates (`smollm2_heads.py`). `--tiny`
+trains and compares a small Llama of its own (`tiny_llama.py`).
 
-Each training is in a process of its own, so that its peak memory is its own. Fresh processes then load the results
-through AutoModelForCausalLM and write a paragraph each.
+Seconds are the processor's, of all cores together: other work on the machine hardly changes them. A fresh process then
+loads the results through AutoModelForCausalLM and writes a paragraph each.
 
 The output folder holds the mixture with its tokenizer, its model card, results.json and loss.png. It appears at
 the end; an interrupted run leaves nothing.
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import smollm2_heads
 import tiny_llama
-from fresh_process import RESULTS_FILE, put_in_place
+from report import RESULTS_FILE, put_in_place
 from rich.console import Console
 
 

@@ -1,7 +1,7 @@
 """Put a mixture of softmaxes on a causal LM, fine-tune it, save it, load it again and generate.
 
-python examples/quickstart.py                  makes a small Llama first: needs no download, takes half a minute
-python examples/quickstart.py gpt2             takes any causal LM: a folder or a Hub id
+python examples/quickstart/convert_and_train.py         makes a small Llama first: no download, half a minute
+python examples/quickstart/convert_and_train.py gpt2    takes any causal LM: a folder or a Hub id
 """
 
 import sys

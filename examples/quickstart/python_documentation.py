@@ -30,3 +30,12 @@ def docstrings(folder: Path) -> Iterator[str]:
         for node in ast.walk(tree):
             if isinstance(node, documented) and (text := ast.get_docstring(node)):
                 yield text
+
+
+def pydoc_topics(max_documents: int | None = None) -> list[str]:
+    """The topics of pydoc alone, in a fixed shuffled order: 0.1 million words, at hand without reading the library."""
+    from pydoc_data.topics import topics
+
+    documents = list(dict.fromkeys(topics.values()))
+    random.Random(0).shuffle(documents)
+    return documents[:max_documents]

