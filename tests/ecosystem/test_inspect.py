@@ -131,6 +131,8 @@ def entropy(probs: torch.Tensor) -> torch.Tensor:
 def test_each_token_is_what_the_formulas_say(backbone: str, options: dict[str, Any]) -> None:
     tokenizer = tokenizer_of(eos_token=END)
     model = mixture_for(tokenizer, backbone, **options).double()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0].normal_()  # of zeros, all classes would be equally likely
     inspection = inspect_mixture(model, tokenizer, text=TEXT, top=4).text
     token_ids = tokenizer(TEXT).input_ids
     hand = predicted_by_hand(model, [tokenizer.eos_token_id, *token_ids])

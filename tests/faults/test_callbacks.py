@@ -1,5 +1,6 @@
 """Checks the callbacks: a failing run stops and can resume, and a starved component is reported."""
 
+import functools
 import json
 import math
 import os
@@ -10,14 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import VOCAB_SIZE, random_tokens, run_python, tiny_mos
+from helpers import VOCAB_SIZE, LargestTensor, random_tokens, run_python, tiny_causal_lm, tiny_mos
 from killing import kill_at_every_change
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_mos import MoSForCausalLM, MoSLMHead
 from hf_mos.training.callbacks import MixtureUsage, StopOnNonFiniteLoss, last_whole_checkpoint
-from hf_mos.training.mixture_statistics import mixture_statistics
+from hf_mos.training.mixture_statistics import mixture_statistics, predict_in_chunks
 
 ROWS = [{"input_ids": row, "labels": row} for row in random_tokens(16, 8)]
 
@@ -262,3 +264,61 @@ def test_statistics_are_those_of_the_definition() -> None:
         statistics.responsibilities.double(), (joint / joint.sum(-1, keepdim=True)).mean(0), atol=1e-6
     )
     assert statistics.divergence[0, 1].item() == pytest.approx((sum(kl) / 2).mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(("name", "shortlist_size"), [("llama", 5), ("gemma2", 64), ("gpt2", 1), ("llama-tied", 200)])
+def test_statistics_on_a_shortlist_are_those_of_the_whole_components(
+    name: str, shortlist_size: int, wrapped: bool
+) -> None:
+    """Without the (n, K, V) log-probabilities of the components, of which a wrapped decoder has no other way."""
+    head = tiny_mos(name, num_mixtures=4, shortlist_size=shortlist_size).double().mos_head
+    hidden, targets = torch.randn(9, 32, dtype=torch.float64), torch.randint(0, VOCAB_SIZE, (9,))
+    with torch.no_grad():
+        prior_logits, logits = head.components(hidden)
+        log_prior, whole = prior_logits.log_softmax(-1), logits.log_softmax(-1)
+    p = whole.exp()
+    joint = log_prior + whole[torch.arange(9), :, targets]
+    middle = (p.unsqueeze(1) + p.unsqueeze(2)) / 2
+    entropies = -(p * whole).sum(-1)
+    of_middle = -(middle * middle.log()).sum(-1)
+    expected = of_middle - (entropies.unsqueeze(1) + entropies.unsqueeze(2)) / 2
+
+    decoder = torch.nn.Sequential(head) if wrapped else head
+    ((_, predictions),) = predict_in_chunks(head, hidden, decoder)
+    same = functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
+    same(predictions.log_prior, log_prior)
+    same(predictions.component_entropies(), entropies)
+    same(predictions.log_probs(), (log_prior.unsqueeze(-1) + whole).logsumexp(1))
+    same(predictions.component_nll(targets), -whole[torch.arange(9), :, targets])
+    same(predictions.divergence(), expected)
+    same(predictions.top(7)[0], whole.topk(7).values)
+    assert torch.equal(predictions.top(7)[1], whole.topk(7).indices)
+    statistics = mixture_statistics(head, hidden, targets)
+    same(statistics.mean_weights, log_prior.exp().mean(0))
+    assert statistics.entropy == pytest.approx(-(log_prior.exp() * log_prior).sum(-1).mean().item(), rel=1e-12)
+    same(statistics.responsibilities, joint.softmax(-1).mean(0))
+    same(statistics.divergence, expected.mean(0).clamp(min=0))
+
+
+@pytest.mark.parametrize("options", [{"num_mixtures": 16}, {"num_mixtures": 4, "shortlist_size": None}], ids=str)
+def test_a_log_costs_little_beside_a_step(options: dict[str, Any], tmp_path: Path) -> None:
+    """At most 2 % of the multiplications of a step, and on a shortlist no tensor of V for each component."""
+    V = 4096
+    model = MoSForCausalLM.from_causal_lm(tiny_causal_lm("llama", vocab_size=V), **options)
+    logs, largest = FlopCounterMode(display=False), LargestTensor()
+
+    class Counted(MixtureUsage):
+        def on_log(self, *args: Any, **kwargs: Any) -> None:
+            with logs, largest:
+                super().on_log(*args, **kwargs)
+
+    run = trainer(tmp_path, model, [], max_steps=1, save_strategy="no")
+    run.train_dataset = [{"input_ids": row, "labels": row} for row in random_tokens(256, 4)]
+    Counted().add_to(run)
+    with FlopCounterMode(display=False) as both:
+        run.train()
+    assert run.state.log_history[0]["mixture_divergence"] >= 0
+    assert logs.get_total_flops() < 0.02 * (both.get_total_flops() - logs.get_total_flops())
+    if "shortlist_size" not in options:
+        assert largest.numel <= 32 * V  # the logits of 32 tokens, and the decoder of width 32

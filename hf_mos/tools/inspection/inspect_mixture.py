@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...remote_code.mos_decoder import cap_logits, widen
-from ...training.mixture_statistics import MixturePredictions, StatisticsSum, entropy, predict_in_chunks
+from ...training.mixture_statistics import Predictions, StatisticsSum, entropy, predict_in_chunks
 from ..chat import Text
 from ..evaluate import Window, check_tokens, choose_window, prefix_of, sequence_of, windows_of
 from ..loading import is_mixture, softmax_class
@@ -260,7 +260,7 @@ class Chunk(NamedTuple):
 
     targets: Tensor  # (n,), UNKNOWN_TARGET where a text has ended
     hidden_states: Tensor  # (n, D)
-    mixture: MixturePredictions
+    mixture: Predictions
     log_probs: Tensor  # (n, V)
     softmax_log_probs: Tensor  # (n, V)
 
@@ -316,10 +316,9 @@ class Inspector:
         return TextInspection(written, prefix[0] if prefix else None, tokens, following)
 
     def predictions(self, chunk: Chunk) -> Iterator[Prediction]:
-        log_prior, component_log_probs, _ = chunk.mixture
+        log_prior = chunk.mixture.log_prior
         component_nll = chunk.mixture.component_nll(chunk.targets.clamp(min=0))
         log_joint = log_prior - component_nll
-        candidates, component_candidates = self.candidates(chunk.log_probs), self.candidates(component_log_probs)
         softmax = chunk.softmax_log_probs
         columns = {
             "mixture_weights": log_prior.exp(),
@@ -333,7 +332,8 @@ class Inspector:
             "softmax_entropy": entropy(softmax),
         }
         rows = {name: values.tolist() for name, values in columns.items()}
-        softmax_candidates = self.candidates(softmax)
+        candidates, softmax_candidates = (self.candidates(*part.topk(self.top)) for part in (chunk.log_probs, softmax))
+        component_candidates = self.candidates(*chunk.mixture.top(self.top))
         for i, target in enumerate(chunk.targets.tolist()):
             fields: dict[str, Any] = {name: values[i] for name, values in rows.items()}
             if target == UNKNOWN_TARGET:
@@ -345,16 +345,15 @@ class Inspector:
                 softmax_top=softmax_candidates[i],
             )
 
-    def candidates(self, log_probs: Tensor) -> list[Any]:
-        """The most likely tokens of distributions (..., V): lists of [`Candidate`], nested as the leading sizes."""
-        top_log_probs, top_ids = log_probs.topk(self.top, dim=-1)
+    def candidates(self, log_probs: Tensor, classes: Tensor) -> list[Any]:
+        """The likeliest tokens of distributions (..., top): lists of [`Candidate`], nested as the leading sizes."""
 
         def name(ids: list[Any], probs: list[Any]) -> list[Any]:
             if isinstance(ids[0], list):
                 return [name(*pair) for pair in zip(ids, probs, strict=True)]
             return [Candidate(id, self.texts(id), prob) for id, prob in zip(ids, probs, strict=True)]
 
-        return name(top_ids.tolist(), top_log_probs.exp().tolist())
+        return name(classes.tolist(), log_probs.exp().tolist())
 
     def inspect_corpus(
         self, corpus: Sequence[Text], max_tokens: int | None, rank_contexts: int, track: Track
