@@ -5,9 +5,7 @@ PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 EXAMPLES_INSTALLED := $(VENV)/.installed-examples
 ECOSYSTEM_INSTALLED := $(VENV)/.installed-ecosystem
-TRACKIO_INSTALLED := build/trackio/.installed
 DISTRIBUTED_INSTALLED := $(VENV)/.installed-distributed
-SPACE_INSTALLED := $(VENV)-space/.installed
 VLLM_INSTALLED := $(VENV)-vllm/.installed
 CANDIDATES := python3 python3.13 python3.12 python3.11
 # The first Python on the path that is new enough; used only to make the virtual environment.
@@ -15,7 +13,7 @@ HOST_PYTHON = $(shell for python in $(CANDIDATES); do \
 	$$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help quickstart space test test-faults test-ecosystem test-distributed test-vllm test-package test-versions test-mixins lint format install clean
+.PHONY: help quickstart test test-faults test-ecosystem test-distributed test-vllm test-package test-versions test-mixins lint format install clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -34,7 +32,7 @@ test-faults: install ## Kill saves, break checkpoints, drive losses to infinity,
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 -m 'slow or not slow' tests/faults
 
 # The tools that people use with a model: command line, Hub, servers, evaluation, adapters, trackers.
-test-ecosystem: $(ECOSYSTEM_INSTALLED) $(TRACKIO_INSTALLED) $(SPACE_INSTALLED) ## Test the clients: command line, Hub, servers, evaluation, adapters, trackers
+test-ecosystem: $(ECOSYSTEM_INSTALLED) ## Test the clients: command line, Hub, servers, evaluation, adapters, trackers
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile tests/ecosystem
 
 # Two processes on this machine: DDP, FSDP2, tensor parallelism, DeepSpeed, conversion of what does not fit twice.
@@ -86,25 +84,10 @@ $(DISTRIBUTED_INSTALLED): $(INSTALLED)
 	DS_BUILD_OPS=0 $(PYTHON) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,distributed]'
 	touch $@
 
-# Apart, as it does not take the pillow of constraints.txt.
-$(TRACKIO_INSTALLED): tests/ecosystem/trackio.txt $(ECOSYSTEM_INSTALLED)
-	rm -rf $(@D)
-	$(PYTHON) -m pip install --disable-pip-version-check --no-deps --target $(@D) -r $<
-	touch $@
-
-# The app of examples/space, apart: gradio does not take the pillow of constraints.txt.
-space: $(SPACE_INSTALLED) ## Make the environment of examples/space
-
-$(SPACE_INSTALLED): pyproject.toml constraints.txt
-	$(HOST_PYTHON) -m venv $(@D)
-	sed 's/^pillow==.*/pillow==12.3.0/' constraints.txt | $(@D)/bin/python -m pip install \
-		--disable-pip-version-check -c /dev/stdin -e '.[space]'
-	touch $@
-
 $(VLLM_INSTALLED): pyproject.toml tests/vllm_plugin/requirements.txt
 	$(HOST_PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --disable-pip-version-check --no-deps -r tests/vllm_plugin/requirements.txt -e .
 	touch $@
 
 clean: ## Delete environments and outputs
-	rm -rf $(VENV) $(VENV)-space $(VENV)-vllm build dist *.egg-info quickstart-out quickstart-model
+	rm -rf $(VENV) $(VENV)-vllm build dist *.egg-info quickstart-out quickstart-model

@@ -2,8 +2,7 @@
 
     python examples/space/screenshot.py --model quickstart-out
 
-Needs `make space`, selenium (`pip install selenium`), and chromium with its driver (`apt-get install chromium
-chromium-driver`).
+Needs `pip install '.[space]' selenium`, and chromium with its driver (`apt-get install chromium chromium-driver`).
 """
 
 import argparse
@@ -25,7 +24,6 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 FOLDER = Path(__file__).resolve().parent
-APP_PYTHON = Path(f"{sys.prefix}-space", "bin", "python")
 TEXT = "The file is opened for reading. If it does not exist, an OSError is raised. Return a new list with the items."
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 NO_OTHER_HOST = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
@@ -37,9 +35,8 @@ def main() -> None:
     parser.add_argument("--model", default="quickstart-out", help="folder or Hub id of a mixture")
     parser.add_argument("--text", default=TEXT)
     parser.add_argument("--out", type=Path, default=FOLDER / "screenshot.png")
-    parser.add_argument("--app-python", type=Path, default=APP_PYTHON, help="one that has gradio")
     arguments = parser.parse_args()
-    with running_app(arguments.model, arguments.app_python) as address, browser(1280, 1460) as chrome:
+    with running_app(arguments.model) as address, browser(1280, 1460) as chrome:
         chrome.get(address)
         inspect(chrome, arguments.text)
         time.sleep(1)  # until nothing moves any more
@@ -70,7 +67,7 @@ def browser(width: int, height: int, *options: str) -> Iterator[Any]:
 
 
 @contextmanager
-def running_app(model: str | Path, python: Path) -> Iterator[str]:
+def running_app(model: str | Path) -> Iterator[str]:
     """The address of the app, which runs meanwhile."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -79,7 +76,7 @@ def running_app(model: str | Path, python: Path) -> Iterator[str]:
         "HF_HUB_OFFLINE": "1",
         "GRADIO_SERVER_NAME": "127.0.0.1",
     }
-    command = [str(python), str(FOLDER / "app.py"), "--model", str(model), "--port", str(port)]
+    command = [sys.executable, str(FOLDER / "app.py"), "--model", str(model), "--port", str(port)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:

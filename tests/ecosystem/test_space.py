@@ -2,6 +2,7 @@
 
 import io
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from chromium import complaints, needs_chromium, requested
 from huggingface_hub import SpaceCard
 from PIL import Image
-from screenshot import APP_PYTHON, FOLDER, PATIENCE, browser, inspect, running_app
+from screenshot import FOLDER, PATIENCE, browser, inspect, running_app
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -20,13 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_mos.tools.inspection.inspect_mixture import inspect_mixture
 from hf_mos.tools.inspection.token_texts import visible
 
-needs_app = pytest.mark.skipif(not APP_PYTHON.exists(), reason="needs gradio in an environment of its own: make space")
 TEXT = "Sentence 7 <b>says</b> ${1 + 1} {{value}} & 3"
 
 
 @pytest.fixture(scope="module")
 def app(mixture: Path) -> Iterator[str]:
-    with running_app(mixture, APP_PYTHON) as address:
+    with running_app(mixture) as address:
         yield address
 
 
@@ -45,7 +45,6 @@ def detail_of(chrome: Any) -> str:
     return chrome.find_element(By.CSS_SELECTOR, ".mos-detail").text
 
 
-@needs_app
 @needs_chromium
 def test_a_text_is_coloured_by_component(chrome: Any, mixture: Path) -> None:
     inspect(chrome, TEXT)
@@ -79,7 +78,6 @@ def test_a_text_is_coloured_by_component(chrome: Any, mixture: Path) -> None:
     assert all(address.startswith((chrome.current_url, "data:", "blob:")) for address in requested(chrome))
 
 
-@needs_app
 @needs_chromium
 def test_a_second_text_takes_the_place_of_the_first(chrome: Any) -> None:
     inspect(chrome, TEXT)
@@ -93,7 +91,6 @@ def test_a_second_text_takes_the_place_of_the_first(chrome: Any) -> None:
     assert complaints(chrome) == []
 
 
-@needs_app
 @needs_chromium
 def test_no_text_is_an_error_in_words(chrome: Any) -> None:
     box = WebDriverWait(chrome, PATIENCE).until(lambda c: c.find_element(By.CSS_SELECTOR, "#text textarea"))
@@ -104,9 +101,8 @@ def test_no_text_is_an_error_in_words(chrome: Any) -> None:
     assert tokens_of(chrome) == []
 
 
-@needs_app
 def test_the_app_refuses_a_softmax(base: Path) -> None:
-    command = [str(APP_PYTHON), str(FOLDER / "app.py"), "--model", str(base)]
+    command = [sys.executable, str(FOLDER / "app.py"), "--model", str(base)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert process.returncode != 0
     assert "expected a mixture of softmaxes, given LlamaForCausalLM" in process.stderr
