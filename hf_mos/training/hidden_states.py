@@ -7,25 +7,35 @@ Trainer(model, arguments, train_dataset=rows).train()
 ```
 """
 
+import contextlib
 import hashlib
-import inspect
 import json
 import os
 import shutil
 from collections import UserDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
+from filelock import FileLock
+from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.data import Dataset
 
 from ..remote_code.configuration_mos import option_defaults
 from ..remote_code.modeling_mos import MoSForCausalLM
+from ..remote_code.mos_head import device_of
 
-DATA_FILE, PROGRESS_FILE = "hidden_states.bin", "progress.json"
-Row = dict[str, Any]
+PREFIX, LOCK_FILE = "hidden_states-", ".lock"
+HEADER_BYTES = 4096  # so that the hidden states begin on a page of memory
+SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16"}
+WITHOUT_EFFECT = ("training", "gradient_checkpointing", "skip_logits_in_training")  # on the hidden states
+Row = Mapping[str, Any]
 
 
 def freeze_backbone(model: MoSForCausalLM, train_decoder: bool | None = None) -> None:
@@ -93,23 +103,25 @@ class KeptRow(UserDict):
 
 
 class HiddenStateRows(Dataset):
-    """Rows of `hidden_states` (length, D) and `labels` (length,), views of a memory-mapped file."""
+    """Rows of `hidden_states` (length, D) and `labels` (length,), copies out of a memory-mapped file.
 
-    def __init__(self, states: Tensor, labels: Sequence[Tensor]) -> None:
-        self.states, self.labels = states, labels
-        self.starts = [0]
-        for row in labels:
-            self.starts.append(self.starts[-1] + len(row))
+    A process that these rows are sent to, such as a worker of a DataLoader, opens the file itself.
+    """
+
+    def __init__(self, file: Path, labels: Sequence[Any]) -> None:
+        self.file, self.labels = file, [torch.as_tensor(row) for row in labels]
+        with safe_open(file, "pt") as opened:
+            self.states = opened.get_tensor("hidden_states")
+        self.rows = self.states.split([len(row) for row in self.labels])
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.file, [row.numpy() for row in self.labels])
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> KeptRow:
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
-        start, end = self.starts[index], self.starts[index + 1]
-        return KeptRow(hidden_states=self.states[start:end], labels=self.labels[index])
+        return KeptRow(hidden_states=self.rows[index].clone(), labels=self.labels[index])
 
 
 def bytes_of(model: MoSForCausalLM, rows: Sequence[Row]) -> int:
@@ -139,48 +151,45 @@ def keep_hidden_states(
 ) -> HiddenStateRows:
     """Runs the backbone over the rows once, and returns rows of its hidden states with the same labels.
 
-    Equivalent to: `[{"hidden_states": model.head_inputs(input_ids=row), "labels": labels} for row in rows]`. The
-    model takes such rows in place of `input_ids`. An interrupted call is taken up where it stopped, and one that was
-    finished for the same rows and the same backbone is not repeated.
+    Equivalent to: `[{"hidden_states": model.head_inputs(**row, use_cache=False), "labels": labels} for row, labels in
+    rows]`, as under the Trainer. The model takes such rows in place of `input_ids`.
+
+    Each set of rows and backbone has its own file, named by a hash of all that decides the hidden states. If it is
+    there and holds the bytes that were written, it is read. An interrupted call is taken up where it stopped; a call
+    for something else deletes what it wrote. One process at a time writes into a folder, and others wait. Finished
+    files stay until you delete them.
 
     Args:
         model: with a frozen backbone, see [`freeze_backbone`].
-        rows: each with `input_ids` and `labels` of the same length, without padding.
-        folder: of the file; it must be on a disk with [`bytes_of`] free.
+        rows: each with `input_ids`, `labels` of the same length, and any other arguments of the model's forward.
+        folder: of the files; it must be on a disk with [`bytes_of`] free.
         batch_size: rows of one length at a time.
         track: takes the list of batches that are left and yields them, to show progress.
 
     Raises:
-        ValueError: a parameter of the backbone trains, or the disk has too little space.
+        ValueError: a parameter of the backbone trains, or is not whole in memory; a row has no tokens, no labels or
+            something that the forward does not name; a hidden state is not finite; the disk has too little space.
     """
     trained = next((name for name, weight in backbone_weights(model) if weight.requires_grad), None)
     if trained is not None:
         raise ValueError(f"model: expected a frozen backbone, given one that trains {trained}; call freeze_backbone")
-    folder.mkdir(parents=True, exist_ok=True)
-    data_file, progress_file = folder / DATA_FILE, folder / PROGRESS_FILE
-    lengths = [len(row["input_ids"]) for row in rows]
-    D, dtype, needed = hidden_size(model), dtype_of(model), bytes_of(model, rows)
-    print_of_inputs = fingerprint(model, rows)
-    done = rows_done(progress_file, print_of_inputs) if data_file.exists() else 0
-    if done == 0:
-        data_file.unlink(missing_ok=True)
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            raise ValueError(f"{folder}: expected {needed:,} bytes of free space, given {free:,}")
-    states = torch.from_file(str(data_file), shared=True, size=sum(lengths) * D, dtype=dtype).view(-1, D)
-    kept = HiddenStateRows(states, [torch.as_tensor(row["labels"]) for row in rows])
-
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in track(batches_of(lengths, done, batch_size)):
-            input_ids = torch.stack([torch.as_tensor(rows[index]["input_ids"]) for index in batch]).to(model.device)
-            outputs = model.head_inputs(input_ids=input_ids, **without_cache(model))
-            states[kept.starts[batch[0]] : kept.starts[batch[-1] + 1]] = outputs.flatten(0, 1).to("cpu", dtype)
-            write_progress(progress_file, print_of_inputs, batch[-1] + 1)
-    finally:
-        model.train(was_training)
-    return kept
+    if not hasattr(rows, "__len__") or len(rows) == 0:
+        raise ValueError(f"rows: expected a sequence of at least one row, given {type(rows).__name__}")
+    inputs = [tensors_of(model, rows, index) for index in range(len(rows))]
+    labels = [row.pop("labels") for row in inputs]
+    digest = digest_of_backbone(model)
+    for row in inputs:
+        for name, tensor in sorted(row.items()):
+            feed(digest, name, tensor)
+    ends, fingerprint = [0, *accumulate(len(row) for row in labels)], digest.hexdigest()
+    file = Path(folder).absolute() / f"{PREFIX}{fingerprint[:16]}.safetensors"
+    layout = Layout(fingerprint, ends, hidden_size(model), dtype_of(model))
+    if layout.rows_in(file)[0] < len(rows):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.parent / LOCK_FILE):
+            if layout.rows_in(file)[0] < len(rows):  # no other process made it meanwhile
+                run_backbone(model, inputs, file, layout, batch_size, track)
+    return HiddenStateRows(file, labels)
 
 
 @torch.no_grad()
@@ -195,47 +204,146 @@ def sum_nats(model: MoSForCausalLM, rows: HiddenStateRows) -> float:
     return total
 
 
-def without_cache(model: MoSForCausalLM) -> dict[str, bool]:
-    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+@dataclass(frozen=True)
+class Layout:
+    """A safetensors file of the hidden states of all tokens, whose header says which rows are written.
+
+    It holds a hash of their bytes, so that a file which was cut short, filled with zeros or changed counts as empty.
+    """
+
+    fingerprint: str  # of the rows and the backbone
+    ends: list[int]  # the tokens up to each row
+    width: int
+    dtype: torch.dtype
+
+    def bytes_up_to(self, row: int) -> int:
+        return self.ends[row] * self.width * self.dtype.itemsize
+
+    def header(self, rows: int, digest: Any) -> bytes:
+        fields: dict[str, Any] = {"dtype": SAFETENSORS_DTYPES[self.dtype], "shape": [self.ends[-1], self.width]}
+        fields["data_offsets"] = [0, self.bytes_up_to(-1)]
+        written = {"fingerprint": self.fingerprint, "rows": str(rows), "sha256": digest.hexdigest()}
+        text = json.dumps({"__metadata__": written, "hidden_states": fields}).encode()
+        return (HEADER_BYTES - 8).to_bytes(8, "little") + text.ljust(HEADER_BYTES - 8)
+
+    def rows_in(self, path: Path) -> tuple[int, Any]:
+        """How many rows a file holds, and the digest of their bytes."""
+        with contextlib.suppress(OSError, ValueError, LookupError), path.open("rb") as file:
+            header, digest = file.read(HEADER_BYTES), hashlib.sha256()
+            rows = int(json.loads(header[8:])["__metadata__"]["rows"])
+            left = self.bytes_up_to(rows)
+            while chunk := file.read(min(left, 1 << 20)):
+                digest.update(chunk)
+                left -= len(chunk)
+            is_longer = rows == len(self.ends) - 1 and file.read(1)
+            if header == self.header(rows, digest) and not is_longer:
+                return rows, digest
+        return 0, hashlib.sha256()
 
 
-def batches_of(lengths: list[int], start: int, batch_size: int) -> list[range]:
-    """The rows from `start` on, in order, at most `batch_size` of one length at a time."""
+def run_backbone(
+    model: MoSForCausalLM,
+    inputs: list[dict[str, Tensor]],
+    file: Path,
+    layout: Layout,
+    batch_size: int,
+    track: Callable[[Sequence[range]], Iterable[range]],
+) -> None:
+    """Writes the rows that are not there yet to a file beside, and gives it its name when it holds all."""
+    part = file.with_suffix(".part")
+    for other in {*file.parent.glob(f"{PREFIX}*.part")} - {part}:
+        other.unlink()
+    done, digest = layout.rows_in(part)
+    needed, free = layout.bytes_up_to(-1) - layout.bytes_up_to(done), shutil.disk_usage(file.parent).free
+    if free < needed:
+        raise ValueError(f"{file.parent}: expected {needed:,} bytes of free space, given {free:,}")
+    head: Any = model.mos_head
+    device, options = device_of(head), {"use_cache": False} if "use_cache" in model.argument_names else {}
+    was_training, batches = model.training, batches_of(inputs, done, batch_size)
+    model.eval()
+    try:
+        with part.open("r+b" if done else "wb") as opened:
+            for batch, _ in zip(batches, track(batches), strict=True):
+                stacked = {name: torch.stack([inputs[row][name] for row in batch]).to(device) for name in inputs[done]}
+                outputs = model.head_inputs(**stacked, **options).to("cpu", layout.dtype)
+                outputs = outputs.reshape(*stacked["input_ids"].shape, layout.width).contiguous()
+                for row, states in zip(batch, outputs, strict=True):
+                    if not states.isfinite().all():
+                        raise ValueError(f"rows[{row}]: expected finite hidden states, given NaN or infinity")
+                data = outputs.flatten().view(torch.uint8).numpy()
+                opened.seek(HEADER_BYTES + layout.bytes_up_to(done))
+                opened.write(data)
+                digest.update(data)
+                done = batch.stop
+                opened.seek(0)
+                opened.write(layout.header(done, digest))
+                opened.flush()
+            opened.truncate(HEADER_BYTES + layout.bytes_up_to(done))
+    finally:
+        model.train(was_training)
+    os.replace(part, file)
+
+
+def batches_of(inputs: list[dict[str, Tensor]], start: int, batch_size: int) -> list[range]:
+    """The rows from `start` on, in order, at most `batch_size` of the same shapes at a time."""
+    shapes = [{name: tensor.shape for name, tensor in row.items()} for row in inputs]
     batches: list[range] = []
-    for index in range(start, len(lengths)):
+    for index in range(start, len(shapes)):
         last = batches[-1] if batches else range(0)
-        if len(last) in (0, batch_size) or lengths[last[0]] != lengths[index]:
+        if len(last) in (0, batch_size) or shapes[last[0]] != shapes[index]:
             batches.append(range(index, index + 1))
         else:
             batches[-1] = range(last[0], index + 1)
     return batches
 
 
-def fingerprint(model: MoSForCausalLM, rows: Sequence[Row]) -> str:
-    """A hash of all that decides the hidden states: tokens, the backbone's config and weights, and autocast."""
+def tensors_of(model: MoSForCausalLM, rows: Sequence[Row], index: int) -> dict[str, Tensor]:
+    """The labels and the inputs of a row."""
+    row, needed = rows[index], {"input_ids", "labels"}
+    given = [name for name, value in row.items() if value is not None] if isinstance(row, Mapping) else [type(row)]
+    if not needed <= {*given} <= {*model.argument_names} | needed:
+        expected = f"input_ids, labels and what {type(model).__name__}.forward names"
+        raise ValueError(f"rows[{index}]: expected {expected}, given {given}")
+    tensors = {name: row[name] if isinstance(row[name], Tensor) else torch.tensor(row[name]) for name in given}
+    tokens, labels = tensors["input_ids"].shape, tensors["labels"].shape
+    if len(tokens) != 1 or tokens[0] == 0 or labels != tokens:
+        shapes = f"shapes {[*tokens]} and {[*labels]}"
+        raise ValueError(f"rows[{index}]: expected a token or more, each with its label, given {shapes}")
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+
+
+def digest_of_backbone(model: MoSForCausalLM) -> Any:
+    """A digest of the backbone's config, classes, weights, buffers, numbers and hooks, and of its run's precision."""
+    head: Any = model.mos_head
     config = {name: value for name, value in model.config.to_diff_dict().items() if name not in option_defaults()}
-    found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    device_type = model.device.type
-    if torch.is_autocast_enabled(device_type):
-        found.update(str(torch.get_autocast_dtype(device_type)).encode())
-    for name, weight in backbone_weights(model):
-        found.update(f"{name} {weight.dtype} {weight.double().sum()} {weight.double().square().sum()}".encode())
-    for row in rows:
-        found.update(torch.as_tensor(row["input_ids"], dtype=torch.int64).numpy().tobytes())
-        found.update(b";")
-    return found.hexdigest()
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, module in backbone_modules(model):
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        feed(digest, name, [getattr(each, "__qualname__", type(each)) for each in (type(module), *hooks)])
+        with align_module_device(module):  # loads the weights that accelerate keeps elsewhere
+            values = {own: value for own, value in vars(module).items() if isinstance(value, (int, float, Tensor))}
+            values = {own: value for own, value in values.items() if own[0] != "_" and own not in WITHOUT_EFFECT}
+            values |= module._parameters | module._buffers
+            module._save_to_state_dict(values, "", keep_vars=True)  # with the scales of quantized weights
+            for own, value in values.items():
+                feed(digest, f"{name}.{own}", value)
+    device_type = device_of(head).type
+    autocast = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type)
+    feed(digest, "", (autocast, torch.get_float32_matmul_precision(), model.config._attn_implementation))
+    return digest
 
 
-def rows_done(progress_file: Path, print_of_inputs: str) -> int:
-    """How many rows the file holds; 0 if it is of other rows or another backbone."""
-    try:
-        progress = json.loads(progress_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return 0
-    return int(progress["rows"]) if progress.get("fingerprint") == print_of_inputs else 0
-
-
-def write_progress(progress_file: Path, print_of_inputs: str, rows: int) -> None:
-    spare = progress_file.with_suffix(".tmp")
-    spare.write_text(json.dumps({"fingerprint": print_of_inputs, "rows": rows}), encoding="utf-8")
-    os.replace(spare, progress_file)
+def feed(digest: Any, name: str, value: Any) -> None:
+    """Adds a tensor's bytes or another value's text to a digest."""
+    if any(hasattr(value, each) for each in ("device_mesh", "ds_id")) or getattr(value, "is_meta", False):
+        raise ValueError(f"model: expected weights that are whole and in memory, given {name} in parts or elsewhere")
+    if isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):  # such as a weight that torchao quantized
+        parts, context = value.__tensor_flatten__()  # type: ignore[attr-defined]
+        feed(digest, f"{name}: {type(value)}", repr(context))
+        for part in parts:
+            feed(digest, f"{name}.{part}", getattr(value, part))
+    elif isinstance(value, Tensor):
+        digest.update(f"{name}: {value.dtype} {[*value.shape]};".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    else:
+        digest.update(f"{name}: {value!r};".encode())

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from hf_mos import MoSForCausalLM
+from hf_mos.training.hidden_states import freeze_backbone, keep_hidden_states
 
 pytestmark = pytest.mark.filterwarnings("default")  # both speak of kernels that this machine lacks
 
@@ -178,3 +179,48 @@ def test_a_quantised_model_is_not_converted(config: Any, tmp_path: Path) -> None
     MoSForCausalLM.from_causal_lm(softmax).save_pretrained(tmp_path / "mixture")
     mixture = MoSForCausalLM.from_pretrained(tmp_path / "mixture", quantization_config=config)
     assert abs(float(predictions(mixture)[1] - predictions(MoSForCausalLM.from_causal_lm(softmax))[1])) < 0.5
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TorchAoConfig(INT8),
+        BitsAndBytesConfig(load_in_8bit=True),
+        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
+    ],
+    ids=["torchao", "8 bits", "4 bits"],
+)
+def test_hidden_states_of_a_quantised_backbone_are_kept(config: Any, tmp_path: Path) -> None:
+    wide_mos().save_pretrained(tmp_path / "model")
+    rows = [{"input_ids": row, "labels": row} for row in TOKENS]
+    passes: list[range] = []
+
+    def track(batches: Any) -> Any:
+        passes.extend(batches)
+        return iter(batches)
+
+    def kept_by(model: Any) -> Tensor:
+        freeze_backbone(model)
+        kept = keep_hidden_states(model, rows, tmp_path / "states", track=track)
+        return torch.stack([row["hidden_states"] for row in kept])
+
+    models = [MoSForCausalLM.from_pretrained(tmp_path / "model", quantization_config=config) for _ in range(3)]
+    states = kept_by(models[0])
+    with torch.no_grad():
+        torch.testing.assert_close(states, models[0].head_inputs(input_ids=TOKENS))
+    assert kept_by(models[1]).equal(states)
+    assert len(passes) == 1
+    # The same codes with other scales: the state dict names them.
+    weights = models[2].get_submodule("model.layers.0.mlp.up_proj").state_dict(keep_vars=True)
+    scale = next(
+        getattr(value, "scale", value)
+        for name, value in weights.items()
+        if name != "weight" or config.quant_method == "torchao"
+    )
+    with torch.no_grad():
+        scale.mul_(2)
+    changed = kept_by(models[2])
+    assert len(passes) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(changed, models[2].head_inputs(input_ids=TOKENS))
+    assert not torch.allclose(changed, states)
