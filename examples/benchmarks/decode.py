@@ -6,7 +6,7 @@ and the mixing of its K log-softmaxes.
     python examples/benchmarks/decode.py
     python examples/benchmarks/decode.py --hidden-size 768 --vocab-size 50257 --json
 
-Times are medians of calls in turn. Needs: pip install "hf_mos[examples]".
+Times are medians of calls in turn. Needs: pip install '.[examples]'.
 """
 
 from collections.abc import Callable

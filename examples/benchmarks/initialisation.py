@@ -5,7 +5,7 @@
 A small Llama is trained with one softmax on Python's documentation, then fine-tuned for the same steps from each
 initialisation. The columns: the largest change of a log-probability at step 0, the validation perplexity after the
 steps, and the distance between the components: the standard deviation of the latents over the components, in units of
-the hidden states' own. Needs: pip install 'hf_mos[examples]'.
+the hidden states' own. Needs: pip install '.[examples]'.
 """
 
 import copy

@@ -11,7 +11,7 @@ in chunks of the fastest size.
 Before anything is timed, every contender's loss and gradients are compared with autograd in float64; a wrong one ends
 the run. Times are medians of calls in turn, forward and backward. On CUDA the kernels of liger-kernel and
 cut-cross-entropy are timed too where these are installed, and a contender that runs out of memory is left out.
-`--dry-run` checks a command on the CPU at a small size. Needs: pip install "hf_mos[examples]".
+`--dry-run` checks a command on the CPU at a small size. Needs: pip install '.[examples]'.
 """
 
 import json

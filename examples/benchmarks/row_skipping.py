@@ -5,7 +5,7 @@
 A row (token, component) whose responsibility the working dtype cannot see adds nothing to the gradients, and
 its two backward products could be skipped. This prints, for thresholds up to that of each dtype, the share of such
 rows and the error that leaving them out would make in the decoder's gradient, beside plain autograd's own in fp32.
-Needs: pip install "hf_mos[examples]".
+Needs: pip install '.[examples]'.
 """
 
 from pathlib import Path

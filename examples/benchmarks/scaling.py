@@ -3,7 +3,7 @@
     python examples/benchmarks/scaling.py --out scaling.png
     python examples/benchmarks/scaling.py --quick
 
-Each point is a run of loss.py in a fresh process. Needs: pip install "hf_mos[examples]".
+Each point is a run of loss.py in a fresh process. Needs: pip install '.[examples]'.
 """
 
 import json
