@@ -80,15 +80,15 @@ def arguments_of(leaves: dict[str, Tensor], shortlist_size: int | None) -> tuple
 def functions(inputs: dict[str, Any]) -> Iterator[tuple[str, Results]]:
     """The loss and the log-probabilities with the options that change their path."""
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    cases = itertools.product((None, M), dtypes, (None, 3.0), (False, True), ("mean", "none"), (None, 5))
-    for shortlist_size, dtype, softcap, has_bias, reduction, chunk_size in cases:
+    cases = itertools.product((None, M), dtypes, (None, 3.0), (False, True), ("mean", "none"))
+    for shortlist_size, dtype, softcap, has_bias, reduction in cases:
         names = ["latents"] if shortlist_size is None else ["mean", "offsets"]
         names += ["prior_logits", "decoder_weight", *(["decoder_bias"] if has_bias else [])]
         leaves = {name: inputs[name].to(dtype).requires_grad_() for name in names}
         latents, form = arguments_of(leaves, shortlist_size)
         positional = (latents, leaves["prior_logits"], leaves["decoder_weight"])
         options: dict[str, Any] = {"decoder_bias": leaves.get("decoder_bias"), "softcap": softcap, **form}
-        loss = mos_cross_entropy(*positional, inputs["targets"], reduction=reduction, chunk_size=chunk_size, **options)
+        loss = mos_cross_entropy(*positional, inputs["targets"], reduction=reduction, **options)
         gradients = torch.autograd.grad(loss.square().sum(), list(leaves.values()))
         results: Results = {f"gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)}
         results["loss"] = loss.detach()
@@ -96,7 +96,7 @@ def functions(inputs: dict[str, Any]) -> Iterator[tuple[str, Results]]:
             results["log-probabilities"] = infer_log_probs(*positional, **options)
             if shortlist_size is None:
                 results["reference"] = mos_log_probs(*positional, **options)
-        yield f"{shortlist_size=}, {dtype}, {softcap=}, {has_bias=}, {reduction}, {chunk_size=}", results
+        yield f"{shortlist_size=}, {dtype}, {softcap=}, {has_bias=}, {reduction}", results
 
 
 def through_models(inputs: dict[str, Any]) -> Iterator[tuple[str, Results]]:

@@ -1,11 +1,14 @@
 """Tiny causal LMs with random weights, and helpers that several test files use."""
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +26,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hf_mos import MoSForCausalLM
+from hf_mos.remote_code import mos_decoder, mos_head
 
 VOCAB_SIZE = 97
 PAD, BOS, EOS = 0, 1, 2
@@ -100,6 +104,16 @@ def part_components(model: MoSForCausalLM, distance: float = 0.1) -> None:
     head = model.mos_head
     weight = head.shift.weight
     weight += distance / head.latent_scale * torch.randn(weight.shape, generator=generator).to(weight)
+
+
+@contextlib.contextmanager
+def chunks_of(size: int | None) -> Iterator[None]:
+    """Makes the losses compute so many tokens at a time; `None`: as many as their budget allows."""
+    with pytest.MonkeyPatch.context() as patch:
+        if size is not None:
+            for module in (mos_decoder, mos_head):
+                patch.setattr(module, "tokens_per_chunk", lambda *_: size)
+        yield
 
 
 def random_tokens(batch: int = 2, length: int = 12, seed: int = 0) -> Tensor:

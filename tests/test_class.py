@@ -141,7 +141,7 @@ def test_the_config_is_the_backbones_with_three_fields(name: str, tmp_path: Path
     model_type = softmax.config.model_type
     assert model.config.model_type == type(model.config).model_type == model_type
     ours, theirs = model.config.to_dict(), softmax.config.to_dict()
-    own = {"num_mixtures", "shortlist_size", "latent_scale"}
+    own = {"num_mixtures", "shortlist_size", "shift_rank", "latent_scale", "init_seed"}
     assert own <= ours.keys()
     changed = {"architectures", "transformers_version", "final_logit_softcapping", "dtype"}
     assert {key: ours[key] for key in theirs.keys() - changed} == {key: theirs[key] for key in theirs.keys() - changed}
@@ -251,7 +251,9 @@ def old_folder(folder: Path) -> Path:
         "model_type": "mos",
         "text_config": text_config,
         "num_mixtures": 4,
+        "shift_rank": 64,
         "latent_scale": 10.0,
+        "init_seed": 0,
         "tie_word_embeddings": False,
     }
     (folder / "config.json").write_text(json.dumps(config))

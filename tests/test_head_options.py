@@ -19,7 +19,9 @@ VALUES: list[tuple[str, Any]] = [
     ("num_mixtures", 3),
     ("shortlist_size", 5),
     ("shortlist_size", None),
+    ("shift_rank", 8),
     ("latent_scale", 2.0),
+    ("init_seed", 7),
     ("tie_word_embeddings", False),
 ]
 
@@ -44,7 +46,8 @@ def convert(*arguments: Any) -> Any:
 
 def test_every_option_of_the_head_is_tested_here() -> None:
     defaults = {flag.name: flag.default for flag in head_flags()}
-    assert defaults == {"num_mixtures": 16, "shortlist_size": 64, "latent_scale": None, "tie_word_embeddings": None}
+    expected = {"num_mixtures": 16, "shortlist_size": 64, "shift_rank": 64, "latent_scale": None, "init_seed": 0}
+    assert defaults == expected | {"tie_word_embeddings": None}
     assert defaults.keys() == dict(VALUES).keys()
 
 
@@ -94,7 +97,7 @@ def test_both_commands_explain_a_flag_in_the_same_words(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("num_mixtures", 0), ("shortlist_size", 0), ("shortlist_size", "None"), ("latent_scale", 0.0)],
+    [("num_mixtures", 0), ("shortlist_size", 0), ("shortlist_size", "None"), ("shift_rank", 0), ("latent_scale", 0.0)],
 )
 def test_a_value_out_of_range_is_a_wrong_command_line(name: str, value: Any, tmp_path: Path) -> None:
     result = convert("missing", tmp_path / "out", *words_of(name, value))
@@ -115,15 +118,31 @@ def test_train_refuses_an_abbreviation_and_a_missing_output_folder(model: Path, 
         parse_options([*start, "--output-dir", str(tmp_path / "out"), "--learning-rat", "1"])
 
 
+@pytest.mark.parametrize("shift_rank", [1, 8, 32, 40])
 @pytest.mark.parametrize(("num_mixtures", "shortlist_size"), [(1, None), (4, None), (2, 5), (16, 5), (3, 97)])
-def test_the_cost_of_a_head_is_what_torch_counts(num_mixtures: int, shortlist_size: int | None) -> None:
-    options = {"num_mixtures": num_mixtures, "shortlist_size": shortlist_size}
+def test_the_cost_of_a_head_is_what_torch_counts(
+    num_mixtures: int, shortlist_size: int | None, shift_rank: int
+) -> None:
+    D, V, tokens = 32, 97, random_tokens(4)
+    options = {"num_mixtures": num_mixtures, "shortlist_size": shortlist_size, "shift_rank": shift_rank}
     softmax, mixture = tiny_causal_lm(), tiny_mos(**options)
-    counts = []
-    for model in (softmax, mixture):
-        with FlopCounterMode(display=False) as counter, torch.enable_grad():
-            model(random_tokens())
-        counts.append(counter.get_total_flops())
-    of_softmax = 2 * random_tokens().numel() * 32 * 97
-    cost = head_cost(num_mixtures, shortlist_size, hidden_size=32, vocab_size=97)
-    assert cost == pytest.approx(1 + (counts[1] - counts[0]) / of_softmax)
+    of_softmax = 2 * tokens.numel() * D * V
+
+    def count(model: Any, **inputs: Any) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(tokens, **inputs)
+        return counter.get_total_flops()
+
+    sizes = {"hidden_size": D, "vocab_size": V}
+    assert head_cost(**options, **sizes) == pytest.approx(1 + (count(mixture) - count(softmax)) / of_softmax)
+    trained = count(mixture, shift_labels=tokens, skip_logits=True) - count(softmax)
+    cost = head_cost(**options, **sizes, num_tokens=tokens.numel())
+    assert cost == pytest.approx(1 + trained / of_softmax)
+
+
+def test_the_cost_of_the_default_head_of_a_model_that_people_use() -> None:
+    """Llama-3-8B's sizes."""
+    assert head_cost(16, 64, 64, hidden_size=4096, vocab_size=128256) == pytest.approx(1.024, abs=1e-3)
+    assert head_cost(16, 64, 64, hidden_size=4096, vocab_size=128256, num_tokens=4096) == pytest.approx(
+        1.025, abs=1e-3
+    )

@@ -24,6 +24,8 @@ def trained(head):
     with torch.no_grad():
         for layer in (head.prior, head.shift):
             layer.weight.add_(0.3 / head.latent_scale * torch.randn_like(layer.weight))
+        if head.widening is not None:
+            head.widening.weight.add_(0.1 * torch.randn_like(head.widening.weight))
     return head
 
 
@@ -41,6 +43,7 @@ def by_hand(head, hidden_states):
     bias = None if head.bias is None else head.bias.double()
     prior = F.softmax(F.linear(head.latent_scale * h, head.prior.weight.double()), dim=-1)
     shifts = F.linear(h, head.shift.weight.double()).unflatten(-1, (head.num_mixtures, -1))
+    shifts = shifts if head.widening is None else F.linear(shifts, head.widening.weight.double())
     latents = h.unsqueeze(-2) + head.latent_scale * shifts
     logits = F.linear(latents, weight, bias)
     if head.shortlist_size is not None:
@@ -62,9 +65,14 @@ OPTIONS = [
     {"bias": True},
     {"softcap": 3.0},
     {"latent_scale": 0.3},
+    {"shift_rank": 4},
+    {"shift_rank": None},
     {"shortlist_size": 5},
     {"shortlist_size": V + 1},
     {"shortlist_size": 5, "num_mixtures": 1},
+    {"shortlist_size": 5, "shift_rank": 4},  # the shortlists of 10 tokens have more rows than the decoder
+    {"shortlist_size": 5, "shift_rank": 1, "softcap": 3.0, "bias": True},
+    {"shortlist_size": 3, "shift_rank": 4},  # and fewer
     {"shortlist_size": 5, "latent_scale": 0.3, "softcap": 3.0, "bias": True},
 ]
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import LargestTensor
+from helpers import LargestTensor, chunks_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_mos import mos_cross_entropy, mos_log_probs, remote_code
@@ -17,8 +17,9 @@ from hf_mos.remote_code.mos_log_probs import infer_log_probs
 
 IGNORED = -100
 
-# On all classes, and on a shortlist: of latents, and of their mean and offsets.
-FORMS = [(None, False), (3, False), (3, True)]
+# On all classes, and on a shortlist: of latents, of their mean and offsets, and of offsets that are to be widened.
+FORMS = [(None, False), (3, False), (3, True), (3, "widened")]
+RANK = 2
 
 
 def draw(N=7, K=3, D=5, V=11, pair=False, bias=False, ignored="some", dtype=torch.float64, seed=0):
@@ -29,7 +30,10 @@ def draw(N=7, K=3, D=5, V=11, pair=False, bias=False, ignored="some", dtype=torc
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     leaves = {"prior_logits": normal(N, K), "decoder_weight": normal(V, D)}
-    leaves |= {"mean": normal(N, D), "offsets": normal(N, K, D)} if pair else {"latents": normal(N, K, D)}
+    width = RANK if pair == "widened" else D
+    leaves |= {"mean": normal(N, D), "offsets": normal(N, K, width)} if pair else {"latents": normal(N, K, D)}
+    if pair == "widened":
+        leaves["widening"] = normal(D, RANK)
     if bias:
         leaves["decoder_bias"] = normal(V)
     targets = torch.randint(0, V, (N,), generator=generator)
@@ -40,8 +44,11 @@ def draw(N=7, K=3, D=5, V=11, pair=False, bias=False, ignored="some", dtype=torc
     return leaves, targets
 
 
-def arguments(leaves):
-    latents = leaves["latents"] if "latents" in leaves else (leaves["mean"], leaves["offsets"])
+def arguments(leaves, widens=True):
+    offsets = leaves.get("offsets")
+    if widens and "widening" in leaves:
+        offsets = offsets @ leaves["widening"].T
+    latents = leaves["latents"] if "latents" in leaves else (leaves["mean"], offsets)
     return (latents, leaves["prior_logits"], leaves["decoder_weight"]), leaves.get("decoder_bias")
 
 
@@ -68,9 +75,10 @@ def reduce(log_probs, targets, reduction):
     return nll.sum() / (1 if reduction == "sum" else (targets != IGNORED).sum().clamp(min=1))
 
 
-def fast(leaves, targets, **options):
-    positional, bias = arguments(leaves)
-    return mos_cross_entropy(*positional, targets, decoder_bias=bias, **options)
+def fast(leaves, targets, chunk_size=None, **options):
+    positional, bias = arguments(leaves, widens=False)
+    with chunks_of(chunk_size):
+        return mos_cross_entropy(*positional, targets, decoder_bias=bias, widening=leaves.get("widening"), **options)
 
 
 def run(loss_function, leaves, targets, requires_grad=None, **options):
@@ -242,10 +250,18 @@ def test_integer_targets_of_any_width():
         ({"decoder_weight": torch.zeros(11, 5)}, "latents: expected the decoder's torch.float32"),
         ({"decoder_bias": torch.zeros(10, dtype=torch.float64)}, "decoder_bias: expected"),
         ({"reduction": "average"}, "reduction: expected"),
-        ({"chunk_size": 0}, "chunk_size: expected"),
+        ({"widening": torch.zeros(5, 2)}, "widening: expected"),
         ({"shortlist_size": 0}, "shortlist_size: expected an int of at least 1, or None, given 0"),
         ({"latents": (torch.zeros(7, 5), torch.zeros(7, 3, 5))}, "shortlist_size: expected an int"),
         ({"latents": (torch.zeros(7, 5), torch.zeros(7, 3, 4)), "shortlist_size": 3}, "latents: expected"),
+        (
+            {
+                "latents": (torch.zeros(7, 5), torch.zeros(7, 3, 2)),
+                "shortlist_size": 3,
+                "widening": torch.zeros(5, 3),
+            },
+            r"widening: expected \(D, r\) with offsets \(N, K, r\), given \(5, 3\)",
+        ),
     ],
 )
 def test_bad_input_names_what_was_expected(change, message):

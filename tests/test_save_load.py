@@ -74,7 +74,15 @@ def test_files_of_a_checkpoint(name: str, tmp_path: Path) -> None:
     assert config["architectures"] == [f"MoS{softmax_config['architectures'][0]}"]
     assert config["model_type"] == "mos"
     assert config["backbone_model_type"] == softmax_config["model_type"]
-    own = {"num_mixtures", "shortlist_size", "latent_scale", "auto_map", "backbone_model_type"}
+    own = {
+        "num_mixtures",
+        "shortlist_size",
+        "shift_rank",
+        "latent_scale",
+        "init_seed",
+        "auto_map",
+        "backbone_model_type",
+    }
     assert own <= config.keys() - softmax_config.keys()
     assert config["num_mixtures"] == 3
     assert config["shortlist_size"] == 64

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import VOCAB_SIZE, log_prob_gap, random_tokens, tiny_causal_lm, tiny_mos
+from helpers import VOCAB_SIZE, chunks_of, log_prob_gap, random_tokens, tiny_causal_lm, tiny_mos
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
@@ -119,9 +119,8 @@ def test_blocks_of_classes_and_chunks_of_tokens(reduction: str, softcap: float |
     options: dict[str, Any] = {"softcap": softcap, "shortlist_size": 6}
     log_probs = mos_log_probs(whole(mean, offsets), prior_logits, weight, **options)
     expected = F.nll_loss(log_probs, targets, reduction=reduction)
-    given = mos_cross_entropy(
-        (mean, offsets), prior_logits, weight, targets, reduction=reduction, chunk_size=2, **options
-    )
+    with chunks_of(2):
+        given = mos_cross_entropy((mean, offsets), prior_logits, weight, targets, reduction=reduction, **options)
     torch.testing.assert_close(given, expected, rtol=1e-12, atol=1e-12)
     pairs = (torch.autograd.grad(loss.sum(), leaves, retain_graph=True) for loss in (given, expected))
     for one, other in zip(*pairs, strict=True):

@@ -24,6 +24,7 @@ PREFIX = "MoS"  # of the name of a made class
 # scale that falls as 1 / D gives every width the same change: 10 at D = 32, 0.56 at D = 576, measured at both by
 # `examples/softmax_bottleneck/learning_rates.py`. Source: Yang et al., arXiv 2203.03466.
 SCALE_TIMES_WIDTH = 320.0
+SHIFT_RANK = 64
 
 # The names of a logit softcap in transformers' configs. It belongs inside each component of the mixture, so a model
 # that is made moves it from there to `softcap`; the file keeps it under the architecture's name.
@@ -31,8 +32,7 @@ SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_so
 # Replaces a softcap that may not be None: `tanh(h / 2^64) * 2^64` is h, to the bit, in fp32 and in bf16.
 NO_SOFTCAP = 2.0**64
 
-# A config of no model type. AutoTokenizer reads it where it may not run the code of this one: it finds any config in
-# the file, and would warn of the type of the model without one.
+# A config of no model type, which AutoTokenizer finds where it may not run the code of this one: so it does not warn.
 TOKENIZER_CONFIG = "tokenizer_without_code"
 
 LISTENERS: list[Callable[[Any], None]] = []  # called with each config class that is made
@@ -47,10 +47,7 @@ class MoSConfig(PreTrainedConfig):
     """Configuration of [`MoSForCausalLM`]: a causal LM's config and the options of its mixture head.
 
     Make one with [`~MoSConfig.from_backbone_config`]; `from_pretrained` and `from_dict` read a saved one. The result
-    is of a class made of this one and of the backbone's.
-
-    Raises:
-        ValueError: a field has a wrong type or is out of range: "field: expected X, given Y".
+    is of a class made of this one and of the backbone's. ValueError where a field is of a wrong type or out of range.
     """
 
     model_type = MODEL_TYPE
@@ -62,11 +59,16 @@ class MoSConfig(PreTrainedConfig):
         "M: let the components differ only on the M likeliest classes; elsewhere they share the logits of their mean. "
         "None: let them differ on all classes, at the price of K softmaxes.",
     )
+    shift_rank: int | None = option(
+        SHIFT_RANK,
+        "r, the rank of the shifts, which two layers of (K + 1) r D weights make. None, or D: one of K D D weights.",
+    )
     latent_scale: float | None = option(
         None,
         "Multiplies the shifts and the input of the prior; None: 320 / D, measured at D = 32 and 576. Beside an "
         "adapter, which needs a high learning rate, set a lower one, such as 0.1.",
     )
+    init_seed: int = option(0, "Of the first weights of the head, which do not depend on torch.manual_seed.")
     softcap: float | None = None  # the backbone's own, in a config whose model is made
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -79,11 +81,7 @@ class MoSConfig(PreTrainedConfig):
 
     @classmethod
     def from_backbone_config(cls, config: PreTrainedConfig, **options: Any) -> "MoSConfig":
-        """Equivalent to: a copy of the config of any causal LM, with the fields of this class as `options`.
-
-        Raises:
-            ValueError: the config is a mixture's already, or an option is unknown or out of range.
-        """
+        """Equivalent to: a copy of the config of any causal LM, with the fields of this class as `options`."""
         if not isinstance(config, PreTrainedConfig) or isinstance(config, MoSConfig):
             given = "a mixture's" if isinstance(config, MoSConfig) else type(config).__name__
             raise ValueError(f"config: expected the config of a causal LM with a softmax head, given {given}")
@@ -151,11 +149,14 @@ def check_options(options: dict[str, Any]) -> None:
     expected: dict[str, tuple[Any, str]] = {
         "num_mixtures": (int, "an int of at least 1"),
         "shortlist_size": (int | None, "an int of at least 1, or None"),
+        "shift_rank": (int | None, "an int of at least 1, or None"),
+        "init_seed": (int, "an int of at least 0"),
         "latent_scale": (int | float | None, "a finite number above 0, or None"),
     }
     for name, value in options.items():
         types, words = expected[name]
-        if not isinstance(value, types) or isinstance(value, bool) or not (value is None or 0 < value < math.inf):
+        least = 0 if name == "init_seed" else math.ulp(0)
+        if not isinstance(value, types) or isinstance(value, bool) or not (value is None or least <= value < math.inf):
             raise ValueError(f"{name}: expected {words}, given {value!r}")
 
 

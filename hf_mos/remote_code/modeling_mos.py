@@ -4,7 +4,6 @@ The class of a mixture is made when it is first asked for: `MoSLlamaForCausalLM(
 that is not said here is the softmax model's: attributes, names, signatures, generation.
 """
 
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -48,6 +47,10 @@ FILE_ARGUMENTS = (
     *("trust_remote_code", "_from_auto", "_from_pipeline"),
 )
 MODEL_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")  # that a config would take for its own
+DROPS_CACHE_WITH_LABELS = (  # model types whose forward has `if labels is not None: use_cache = False`
+    *("bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie", "git", "megatron-bert", "roberta"),
+    *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
 OWN_ARGUMENTS = ("skip_logits", "add_log_partition", "fused_lm_head")  # of forward, that no softmax model takes
 
 
@@ -65,8 +68,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         num_items_in_batch: the divisor of the summed loss; by default the number of labels that are not ignored
         ignore_index: the label of positions that are ignored, -100
         hidden_states (batch, sequence, D): the result of an earlier `head_inputs`; the layers are then not run
-        skip_logits: return `logits=None`. By default a call with labels in training mode leaves the logits out
-            (`skip_logits_in_training`); who then reads them gets a RuntimeError that says how to ask for them
+        skip_logits: return `logits=None`; by default in training mode with labels (`skip_logits_in_training`)
         add_log_partition: as in `mix_log_probs`; `generate` asks for it, as `repetition_penalty` depends on the scale
     """
 
@@ -74,7 +76,6 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = MoSConfig
     backbone_class: Any = None  # the softmax model's class, in a made class
     argument_names: tuple[str, ...] = ()  # of the softmax model's forward
-    drops_cache_with_labels = False  # as the softmax model's forward does
     skip_logits_in_training = True  # a call with labels then makes no tensor as wide as V
     read_fused_forward: Any = None  # hf_mos.training.token_scores sets these three, for TRL
     score_batch: Any = None
@@ -187,11 +188,10 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         token: str | bool | None = None,
         **kwargs: Any,
     ) -> None:
-        """Like `PreTrainedModel.save_pretrained`, but atomic.
+        """Like `PreTrainedModel.save_pretrained`, but atomic: a killed save leaves the old or the new checkpoint.
 
-        If the process is killed, the folder loads as the old or new checkpoint (`mos_checkpoint.py`); the disk must
-        hold both. Transformers itself saves adapters and a `distributed_checkpoint`. With sharded weights every
-        process must call this. ValueError where the head is not a [`MoSLMHead`], which is what would be loaded.
+        The disk must hold both. With sharded weights every process must call this. ValueError where the head is not a
+        [`MoSLMHead`], which is what would be loaded.
         """
         head: Any = self.mos_head
         if head is None or type(head).latents is not MoSLMHead.latents:
@@ -240,10 +240,8 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """Like `PreTrainedModel.from_pretrained`, but strict; a softmax model is converted.
 
-        Raises:
-            OSError: a file is missing, cut short or not what its name says.
-            ValueError: a weight is missing, of another shape than the config says (unless `ignore_mismatched_sizes`),
-                or pickled; one of the head is not finite, or one too many; an index names a file outside its folder.
+        OSError for a file that is missing, cut short or not what its name says. ValueError for a weight that is
+        missing, misshapen (unless `ignore_mismatched_sizes`), pickled, or, of the head, not finite or one too many.
         """
         if use_safetensors is False:
             raise ValueError("use_safetensors: expected True or None, as pickled weights are not read, given False")
@@ -274,16 +272,6 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             if (folder / generation_file).is_file():  # of a save that was interrupted after its weights were written
                 model.generation_config = GenerationConfig.from_pretrained(folder, str(generation_file))
         return (model, info) if output_loading_info else model
-
-    @classmethod
-    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh: Any) -> Any:
-        """Like `PreTrainedModel.maybe_distribute_model`, but FSDP2 gets a tied weight as one parameter."""
-        shards = mesh is not None and getattr(distributed_config, "dp_size", distributed_config.fsdp_size) > 1
-        if shards and model.config.tie_word_embeddings:
-            if distributed_config.tp_size > 1:  # transformers then trains the embedding and the decoder apart
-                raise ValueError("tie_word_embeddings: expected False with both fsdp_size and tp_size, given True")
-            model.tie_weights(recompute_mapping=False)
-        return super().maybe_distribute_model(model, distributed_config, mesh)
 
     @property
     def mos_head(self) -> MoSLMHead | None:
@@ -372,7 +360,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         keeps_itself = hidden_states is None and not has_labels and "logits_to_keep" in self.argument_names
         if keeps_itself:
             kwargs["logits_to_keep"] = logits_to_keep
-        if has_labels and self.drops_cache_with_labels:
+        if has_labels and self.config.model_type in DROPS_CACHE_WITH_LABELS:
             kwargs["use_cache"] = False
         outputs: Any = self._run_layers(**kwargs) if hidden_states is None else CausalLMOutput(logits=hidden_states)
         states, aux_loss = outputs.logits, getattr(outputs, "aux_loss", None)
@@ -446,7 +434,7 @@ def model_class_for(backbone: Any) -> type[MoSForCausalLM]:
     asked = ("_can_set_attn_implementation", "_can_set_experts_implementation")
     members |= {name: getattr(backbone, name) for name in asked}
     members |= {"backbone_class": backbone, "config_class": config_class_for(backbone.config_class)}
-    members |= {"argument_names": named[1:], "drops_cache_with_labels": drops_cache_with_labels(backbone)}
+    members |= {"argument_names": named[1:]}
     made: Any = type(name, (MoSForCausalLM, backbone), members)
     globals().setdefault(name, made)
     # transformers looks up some things by the name of a class.
@@ -557,14 +545,6 @@ def add_aux_loss(loss: Tensor, aux_loss: Any, model: PreTrainedModel) -> Tensor:
     names = ("router_aux_loss_coef", "aux_loss_coef")
     coefficient = next(getattr(holder, name) for holder in holders for name in names if hasattr(holder, name))
     return loss + coefficient * aux_loss.to(loss.device)
-
-
-def drops_cache_with_labels(backbone: type[PreTrainedModel]) -> bool:
-    """Whether a model's forward turns off the cache where it gets labels, as those of BERT's family do."""
-    with contextlib.suppress(OSError, TypeError):  # no source
-        source = inspect.getsource(inspect.unwrap(backbone.forward))
-        return re.search(r"if labels is not None:\n(.*\n){0,2}?\s+use_cache = False", source) is not None
-    return False
 
 
 def reads_softcap(backbone: type[PreTrainedModel]) -> bool:

@@ -1,8 +1,7 @@
 """An atomic save, and a strict load.
 
-No system call replaces the files of a checkpoint all at once. But `config.json` decides which of them are read: its
-`transformers_weights` names the weights and its `auto_map` the code, also in a subfolder. After each of these steps
-one complete checkpoint loads with transformers' own `from_pretrained`:
+`config.json` decides which files of a checkpoint are read: its `transformers_weights` names the weights and its
+`auto_map` the code, also in a subfolder. After each of these steps one complete checkpoint loads with transformers:
 
     1. write the new checkpoint to `_saving_*/`                                      the old one loads
     2. `os.replace` the `config.json` by one that names the files in `_saving_*/`    from here on the new one loads

@@ -13,10 +13,8 @@ from .mos_matmul import multiply, multiply_into
 
 Tokens = slice | Tensor  # the tokens of a chunk, as an index
 
-# Working memory of the loss; on an accelerator its memory decides. A chunk of n rows moves about 4 n V + 16 V D bytes
-# and computes 6 n V D operations, so n has to be large: with a trained decoder 30 MiB took 0.82 (D = 256, V = 32000)
-# and 0.81 (D = 768, V = 50257) of the time of 12 MiB, on an AMD EPYC of family 26. More than 32 MiB gain at most 3 %,
-# and glibc no longer keeps such a buffer for the next step: at V = 2048 44 MiB took 1.8 times as long.
+# Working memory of the loss; on an accelerator its memory decides. With a trained decoder 30 MiB took 0.81 of the time
+# of 12 MiB (D = 768, V = 50257, an AMD EPYC of family 26). glibc keeps no larger buffer than 32 MiB for the next step.
 CPU_BUDGET_BYTES = 30 * 2**20
 # With a trained decoder at least 128 rows of logits in fp32, as each chunk reads and writes the decoder's gradient; at
 # most 120 MiB. They took 0.86 of the time of 30 MiB at D = 256, V = 128000, and 0.69 at V = 262144.
@@ -68,6 +66,7 @@ class Decoder(NamedTuple):
     vocabulary: Any  # WholeVocabulary, or what has its methods for the rows that this process holds
     sum_dtype: torch.dtype  # of the logits, and of gradients that many tokens add to: fp32, or fp64 for fp64
     matmul: Callable[[Tensor], Tensor] | None = None  # in place of our own, in inference
+    narrow: Tensor | None = None  # (V, r), the weight times the widening: what offsets (n, K, r) are multiplied with
 
     def logits(self, rows: Tensor) -> Tensor:
         """Equivalent to: `F.linear(rows, weight, bias)` (R, V), widened, without gradients."""
@@ -90,17 +89,15 @@ class ChunkBuffers(NamedTuple):
 
     @classmethod
     def allocate(
-        cls, count: int, rows_per_token: int, decoder: Decoder, wants_any: bool, trains_decoder: bool, size: int | None
+        cls, count: int, rows_per_token: int, decoder: Decoder, wants_any: bool, trains_decoder: bool
     ) -> "ChunkBuffers":
-        """Makes the buffers for chunks of `size` of the `count` tokens; `None`: of as many as the budget allows."""
+        """Makes the buffers for chunks of the `count` tokens, of as many as the budget allows."""
         # V of the whole vocabulary, so that processes that shard it split the tokens alike.
         weight, sum_dtype, V = decoder.weight, decoder.sum_dtype, decoder.vocabulary.num_classes
         work_dtype, device = weight.dtype, weight.device
         has_half, has_slope = work_dtype != sum_dtype, decoder.softcap is not None and wants_any
-        if size is None:
-            bytes_per_logit = sum_dtype.itemsize * (1 + has_slope) + work_dtype.itemsize * has_half
-            size = tokens_per_chunk(rows_per_token, V, bytes_per_logit, device, trains_decoder)
-        size = even(count, size)
+        bytes_per_logit = sum_dtype.itemsize * (1 + has_slope) + work_dtype.itemsize * has_half
+        size = even(count, tokens_per_chunk(rows_per_token, V, bytes_per_logit, device, trains_decoder))
 
         def empty(dtype: torch.dtype) -> Tensor:
             return torch.empty(size * rows_per_token, weight.shape[0], dtype=dtype, device=device)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
-from .configuration_mos import default_scale
+from .configuration_mos import SHIFT_RANK, default_scale
 from .mos_decoder import AUTOGRAD_BYTES_PER_LOGIT, tokens_per_chunk
-from .mos_log_probs import Latents, components, infer_log_probs, mix_log_probs, reduce
+from .mos_log_probs import Latents, components, infer_log_probs, mean_and_rest, mix_log_probs, reduce
 from .mos_loss import mos_cross_entropy
-from .mos_matmul import is_plain, is_transformed, project
+from .mos_matmul import is_bare, is_plain, is_transformed, project
 from .mos_shortlist import shortlist_logits
 
 # Which module plays which role at this moment, as (module, role). While the layers run, the head hands on its "input";
@@ -46,19 +46,21 @@ def plays(module: Any, name: str) -> bool:
 class MoSLMHead(nn.Linear):
     """Equivalent to: `mos_log_probs(latents(h), prior_logits(h), weight, decoder_bias=bias)`.
 
-    An `nn.Linear`, the decoder that K components share, with two children: `shift` makes the K latents of a hidden
-    state, `prior` weighs their softmaxes. `mos_shortlist.py` tells what a shortlist changes.
+    An `nn.Linear`, the decoder that K components share, with children. `shift` makes K codes of r numbers out of a
+    hidden state, and `widening` makes of each what is added to it: the K latents. `prior` weighs their softmaxes.
+    `mos_shortlist.py` tells what a shortlist changes.
 
-        latents_k = h + latent_scale * shift(h)_k                        (..., K, D)
+        latents_k = h + latent_scale * widening(shift(h)_k)              (..., K, D); no widening where r is D
         log_gate  = log_softmax(prior(latent_scale * h))                 (..., K), fp32
 
     Args:
         in_features, out_features, bias, device, dtype: of the decoder, (V, D), as for `nn.Linear`.
-        options: num_mixtures, shortlist_size and latent_scale, as in `MoSConfig`, and softcap, as in `mos_log_probs`.
+        options: num_mixtures, shortlist_size, shift_rank, latent_scale and init_seed, as in `MoSConfig`, and
+            softcap, as in `mos_log_probs`.
 
-    Initialisation: all shifts are zero, so the mixture predicts what one softmax with its decoder does. The prior's
-    weights times `latent_scale` are random, of standard deviation 1 / sqrt(D). So the components get the gradients of
-    different tokens, and part; with equal ones they stay clones (`examples/benchmarks/initialisation.py` compares).
+    Initialisation: `shift` is zero, so the mixture predicts what one softmax with its decoder does. The weights of the
+    prior, times `latent_scale`, and of the widening are random, of standard deviation 1 / sqrt(D) and 1 / sqrt(r). So
+    components get gradients of different tokens, and part; by an equal prior they stay clones (`initialisation.py`).
 
     To compute other latents, derive a class that overrides `latents` and give it the place of the head with
     `take_over`. It trains by the same loss. Source: Yang et al. 2018, arXiv 1711.03953, section 2.3.
@@ -81,33 +83,41 @@ class MoSLMHead(nn.Linear):
     @classmethod
     def take_over(cls, linear: nn.Linear, **options: Any) -> "MoSLMHead":
         """Turns a vocabulary projection into a head, in place: its weight, hooks and place in the model stay."""
-        head: Any = linear
-        change_class(head, cls)
-        head.add_mixture(**options)
-        return head
+        change_class(linear, cls)
+        linear.add_mixture(**options)  # type: ignore[operator]
+        return linear  # type: ignore[return-value]
 
     def add_mixture(
         self,
         num_mixtures: int = 16,
         shortlist_size: int | None = 64,
+        shift_rank: int | None = SHIFT_RANK,
         latent_scale: float | None = None,
+        init_seed: int = 0,
         softcap: float | None = None,
     ) -> None:
         """Adds the prior and the shift; `options` of the class."""
         D, dtype, device = self.in_features, self.weight.dtype, device_of(self)
         self.num_mixtures, self.shortlist_size, self.softcap = num_mixtures, shortlist_size, softcap
+        self.shift_rank = D if shift_rank is None else min(shift_rank, D)
         self.latent_scale = default_scale(D) if latent_scale is None else latent_scale
+        self.init_seed = init_seed
         self.num_classes: int | None = None  # the classes that count; `None`: all rows of the weight
         prior_dtype = torch.promote_types(dtype, torch.float32)
         self.prior = nn.Linear(D, num_mixtures, bias=False, dtype=prior_dtype, device=device)
-        self.shift = nn.Linear(D, num_mixtures * D, bias=False, dtype=dtype, device=device)
+        self.shift = nn.Linear(D, num_mixtures * self.shift_rank, bias=False, dtype=dtype, device=device)
+        self.widening = None
+        if self.shift_rank < D:
+            self.widening = nn.Linear(self.shift_rank, D, bias=False, dtype=dtype, device=device)
         self.reset_mixture()
 
     @torch.no_grad()
     def reset_mixture(self) -> None:
-        """Initialises the prior and the shift, as the class's docstring says."""
-        init.normal_(self.prior.weight, std=self.in_features**-0.5 / self.latent_scale)
+        """Initialises the prior and the shift, as the class's docstring says, and to the bit the same each time."""
+        draw_(self.prior.weight, self.in_features**-0.5 / self.latent_scale, self.init_seed)
         init.zeros_(self.shift.weight)
+        if self.widening is not None:
+            draw_(self.widening.weight, self.shift_rank**-0.5, self.init_seed)
 
     def prior_logits(self, hidden_states: Tensor) -> Tensor:
         """The logits of the prior (..., K) for hidden states (..., D); in its own dtype under autocast too."""
@@ -116,38 +126,49 @@ class MoSLMHead(nn.Linear):
 
     def latents(self, hidden_states: Tensor) -> Tensor:
         """The latents (..., K, D) for hidden states (..., D). A subclass may compute others."""
-        hidden_states = in_dtype_of(self.shift, hidden_states)
-        return hidden_states.unsqueeze(-2) + self.shifts(hidden_states)
+        return in_dtype_of(self.shift, hidden_states).unsqueeze(-2) + self.shifts(hidden_states)
 
     def shifts(self, hidden_states: Tensor) -> Tensor:
         """What the latents add to the hidden state, (..., K, D)."""
-        shifts = project(self.shift, in_dtype_of(self.shift, hidden_states))
-        return self.latent_scale * shifts.unflatten(-1, (self.num_mixtures, -1))
+        return self.widen(self.codes(hidden_states))
 
-    def mean_and_offsets(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    def codes(self, hidden_states: Tensor) -> Tensor:
+        """The shifts before they are widened, (..., K, r)."""
+        codes = project(self.shift, in_dtype_of(self.shift, hidden_states))
+        return self.latent_scale * codes.unflatten(-1, (self.num_mixtures, -1))
+
+    def widen(self, codes: Tensor) -> Tensor:
+        return codes if self.widening is None else project(self.widening, codes)
+
+    def mean_and_offsets(self, hidden_states: Tensor, widens: bool = True) -> tuple[Tensor, Tensor]:
         """Equivalent to: `m = latents(h).mean(-2); (m, latents(h) - m.unsqueeze(-2))`, of (..., D) and (..., K, D).
 
-        The sum of a hidden state and a small shift is rounded; so the shifts are taken as they are.
+        The sum of a hidden state and a small shift is rounded; so the shifts are taken as they are. With
+        `widens=False` the offsets are codes (..., K, r), which the widening has still to multiply.
         """
         if type(self).latents is not MoSLMHead.latents:
-            latents = self.latents(hidden_states)
-            mean = latents.mean(dim=-2)
-            return mean, latents - mean.unsqueeze(-2)
-        hidden_states = in_dtype_of(self.shift, hidden_states)
-        shifts = self.shifts(hidden_states)
-        mean = shifts.mean(dim=-2)
-        return hidden_states.to(shifts) + mean, shifts - mean.unsqueeze(-2)
+            return mean_and_rest(self.latents(hidden_states))
+        mean, offsets = mean_and_rest(self.shifts(hidden_states) if widens else self.codes(hidden_states))
+        mean = mean if widens else self.widen(mean)
+        return hidden_states.to(mean) + mean, offsets
+
+    def keeps_codes(self, num_tokens: int, decoder: nn.Module | None) -> bool:
+        """Whether the loss gets codes. It widens the rows of the decoder, which are fewer than those of shortlists."""
+        pays = self.shortlist_size is not None and num_tokens * self.shortlist_size >= self.out_features
+        own = type(self).latents is MoSLMHead.latents and self.widening is not None and is_bare(self.widening)
+        return pays and own and self.read_decoder(decoder) is not None
 
     def components(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """The log-weights (..., K) and the logits (..., K, V) of the components, in fp32 or wider. Differentiable."""
         latents, prior_logits = self.latents_and_prior(hidden_states)
         return components(self.as_decoder(None), latents, prior_logits, self.softcap, self.shortlist_size)
 
-    def latents_and_prior(self, hidden_states: Tensor) -> tuple[Latents, Tensor]:
+    def latents_and_prior(self, hidden_states: Tensor, **widens: bool) -> tuple[Latents, Tensor]:
         """The latents, on a shortlist their mean and offsets, and the prior's logits."""
         prior_logits = self.prior_logits(hidden_states)  # first: gradients are summed in this order, to the bit
-        latents = self.latents if self.shortlist_size is None else self.mean_and_offsets
-        return latents(hidden_states), prior_logits
+        if self.shortlist_size is None:
+            return self.latents(hidden_states), prior_logits
+        return self.mean_and_offsets(hidden_states, **widens), prior_logits
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if plays(self, "input"):
@@ -164,7 +185,6 @@ class MoSLMHead(nn.Linear):
         *,
         reduction: str = "mean",
         ignore_index: int = -100,
-        chunk_size: int | None = None,
         add_log_partition: bool = False,
         decoder: nn.Module | None = None,
         function: Callable[..., Any] | None = None,
@@ -174,7 +194,7 @@ class MoSLMHead(nn.Linear):
         Args:
             hidden_states: (..., D).
             targets: (...), class indices aligned with the hidden states (not shifted), or `None`.
-            reduction, ignore_index, chunk_size: as in `mos_cross_entropy`; add_log_partition: as in `mix_log_probs`.
+            reduction, ignore_index: as in `mos_cross_entropy`; add_log_partition: as in `mix_log_probs`.
             decoder: a module around this head, such as an adapter, that is called as the decoder in its place.
             function: computes something else of the targets, `function(head, latents, prior_logits, targets, decoder)`
                 of N tokens, inside this forward, where engines have gathered the weights.
@@ -186,13 +206,14 @@ class MoSLMHead(nn.Linear):
         if targets is not None and targets.shape != leading:
             raise ValueError(f"targets: expected {tuple(leading)}, given {tuple(targets.shape)}")
         # The layers see the batch as it is, whose hooks may count its sequences; the decoder sees N tokens.
-        parts = self.latents_and_prior(hidden_states)
+        keeps_codes = targets is not None and function is None and self.keeps_codes(targets.numel(), decoder)
+        parts = self.latents_and_prior(hidden_states, **({"widens": False} if keeps_codes else {}))
         latents, prior_logits = each(lambda x: x.reshape(-1, *x.shape[len(leading) :]), parts)
         if targets is None:
             return self.log_probs(latents, prior_logits, decoder, add_log_partition).unflatten(0, leading)
         if function is not None:
             return function(self, latents, prior_logits, targets.flatten(), decoder)
-        loss = self.loss(latents, prior_logits, targets.flatten(), decoder, reduction, ignore_index, chunk_size)
+        loss = self.loss(latents, prior_logits, targets.flatten(), decoder, reduction, ignore_index)
         loss = loss.view(leading) if reduction == "none" else loss
         # FSDP2's mixed precision rounds each real number that a module returns, and no complex one.
         return torch.complex(loss, torch.zeros_like(loss)) if hasattr(self, "_get_fsdp_state") else loss
@@ -201,7 +222,7 @@ class MoSLMHead(nn.Linear):
         self, latents: Latents, prior_logits: Tensor, decoder: nn.Module | None = None, add_log_partition: bool = False
     ) -> Tensor:
         """Equivalent to: `mos_log_probs(latents, prior_logits, weight)`, (N, V)."""
-        tensors, M, K = self.read_decoder(decoder), self.shortlist_size, self.num_mixtures
+        tensors, M = self.read_decoder(decoder), self.shortlist_size
         if tensors is not None:
             weight, bias, shard = tensors
             weight = weight.to((latents if isinstance(latents, Tensor) else latents[0]).dtype)
@@ -210,7 +231,7 @@ class MoSLMHead(nn.Linear):
                 given |= {"decoder_bias": bias, "add_log_partition": add_log_partition}
                 log_probs = infer_log_probs(latents, prior_logits, weight, **given)
                 return log_probs if shard is None else shard.gather_classes(log_probs)
-            if shard is None and M is not None and M * weight.shape[1] < K * weight.shape[0]:
+            if shard is None and M is not None:
                 mean, offsets = latents
                 logits = shortlist_logits(weight, bias, mean, offsets, prior_logits, self.softcap, M).unsqueeze(-2)
                 return mix_log_probs(logits, torch.zeros_like(logits[..., 0]), add_log_partition)
@@ -225,29 +246,30 @@ class MoSLMHead(nn.Linear):
         decoder: nn.Module | None = None,
         reduction: str = "mean",
         ignore_index: int = -100,
-        chunk_size: int | None = None,
     ) -> Tensor:
         """Equivalent to: `mos_cross_entropy(latents, prior_logits, weight, targets)`."""
         tensors = self.read_decoder(decoder)
         if tensors is not None:
             weight, bias, shard = tensors
             given: dict[str, Any] = {"softcap": self.softcap, "shortlist_size": self.shortlist_size, "shard": shard}
-            given |= {"reduction": reduction, "ignore_index": ignore_index, "chunk_size": chunk_size}
+            given |= {"reduction": reduction, "ignore_index": ignore_index}
+            if not isinstance(latents, Tensor) and latents[1].shape[-1] < self.in_features:
+                given["widening"] = self.widening.weight  # type: ignore[union-attr]
             return mos_cross_entropy(latents, prior_logits, weight, targets, decoder_bias=bias, **given)
 
         def chunk_nll(latents: Latents, prior_logits: Tensor, targets: Tensor) -> Tensor:
             log_probs = self.log_probs(latents, prior_logits, decoder)
             return F.nll_loss(log_probs, targets, ignore_index=ignore_index, reduction="none")
 
-        nll = torch.cat(self.in_chunks(chunk_nll, latents, prior_logits, targets, chunk_size=chunk_size))
+        nll = torch.cat(self.in_chunks(chunk_nll, latents, prior_logits, targets))
         return reduce(nll, targets != ignore_index, reduction)
 
-    def in_chunks(self, function: Callable[..., Any], *inputs: Any, chunk_size: int | None = None) -> list[Any]:
+    def in_chunks(self, function: Callable[..., Any], *inputs: Any) -> list[Any]:
         """The results of a function of some tokens, chunk by chunk; the backward pass computes each chunk again."""
         if is_transformed():  # it would follow a checkpoint wrongly
             return [function(*inputs)]
         N, V, device = inputs[-1].shape[0], self.weight.shape[0], inputs[-1].device
-        size = chunk_size or tokens_per_chunk(self.num_mixtures, V, AUTOGRAD_BYTES_PER_LOGIT, device)
+        size = tokens_per_chunk(self.num_mixtures, V, AUTOGRAD_BYTES_PER_LOGIT, device)
 
         def of_chunk(tokens: slice) -> Any:
             return checkpoint(function, *each(lambda x: x[tokens], inputs), use_reentrant=False)
@@ -285,8 +307,18 @@ class MoSLMHead(nn.Linear):
         return weight if dtype is None or not is_plain(weight) else weight.to(dtype), bias
 
     def extra_repr(self) -> str:
-        names = ("num_mixtures", "shortlist_size", "latent_scale", "softcap")
+        names = ("num_mixtures", "shortlist_size", "shift_rank", "latent_scale", "softcap")
         return ", ".join([super().extra_repr(), *(f"{name}={getattr(self, name)}" for name in names)])
+
+
+def draw_(weight: Tensor, std: float, seed: int) -> None:
+    """Fills a weight with normal numbers, the same on each device and in each process that holds a shard."""
+    generator = torch.Generator().manual_seed(seed)
+    values = (std * torch.randn(weight.shape, generator=generator, device="cpu")).to(weight.device, weight.dtype)
+    if hasattr(weight, "device_mesh"):
+        distribute = torch.distributed.tensor.distribute_tensor
+        values = distribute(values, weight.device_mesh, weight.placements, src_data_rank=None)
+    init.copy_(weight, values)
 
 
 def change_class(module: nn.Module, cls: Any) -> None:

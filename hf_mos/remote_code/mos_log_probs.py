@@ -6,9 +6,8 @@
     component_log_probs  = log_softmax(component_logits)                      (N, K, V)
     log_probs            = logsumexp_K(log_gate + component_log_probs)        (N, V)
 
-On a shortlist the components differ on the likeliest classes alone: `mos_shortlist.py` has its maths. All is in log
-space and in fp32 or wider: a sharp softmax underflows in probability space, and an epsilon inside the logarithm caps
-the loss and adds mass. Source: Yang et al., Breaking the Softmax Bottleneck, arXiv 1711.03953, section 2.3.
+`mos_shortlist.py` has the maths of a shortlist. All is in log space and in fp32 or wider: a sharp softmax underflows
+in probability space, and an epsilon in the logarithm adds mass. Source: Yang et al., arXiv 1711.03953, section 2.3.
 """
 
 import math
@@ -25,7 +24,7 @@ from .mos_shortlist import mix_on_shortlist_, top_classes
 REDUCTIONS = ("mean", "sum", "none")
 LOG2_E = math.log2(math.e)
 
-# The latents (..., K, D); or, on a shortlist, their mean (..., D) and what each adds to it, the offsets (..., K, D).
+# The latents (..., K, D); on a shortlist their mean (..., D) and what each adds to it (..., K, D).
 Latents = Tensor | tuple[Tensor, Tensor]
 
 
@@ -89,8 +88,11 @@ def split_latents(latents: Latents, shortlist_size: int | None) -> tuple[Tensor,
         return latents, None
     if not isinstance(shortlist_size, int) or shortlist_size < 1:
         raise ValueError(f"shortlist_size: expected an int of at least 1, or None, given {shortlist_size!r}")
-    if not isinstance(latents, Tensor):
-        return latents
+    return mean_and_rest(latents) if isinstance(latents, Tensor) else latents
+
+
+def mean_and_rest(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean (..., D) of latents (..., K, D), and what each adds to it."""
     mean = latents.mean(dim=-2)
     return mean, latents - mean.unsqueeze(-2)
 
@@ -99,14 +101,10 @@ def mix_log_probs(component_logits: Tensor, prior_logits: Tensor, add_log_partit
     """Equivalent to: `log(sum_k softmax(prior_logits)_k * softmax(component_logits_k))`.
 
     Args:
-        component_logits: (..., K, V), any float dtype.
-        prior_logits: (..., K), any float dtype.
+        component_logits, prior_logits: (..., K, V) and (..., K), any float dtype.
         add_log_partition: add `-logsumexp_k(log_softmax(prior_logits)_k - logsumexp(component_logits_k))`, one number
             for all classes: the logarithm of the harmonic mean of the components' partition functions. Where all
-            components are one softmax, the result is that softmax's logits.
-
-    Returns:
-        (..., V), natural log-probabilities in fp32 (fp64 for fp64); their exponentials sum to one.
+            components are one softmax, the result is that softmax's logits, else (..., V) log-probabilities in nats.
     """
     log_gate = F.log_softmax(widen(prior_logits), dim=-1)
     component_logits = widen(component_logits)

@@ -22,7 +22,7 @@ from torch import Tensor
 from .mos_decoder import ChunkBuffers, Decoder, WholeVocabulary, cap_, split
 from .mos_log_probs import REDUCTIONS, Latents, check_shapes, divisor, reduce, split_latents
 from .mos_matmul import Accumulator, multiply
-from .mos_shortlist import gather_rows, mix_on_shortlist_, parts_of
+from .mos_shortlist import mix_on_shortlist_
 
 
 def mos_cross_entropy(
@@ -36,8 +36,8 @@ def mos_cross_entropy(
     shortlist_size: int | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
-    chunk_size: int | None = None,
     shard: Any = None,
+    widening: Tensor | None = None,
 ) -> Tensor:
     """Equivalent to: `F.nll_loss(mos_log_probs(latents, prior_logits, decoder_weight), targets)`.
 
@@ -50,27 +50,24 @@ def mos_cross_entropy(
         ignore_index: targets of this value have no loss and no gradient, and cost nothing.
         reduction: `"mean"` over the targets that are not ignored, `"sum"`, or `"none"`. With `"none"` the backward
             pass computes the component logits again, as their gradients are weighted token by token.
-        chunk_size: tokens in a chunk. `None`: as many as a budget of bytes allows, which follows the device's memory.
         shard: the vocabulary shard whose rows `decoder_weight` and `decoder_bias` hold (`VocabularyShard`). Each
-            process gets the whole loss, and the whole gradient of the latents and the prior logits.
+            process gets the whole loss, and the whole gradient of all inputs but the decoder's.
+        widening: (D, r) for offsets (N, K, r) in place of `offsets @ widening.T`. These cost r numbers for each class
+            of a shortlist, and V r numbers once.
 
     Returns:
         The negative log-likelihood in nats, in fp32 (fp64 for fp64): a scalar, or (N,) for `"none"`, zero where
-        ignored. If every target is ignored, zero with zero gradients. Differentiable once.
-
-    Raises:
-        ValueError: shapes, dtypes or options do not fit, or a target is out of range (other devices assert).
+        ignored. If every target is ignored, zero with zero gradients. Differentiable once. ValueError where shapes,
+        dtypes or options do not fit, or a target is out of range (other devices assert).
 
     Source: arXiv 1711.03953, section 2.3; gradients in the forward pass as in Liger's, arXiv 2410.10989.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, given {reduction!r}")
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size: expected an int of at least 1, or None, given {chunk_size!r}")
     latents, offsets = split_latents(latents, shortlist_size)
-    inputs = LossInputs(latents, offsets, prior_logits, decoder_weight, decoder_bias)
+    inputs = LossInputs(latents, offsets, prior_logits, decoder_weight, decoder_bias, widening)
     _check_inputs(inputs, targets, ignore_index, decoder_weight.shape[0] if shard is None else shard.num_classes)
-    options = LossOptions(softcap, shortlist_size, ignore_index, chunk_size, work_dtype_of(latents), shard)
+    options = LossOptions(softcap, shortlist_size, ignore_index, work_dtype_of(latents), shard)
     if torch.compiler.is_compiling() and shard is None:
         return apply_when_compiling(options, reduction, targets, *inputs)
     if not torch.is_grad_enabled():  # autograd would still say that gradients are needed
@@ -82,17 +79,17 @@ class LossInputs(NamedTuple):
     """The inputs of the loss that can have gradients; the gradients and the wanted ones come in the same order."""
 
     latents: Any  # (N, K, D), or on a shortlist the mean latent (N, D)
-    offsets: Any  # (N, K, D) on a shortlist, else None
+    offsets: Any  # (N, K, D) on a shortlist, or (N, K, r) with a widening, else None
     prior_logits: Any  # (N, K)
     decoder_weight: Any  # (V, D)
     decoder_bias: Any  # (V,), or None
+    widening: Any  # (D, r), or None
 
 
 class LossOptions(NamedTuple):
     softcap: float | None
     shortlist_size: int | None
     ignore_index: int
-    chunk_size: int | None
     work_dtype: torch.dtype  # of the matmuls
     shard: Any = None  # the shard whose rows the decoder holds; `None`: it holds all rows
 
@@ -110,7 +107,7 @@ def full_loss(
     d_prior = torch.zeros_like(log_gate) if wanted.prior_logits else None
     d_weight = Accumulator(decoder.weight, wanted.decoder_weight, decoder.sum_dtype)
     d_bias = log_gate.new_zeros(decoder.weight.shape[0]) if wanted.decoder_bias else None
-    buffers = ChunkBuffers.allocate(kept.shape[0], K, decoder, wants_any, wanted.decoder_weight, options.chunk_size)
+    buffers = ChunkBuffers.allocate(kept.shape[0], K, decoder, wants_any, wanted.decoder_weight)
     for tokens in split(kept, buffers.size, of=N):
         rows = latents[tokens].flatten(0, 1)  # (n K, D)
         target_rows = targets[tokens].long().repeat_interleave(K).unsqueeze(1)  # (n K, 1)
@@ -135,7 +132,7 @@ def full_loss(
         if d_latents is not None:
             d_latents[tokens] = d_rows.view(-1, *latents.shape[1:])
     decoder.vocabulary.sum_(d_latents)
-    return nll, LossInputs(d_latents, None, d_prior, d_weight.result(), d_bias)
+    return nll, LossInputs(d_latents, None, d_prior, d_weight.result(), d_bias, None)
 
 
 @torch.no_grad()
@@ -146,14 +143,19 @@ def shortlist_loss(
     assert options.shortlist_size is not None
     mean_latents, decoder, log_gate, kept = _prepare(inputs, targets, options)
     offsets = inputs.offsets.to(options.work_dtype)
+    widening = None if inputs.widening is None else inputs.widening.to(options.work_dtype)
+    if widening is not None:
+        decoder = decoder._replace(narrow=multiply(decoder.weight, widening.t()))
     wants_any = any(wanted)
     nll = log_gate.new_zeros(mean_latents.shape[0])
     d_mean = torch.zeros_like(mean_latents) if wanted.latents else None
     d_offsets = torch.zeros_like(offsets) if wanted.offsets else None
     d_prior = torch.zeros_like(log_gate) if wanted.prior_logits else None
     d_weight = Accumulator(decoder.weight, wanted.decoder_weight, decoder.sum_dtype)
+    wants_rows = wanted.decoder_weight or wanted.widening
+    d_narrow = d_weight if widening is None else Accumulator(decoder.narrow, wants_rows, decoder.sum_dtype)
     d_bias = log_gate.new_zeros(decoder.weight.shape[0]) if wanted.decoder_bias else None
-    buffers = ChunkBuffers.allocate(kept.shape[0], 1, decoder, wants_any, wanted.decoder_weight, options.chunk_size)
+    buffers = ChunkBuffers.allocate(kept.shape[0], 1, decoder, wants_any, wanted.decoder_weight)
     for tokens in split(kept, buffers.size, of=nll.shape[0]):
         rows, chunk_offsets, chunk_gate = mean_latents[tokens], offsets[tokens], log_gate[tokens]
         target_rows = targets[tokens].long().unsqueeze(1)  # (n, 1)
@@ -181,19 +183,19 @@ def shortlist_loss(
         d_rows = _backward_of_decoder(error, token_weight, half, rows, decoder, d_mean is not None, d_weight, d_bias)
         if d_mean is not None:
             d_mean[tokens] = d_rows
-        chunk_d_offsets = torch.empty_like(chunk_offsets)
-        for part in parts_of(on_list.shortlist, decoder.weight):
-            if d_offsets is not None:
-                list_rows = gather_rows(decoder.weight, on_list.shortlist[part])  # (n, M, D)
-                torch.bmm(d_differences[part], list_rows, out=chunk_d_offsets[part])
-            if wanted.decoder_weight:
-                d_list_rows = torch.bmm(d_differences[part].transpose(1, 2), chunk_offsets[part])  # (n, M, D)
-                d_weight.add_rows(on_list.shortlist[part].flatten(), d_list_rows.flatten(0, 1))
         if d_offsets is not None:
-            d_offsets[tokens] = chunk_d_offsets
-    for gradient in (d_mean, d_offsets):
+            d_offsets[tokens] = torch.bmm(d_differences, on_list.rows)
+        if wants_rows:
+            d_rows_of_list = torch.bmm(d_differences.transpose(1, 2), chunk_offsets)  # (n, M, D)
+            d_narrow.add_rows(on_list.shortlist.flatten(), d_rows_of_list.flatten(0, 1))
+    d_widening, of_narrow = None, None if widening is None else d_narrow.result()
+    if widening is not None and of_narrow is not None:
+        of_narrow = of_narrow.to(options.work_dtype)
+        d_weight.add_product(of_narrow, widening.t())
+        d_widening = torch.mm(decoder.weight.t(), of_narrow).to(decoder.sum_dtype) if wanted.widening else None
+    for gradient in (d_mean, d_offsets, d_widening):
         decoder.vocabulary.sum_(gradient)
-    return nll, LossInputs(d_mean, d_offsets, d_prior, d_weight.result(), d_bias)
+    return nll, LossInputs(d_mean, d_offsets, d_prior, d_weight.result(), d_bias, d_widening)
 
 
 def loss_of(options: LossOptions) -> Callable[..., tuple[Tensor, LossInputs]]:
@@ -257,7 +259,7 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-NOTHING = LossInputs(False, False, False, False, False)  # of the gradients is wanted
+NOTHING = LossInputs(*[False] * 6)  # of the gradients is wanted
 
 
 class MoSCrossEntropy(torch.autograd.Function):
@@ -309,10 +311,14 @@ def work_dtype_of(latents: Tensor) -> torch.dtype:
 
 
 def _check_inputs(inputs: LossInputs, targets: Tensor, ignore_index: int, num_classes: int) -> None:
-    latents, _, prior_logits, decoder_weight, _ = inputs
+    latents, offsets, prior_logits, decoder_weight, bias, widening = inputs
     if prior_logits.dim() != 2:
         raise ValueError(f"prior_logits: expected (N, K), given {tuple(prior_logits.shape)}")
-    check_shapes(*inputs)
+    if widening is not None:
+        if offsets is None or widening.shape != (latents.shape[-1], offsets.shape[-1]):
+            raise ValueError(f"widening: expected (D, r) with offsets (N, K, r), given {tuple(widening.shape)}")
+        offsets = offsets[..., :1].expand(*offsets.shape[:-1], widening.shape[0])
+    check_shapes(latents, offsets, prior_logits, decoder_weight, bias)
     if targets.shape != prior_logits.shape[:1]:
         raise ValueError(f"targets: expected ({prior_logits.shape[0]},), given {tuple(targets.shape)}")
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:

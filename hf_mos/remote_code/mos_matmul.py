@@ -25,12 +25,11 @@ def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """Equivalent to: `F.linear(rows, weight, bias)`, which is `rows @ weight.T + bias`, without gradients.
 
     Shapes: rows (n, D), weight (V, D), bias (V,), result (n, V), all of one dtype. On the CPU torch hands fp32
-    products to its BLAS, and carries oneDNN for other dtypes. Which is faster depends on the machine; the vendor alone
-    decides here, so that a run can be repeated to the bit. On AMD MKL refuses its fast paths: oneDNN reaches 230 to
-    430 GFLOP/s and MKL 110 to 200 (40 to 512 rows, 2 threads of an EPYC). But 2 to 4 rows, the components of one
-    decoded token, are faster as columns in MKL up to D = 1024 (4 rows, V = 50257: 3.6 ms against 5.9 at D = 768, but
-    25 against 13 at D = 2048; family 26). On Intel MKL is the faster for many rows, and oneDNN for 2 to 16 (4 rows,
-    V = 50257: 6.7 ms against 9.0, a Xeon).
+    products to its BLAS and has oneDNN too. The vendor of the processor decides, so that a run can be repeated to the
+    bit. On AMD MKL refuses its fast paths: oneDNN reaches 230 to 430 GFLOP/s and MKL 110 to 200 (40 to 512 rows, 2
+    threads of an EPYC). But 2 to 4 rows are faster as columns in MKL up to D = 1024 (4 rows, V = 50257: 3.6 ms against
+    5.9 at D = 768, 25 against 13 at D = 2048; family 26). On Intel MKL is faster for many rows, and oneDNN for 2 to 16
+    (4 rows, V = 50257: 6.7 ms against 9.0, a Xeon).
     """
     if not _suits_onednn(rows, weight):
         return F.linear(rows, weight, bias)
@@ -54,9 +53,8 @@ def multiply_into(out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None
 def add_product_(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
     """Equivalent to: `total.addmm_(left, right, beta=0 if is_first else 1)`.
 
-    Shapes: total (V, D), left (V, n), right (n, D), all of one dtype. Tile by tile oneDNN takes 0.64 to 0.70 of the
-    time of MKL (256 rows; D = 256, V = 32000; D = 768, V = 50257; 2 threads of an AMD EPYC, family 26), where the
-    whole product in one call takes 1.0 to 1.4 of it. Up to 128 columns MKL is level or faster.
+    Shapes: total (V, D), left (V, n), right (n, D), all of one dtype. Tile by tile oneDNN takes 0.7 of MKL's time, in
+    one call 1.0 to 1.4 (256 rows, an AMD EPYC of family 26). Up to 128 columns MKL is level or faster.
     """
     if right.shape[1] > NARROW and _suits_onednn(left, right):
         for start in range(0, left.shape[0], TILE):
@@ -103,12 +101,16 @@ class Accumulator:
 
 def project(projection: Any, hidden_states: Tensor) -> Tensor:
     """Equivalent to: `projection(hidden_states)`; without gradients by the faster product."""
-    reads = type(projection) is nn.Linear and is_plain(projection.weight) and "forward" not in vars(projection)
-    reads = reads and not hasattr(projection, "_hf_hook") and not _hooks_of(projection)  # the former is accelerate's
-    if not reads or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not is_bare(projection) or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return projection(hidden_states)
     outputs = multiply(hidden_states.flatten(0, -2), projection.weight, projection.bias)
     return outputs.unflatten(0, hidden_states.shape[:-1])
+
+
+def is_bare(projection: Any) -> bool:
+    """Whether its weight does all that a call of a linear layer does."""
+    reads = type(projection) is nn.Linear and is_plain(projection.weight) and "forward" not in vars(projection)
+    return reads and not hasattr(projection, "_hf_hook") and not _hooks_of(projection)  # the former is accelerate's
 
 
 def is_plain(weight: Any) -> bool:

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..remote_code.configuration_mos import MODEL_TYPE, MoSConfig
 from ..remote_code.modeling_mos import MoSForCausalLM
 from ..remote_code.mos_checkpoint import CONFIG_FILE
-from .head_options import head_cost
+from .head_options import head_cost, num_new_weights
 from .loading import softmax_class
 
 CARD_FILE = "README.md"
@@ -94,10 +94,11 @@ def model_card(
         hidden_size=D,
         vocab_size=V,
         shortlist_size=M,
-        latent_scale=head.latent_scale,
+        shift_rank=head.shift_rank,
+        num_new=num_new_weights(head),
         tied=head.weight is model.get_input_embeddings().weight,
         num_parameters=model.num_parameters(),
-        head_cost=head_cost(head.num_mixtures, M, D, V),
+        head_cost=head_cost(head.num_mixtures, M, head.shift_rank, D, V),
         eval_results=eval_results,
         command=command,
         machine=machine,

@@ -7,6 +7,7 @@ print(conversion.gap)  # the largest difference of the two heads, in nats
 """
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ..remote_code.modeling_mos import MoSForCausalLM
 from ..remote_code.mos_decoder import cap_logits
 from ..remote_code.mos_log_probs import mix_log_probs
 from .exit_codes import before_work
-from .head_options import check_head_options
+from .head_options import check_head_options, describe_head
 from .loading import check_options, load_model, load_tokenizer
 
 logger = logging.get_logger(__name__)
@@ -91,6 +92,7 @@ def convert(
     num_softmax_parameters = softmax.num_parameters()
     projection: Any = softmax.get_output_embeddings()
     mixture = MoSForCausalLM.from_causal_lm(softmax, **head_options)
+    print(describe_head(mixture), file=sys.stderr)
     gap = head_gap(mixture.eval(), projection, tokens)
     mixture.save_pretrained(folder, max_shard_size=max_shard_size)
     if tokenizer is not None:

@@ -18,6 +18,9 @@ TIE = "tie_word_embeddings"  # a field of the backbone's own config
 TIE_HELP = "Tie the decoder to the input embedding, or give it weights of its own; by default as the model has it."
 
 
+BYTES_WITH_ADAM = 16  # of a weight in fp32: itself, its gradient and two states
+
+
 class Flag(NamedTuple):
     """A flag of the head, named as the option of `from_causal_lm`."""
 
@@ -65,15 +68,53 @@ def check_head_options(options: dict[str, Any]) -> None:
     check_options({name: value for name, value in options.items() if name != TIE})
 
 
-def head_cost(num_mixtures: int, shortlist_size: int | None, hidden_size: int, vocab_size: int) -> float:
+def head_cost(
+    num_mixtures: int,
+    shortlist_size: int | None,
+    shift_rank: int | None,
+    hidden_size: int,
+    vocab_size: int,
+    num_tokens: int | None = None,
+) -> float:
     """The multiplications of a head for a token, in those of one softmax, which reads the V rows of the decoder.
 
     On all classes each of the K components reads V rows. On a shortlist the components share one product with V rows,
-    and each reads M rows again. The shift has K D rows of the same width D, and the prior has K.
+    and each reads M rows again. The prior has K rows of that width and the shift K r, and the widening is applied K
+    times to r numbers. Where the shortlists of a training step have more rows than the decoder, it is widened once,
+    and the components read M rows of width r.
+
+    Args:
+        num_tokens: of a training step; `None`: a step of decoding.
     """
     K, D, V = num_mixtures, hidden_size, vocab_size
-    rows = K * V if shortlist_size is None else V + K * min(shortlist_size, V)
-    return (rows + K * D + K) / V
+    r = D if shift_rank is None else min(shift_rank, D)
+    widening = K * r if r < D else 0
+    if shortlist_size is None:
+        rows: float = K * V + widening
+    elif r == D or num_tokens is None or num_tokens * shortlist_size < V:
+        rows = V + K * min(shortlist_size, V) + widening
+    else:
+        rows = V + K * min(shortlist_size, V) * r / D + r + V * r / num_tokens
+    return (rows + K * r + K) / V
+
+
+def num_new_weights(head: Any) -> int:
+    """The weights that the head adds to a softmax model."""
+    return sum(weight.numel() for name, weight in head.named_parameters() if "." in name)
+
+
+def describe_head(model: Any, num_tokens: int | None = None) -> str:
+    """What the head of a mixture adds to its softmax model, in a sentence: weights, memory, multiplications."""
+    head = model.mos_head
+    K, M, r, (V, D) = head.num_mixtures, head.shortlist_size, head.shift_rank, head.weight.shape
+    new = num_new_weights(head)
+    cost = head_cost(K, M, r, D, V, num_tokens)
+    where = "all classes" if M is None else f"the {min(M, V)} likeliest classes"
+    return (
+        f"mixture of {K} softmaxes on {where}, shifts of rank {r}: {new:,} new weights, "
+        f"{new / model.num_parameters():.1%} of the model ({new * BYTES_WITH_ADAM / 1e6:,.0f} MB with gradients and "
+        f"Adam's states in fp32); {cost:.2f} of the multiplications of one softmax head"
+    )
 
 
 def with_head_options(command: Callable[..., None]) -> Callable[..., None]:

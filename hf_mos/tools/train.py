@@ -44,7 +44,7 @@ from .blocks import ValidationSet, ValidationText, cut_windows, load_text, pack
 from .card import CARD_FILE, eval_results, model_card
 from .evaluate import IGNORED, Window, check_tokens, choose_window, collate, target_nll
 from .exit_codes import REFUSED, OptionError, before_work
-from .head_options import ALL
+from .head_options import ALL, describe_head
 from .loading import hub_options, is_mixture, load_config, load_tokenizer
 from .provenance import describe_machine, own_command
 from .push import pin_card
@@ -200,6 +200,9 @@ def train(model_options: ModelOptions, data_options: DataOptions, training_argum
     )
     if isinstance(model, MoSForCausalLM):
         MixtureUsage(model_options.log_components).add_to(trainer)
+        if trainer.is_world_process_zero():
+            num_tokens = training_arguments.per_device_train_batch_size * block_size
+            print(describe_head(model, num_tokens), file=sys.stderr)
     if resume_from is not None and trainer.is_world_process_zero():
         print(f"resuming from {resume_from}", file=sys.stderr)
     if model_options.force and not goes_on:

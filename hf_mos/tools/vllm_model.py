@@ -62,6 +62,7 @@ class MixtureLogits(LogitsProcessor):
             like,
             num_mixtures=config.num_mixtures,
             shortlist_size=config.shortlist_size,
+            shift_rank=config.shift_rank,
             latent_scale=config.latent_scale,
             softcap=native.soft_cap,
         ).requires_grad_(False)

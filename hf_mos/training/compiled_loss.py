@@ -26,19 +26,19 @@ def cross_entropy_operator(
     prior_logits: Tensor,
     decoder_weight: Tensor,
     decoder_bias: Tensor | None,
+    widening: Tensor | None,
     targets: Tensor,
     token_weights: Tensor | None,
     softcap: float | None,
     shortlist_size: int | None,
     ignore_index: int,
-    chunk_size: int | None,
     work_dtype: torch.dtype,
     reduction: str,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor]]:
     """Opaque to torch.compile; returns the loss and one gradient per input, empty where not wanted."""
-    options = LossOptions(softcap, shortlist_size, ignore_index, chunk_size, work_dtype)
-    inputs = LossInputs(latents, offsets, prior_logits, decoder_weight, decoder_bias)
+    options = LossOptions(softcap, shortlist_size, ignore_index, work_dtype)
+    inputs = LossInputs(latents, offsets, prior_logits, decoder_weight, decoder_bias, widening)
     waits = reduction == "none" and token_weights is None
     wants = NOTHING if waits else LossInputs(*wanted)
     with torch.autocast(targets.device.type, enabled=False):
@@ -49,11 +49,11 @@ def cross_entropy_operator(
 
 @cross_entropy_operator.register_fake
 def _(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
-    inputs, (targets, token_weights, *_, work_dtype, reduction, wanted) = arguments[:5], arguments[5:]
+    inputs, (targets, token_weights, *_, work_dtype, reduction, wanted) = arguments[:6], arguments[6:]
     sum_dtype = torch.promote_types(inputs[0].dtype, torch.float32)
     loss = targets.new_empty(targets.shape if reduction == "none" else (), dtype=sum_dtype)
     waits = reduction == "none" and token_weights is None
-    dtypes = (work_dtype, work_dtype, sum_dtype, sum_dtype, sum_dtype)
+    dtypes = (work_dtype, work_dtype, *(sum_dtype,) * 4)
     return loss, [
         torch.empty_like(x, dtype=dtype) if want and not waits else inputs[0].new_empty(0)
         for x, want, dtype in zip(inputs, wanted, dtypes, strict=True)
@@ -61,14 +61,14 @@ def _(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
 
 
 def _save_for_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    *ctx.options, ctx.reduction, ctx.wanted = inputs[7:]
-    ctx.save_for_backward(*inputs[:6], *output[1])
+    *ctx.options, ctx.reduction, ctx.wanted = inputs[8:]
+    ctx.save_for_backward(*inputs[:7], *output[1])
 
 
 @differentiable_once
 def _backward_of_operator(ctx: Any, grad_output: Tensor, _: list[Tensor]) -> tuple[Any, ...]:
-    *inputs, targets = ctx.saved_tensors[:6]
-    gradients, options = ctx.saved_tensors[6:], LossOptions(*ctx.options)
+    *inputs, targets = ctx.saved_tensors[:7]
+    gradients, options = ctx.saved_tensors[7:], LossOptions(*ctx.options)
     if ctx.reduction == "none":
         weighing = (targets, grad_output, *ctx.options, ctx.reduction, ctx.wanted)
         _, gradients = cross_entropy_operator(*inputs, *weighing)
@@ -76,7 +76,7 @@ def _backward_of_operator(ctx: Any, grad_output: Tensor, _: list[Tensor]) -> tup
         scale = grad_output / divisor(targets != options.ignore_index, ctx.reduction)
         gradients = [gradient * scale for gradient in gradients]
     wanted = [gradient if want else None for gradient, want in zip(gradients, ctx.wanted, strict=True)]
-    return (*in_dtype_of(LossInputs(*inputs), wanted), *(None,) * 9)
+    return (*in_dtype_of(LossInputs(*inputs), wanted), *(None,) * 8)
 
 
 cross_entropy_operator.register_autograd(_backward_of_operator, setup_context=_save_for_operator)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..remote_code.mos_decoder import cap_logits, tokens_per_chunk, widen
 from ..remote_code.mos_log_probs import components
 from ..remote_code.mos_matmul import multiply
-from ..remote_code.mos_shortlist import gather_rows, top_classes
+from ..remote_code.mos_shortlist import top_classes
 
 BYTES_PER_LOGIT = 24  # log-probabilities, probabilities and temporaries
 
@@ -143,7 +143,7 @@ def predict_on_shortlist(
     shortlist = top_classes(shared, shortlist_size)
     size = max(1, weight.shape[0] // shortlist.shape[1])  # tokens whose rows take no more memory than the decoder
     parts = zip(offsets.split(size), shortlist.split(size), strict=True)
-    own = [torch.bmm(part, gather_rows(weight, classes).transpose(1, 2)) for part, classes in parts]
+    own = [torch.bmm(part, F.embedding(classes, weight).transpose(1, 2)) for part, classes in parts]
     logits = cap_logits(shared.gather(-1, shortlist).unsqueeze(1) + widen(torch.cat(own)), softcap)  # (n, K, M)
     shared = cap_logits(shared, softcap).scatter_(-1, shortlist, -torch.inf)
     rest = torch.logsumexp(shared, dim=-1, keepdim=True)  # -inf where the shortlist has all classes

@@ -90,8 +90,9 @@ def token_scores(
     The arguments are those of `mos_cross_entropy`; no target may be ignored. The scores are in fp32 (fp64 for fp64).
     """
     latents, offsets = split_latents(latents, shortlist_size)
-    work = LossOptions(softcap, shortlist_size, -100, None, work_dtype_of(latents))
-    return TokenScoring.apply(options, work, targets, latents, offsets, prior_logits, decoder_weight, decoder_bias)
+    work = LossOptions(softcap, shortlist_size, -100, work_dtype_of(latents))
+    inputs = LossInputs(latents, offsets, prior_logits, decoder_weight, decoder_bias, None)
+    return TokenScoring.apply(options, work, targets, *inputs)
 
 
 class TokenScoring(torch.autograd.Function):
@@ -167,7 +168,7 @@ def log_probs_of(inputs: LossInputs, tokens: slice, work: LossOptions, log_probs
     latents, offsets = inputs.latents[tokens].to(work.work_dtype), None
     if inputs.offsets is not None:
         offsets = inputs.offsets[tokens].to(work.work_dtype)
-    weight, bias = (None if x is None else x.to(work.work_dtype) for x in inputs[3:])
+    weight, bias = (None if x is None else x.to(work.work_dtype) for x in (inputs.decoder_weight, inputs.decoder_bias))
     with torch.autocast(latents.device.type, enabled=False):
         return log_probs(
             latents if offsets is None else (latents, offsets),

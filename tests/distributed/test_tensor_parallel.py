@@ -81,7 +81,10 @@ def random_inputs(
 def loss_of(inputs: list[Tensor], targets: Tensor, bias: bool, **options: Any) -> tuple[Tensor, list[Tensor | None]]:
     prior, weight, decoder_bias, *parts = inputs
     latents = parts[0] if len(parts) == 1 else tuple(parts)
-    loss = mos_cross_entropy(latents, prior, weight, targets, decoder_bias=decoder_bias if bias else None, **options)
+    with chunks_of(options.pop("chunk_size", None)):
+        loss = mos_cross_entropy(
+            latents, prior, weight, targets, decoder_bias=decoder_bias if bias else None, **options
+        )
     weights = torch.linspace(1, 2, loss.numel()).view(loss.shape)
     (loss * weights).sum().backward()
     return loss.detach(), [tensor.grad for tensor in inputs]

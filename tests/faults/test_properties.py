@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from helpers import chunks_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -50,7 +51,8 @@ def log_probs(mixture: dict, function=mos_log_probs) -> torch.Tensor:
 def loss(mixture: dict, **changes) -> torch.Tensor:
     arguments = mixture | changes
     positional = [arguments.pop(name) for name in ("latents", "prior_logits", "decoder_weight", "targets")]
-    return mos_cross_entropy(*positional, **arguments)
+    with chunks_of(arguments.pop("chunk_size")):
+        return mos_cross_entropy(*positional, **arguments)
 
 
 def widened(value):
