@@ -141,8 +141,6 @@ def test_the_cost_of_a_head_is_what_torch_counts(
 
 
 def test_the_cost_of_the_default_head_of_a_model_that_people_use() -> None:
-    """Llama-3-8B's sizes."""
-    assert head_cost(16, 64, 64, hidden_size=4096, vocab_size=128256) == pytest.approx(1.024, abs=1e-3)
-    assert head_cost(16, 64, 64, hidden_size=4096, vocab_size=128256, num_tokens=4096) == pytest.approx(
-        1.025, abs=1e-3
-    )
+    llama = {"hidden_size": 4096, "vocab_size": 128256}  # Llama-3-8B
+    assert head_cost(16, 64, 64, **llama) == pytest.approx(1.024, abs=1e-3)
+    assert head_cost(16, 64, 64, **llama, num_tokens=4096) == pytest.approx(1.025, abs=1e-3)

@@ -7,7 +7,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from helpers import VOCAB_SIZE, LargestTensor, greedy
+from helpers import VOCAB_SIZE, LargestTensor, chunks_of, greedy
 from processes import WORLD_SIZE, run_on_two
 from torch import Tensor
 from torch.distributed.tensor import DTensor
