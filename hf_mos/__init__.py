@@ -1,16 +1,17 @@
 """A mixture of softmaxes for any causal language model of Hugging Face transformers."""
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from . import auto_classes, conversion  # noqa: F401  # register mixtures; give MoSForCausalLM its from_causal_lm
-from .mixture_of_softmaxes import MixtureOfSoftmaxes
-from .remote_code import modeling_mos
-from .remote_code.configuration_mos import MoSConfig
-from .remote_code.modeling_mos import MoSForCausalLM
-from .remote_code.mos_head import MoSLMHead
-from .remote_code.mos_log_probs import mos_log_probs
-from .remote_code.mos_loss import mos_cross_entropy
-from .training import compiled_loss, tensor_parallel, token_scores  # noqa: F401  # these add to what travels
+from .after_import import install
+
+if TYPE_CHECKING:
+    from .mixture_of_softmaxes import MixtureOfSoftmaxes
+    from .remote_code.configuration_mos import MoSConfig
+    from .remote_code.modeling_mos import MoSForCausalLM
+    from .remote_code.mos_head import MoSLMHead
+    from .remote_code.mos_log_probs import mos_log_probs
+    from .remote_code.mos_loss import mos_cross_entropy
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,9 +23,26 @@ __all__ = [
     "mos_log_probs",
 ]
 
+# The modules of the public names, imported when a name is first asked for: torch and transformers take seconds.
+MODULES = {
+    "MixtureOfSoftmaxes": "mixture_of_softmaxes",
+    "MoSConfig": "remote_code.configuration_mos",
+    "MoSForCausalLM": "remote_code.modeling_mos",
+    "MoSLMHead": "remote_code.mos_head",
+    "mos_cross_entropy": "remote_code.mos_loss",
+    "mos_log_probs": "remote_code.mos_log_probs",
+}
+
+install()
+
 
 def __getattr__(name: str) -> Any:
-    """The class of the mixtures with a softmax model, made when it is first asked for: `MoSLlamaForCausalLM`."""
-    if name.startswith("MoS"):
-        return getattr(modeling_mos, name)
+    """A public name, or the class of the mixtures with a softmax model, made at this moment: `MoSLlamaForCausalLM`."""
+    if name in MODULES or name.startswith("MoS"):
+        module = importlib.import_module(f"{__name__}.{MODULES.get(name, 'remote_code.modeling_mos')}")
+        return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

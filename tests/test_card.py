@@ -7,6 +7,7 @@ from helpers import VOCAB_SIZE, tiny_mos
 from huggingface_hub import EvalResult, ModelCard
 
 from hf_mos.tools.card import model_card
+from hf_mos.tools.provenance import own_command
 
 TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"
 
@@ -45,6 +46,24 @@ def test_measurements_are_in_the_metadata_and_in_the_text(tmp_path: Path) -> Non
     assert '"revision": "0123abc", "code_revision": "0123abc"' in read.text
     assert "- It has read nothing.\n" in read.text
     assert "\n\n\n" not in read.text
+
+
+def test_a_card_has_a_column_of_splits_where_there_are_splits() -> None:
+    result = perplexity(12.5)
+    result.dataset_split = None
+    card = model_card(tiny_mos(), model_id="plain", eval_results=[result], command="hf-mos evaluate plain")
+    assert "| data | measure | value |\n| --- | --- | ---: |\n| WikiText-2 | perplexity | 12.5 |" in card.text
+
+
+def test_a_card_says_which_engines_load_the_model() -> None:
+    assert "vLLM loads it where hf_mos is installed" in model_card(tiny_mos(), model_id="plain").text
+
+
+def test_a_command_holds_no_folder_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    words = ["hf-mos", "evaluate", str(tmp_path / "out"), f"--validation-file={tmp_path}/book.txt", "gpt2", "a/b"]
+    monkeypatch.setattr("sys.argv", words)
+    assert own_command().endswith("evaluate out --validation-file=book.txt gpt2 a/b")
+    assert str(tmp_path / "out") in own_command(keep_folders=True)
 
 
 def test_a_card_without_measurements_says_so() -> None:

@@ -1,5 +1,6 @@
 """Cuts the text of `hf-mos train`: into blocks for training, and into the windows of `evaluate` for validation."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .chat import Chat, Messages, render
 from .evaluate import IGNORED, Window, count_bytes, count_targets, encode, prefix_of, sequence_of, windows_of
-from .texts import FILE_READERS, choose_column, column, read_texts
+from .texts import FILE_READERS, check_text, choose_column, column, load_rows, read_texts
 from .train_options import DataOptions
 
 STREAMED_ROWS = 10_000  # rows packed together; the tokens after their last full block are dropped
@@ -59,6 +60,11 @@ def load_text(options: DataOptions) -> tuple[Rows, ValidationText | None]:
             name = Path(options.validation_file).name
     choose_column(columns_of(train), options.text_column)
     if validation is None and options.validation_share > 0 and not options.streaming:
+        if math.ceil(options.validation_share * len(train)) >= len(train):
+            raise ValueError(
+                f"--validation-share: expected more rows or lines to take {options.validation_share:g} of, or "
+                f"--validation-file, or --validation-share 0, given {len(train)}"
+            )
         parts = train.train_test_split(test_size=options.validation_share, shuffle=False)
         train, validation = parts["train"], rows_of(parts["test"], options.text_column)
         validation = ["".join(map(str, validation))] if options.is_lines else validation
@@ -67,9 +73,9 @@ def load_text(options: DataOptions) -> tuple[Rows, ValidationText | None]:
 
 
 def read_file(file: str, streaming: bool) -> Rows:
-    reader = FILE_READERS[Path(file).suffix]
-    options = {"keep_linebreaks": True} if reader == "text" else {}
-    return load_dataset(reader, data_files=file, split="train", streaming=streaming, **options)
+    check_text(Path(file))
+    options = {"keep_linebreaks": True} if FILE_READERS[Path(file).suffix] == "text" else {}
+    return load_rows(Path(file), streaming=streaming, **options)
 
 
 def columns_of(rows: Rows) -> list[str]:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..remote_code.configuration_mos import MODEL_TYPE, MoSConfig
+from ..remote_code.configuration_mos import MoSConfig
 from ..remote_code.modeling_mos import MoSForCausalLM
-from ..remote_code.mos_checkpoint import CONFIG_FILE
 from .head_options import head_cost, num_new_weights
 from .loading import softmax_class
+from .places import check_checkpoint
 
 CARD_FILE = "README.md"
 EMISSIONS_FILE = "emissions.csv"  # written by the Trainer's CodeCarbon callback
@@ -137,18 +137,6 @@ def card_of_folder(
         fields["machine"] = ", ".join(dict.fromkeys(evaluation["machine"] for evaluation in measured))
     emissions = read_emissions(folder / EMISSIONS_FILE) if (folder / EMISSIONS_FILE).is_file() else None
     return model_card(model, model_id=model_id or folder.resolve().name, emissions=emissions, **fields)
-
-
-def check_checkpoint(folder: Path) -> dict[str, Any]:
-    """The `config.json` of the mixture in a folder; raises a ValueError where there is none."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: expected a folder with a checkpoint, given none: no such folder")
-    if not (folder / CONFIG_FILE).is_file():
-        raise ValueError(f"{folder}: expected a folder with a checkpoint, given one without {CONFIG_FILE}")
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    if config.get("model_type") != MODEL_TYPE:
-        raise ValueError(f"{folder}: expected a mixture of softmaxes, given a {config.get('model_type')!r}")
-    return config
 
 
 def read_results(file: Path) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, TypeAlias
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-Messages: TypeAlias = list[dict[str, Any]]
+from .texts import Messages
+
 ASSISTANT = "assistant"
 
 

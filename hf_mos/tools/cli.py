@@ -3,10 +3,16 @@
 import contextlib
 import functools
 import json
+import logging
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
+
+from .exit_codes import DONE, FAILED, INTERRUPTED, REFUSED, OptionError, before_work
+from .head_options import with_head_options
+from .places import check_checkpoint, check_exists, check_file
+from .texts import ASSISTANT_ONLY_HELP, TEXT_COLUMN, TEXT_COLUMN_HELP
 
 try:
     import typer
@@ -15,19 +21,21 @@ try:
     from rich.table import Table
 except ModuleNotFoundError as error:
     sys.exit(f"hf-mos: expected {error.name}, which is not installed: pip install 'hf_mos[cli]'")
-
-from .exit_codes import DONE, FAILED, INTERRUPTED, REFUSED, OptionError, before_work
-from .head_options import with_head_options
-from .texts import ASSISTANT_ONLY_HELP, TEXT_COLUMN, TEXT_COLUMN_HELP
+except KeyboardInterrupt:
+    sys.exit(INTERRUPTED)
 
 app = typer.Typer(
     name="hf-mos",
     help="Put a mixture of softmaxes on any causal language model, train it, measure it, share it.",
     epilog="Exit codes: 0 done, 1 the work failed, 2 an argument or option was refused before any work.",
     no_args_is_help=True,
+    rich_markup_mode=None,  # rich cuts the names of options to the width of the terminal
     pretty_exceptions_enable=False,
 )
 console, errors = Console(), Console(stderr=True)
+
+# transformers imports torchao where it is installed; these warn of its binaries and its enums at each import.
+CHATTY_AT_IMPORT = ("torchao", "torch.utils._pytree")
 
 # What is missing where an optional package is not installed; for the others it is `cli`.
 EXTRAS = {"fastapi": "serve", "uvicorn": "serve", "openai": "serve", "pydantic": "serve", "matplotlib": "inspect"}
@@ -57,6 +65,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, an
 
 def run() -> NoReturn:
     """The console script: the library's errors are messages, unless `--debug` asks for the traceback."""
+    for name in CHATTY_AT_IMPORT:
+        logging.getLogger(name).setLevel(logging.ERROR)
     # What a library prints of its own accord is not the result.
     aside = contextlib.redirect_stdout(sys.stderr) if "--json" in sys.argv else contextlib.nullcontext()
     for argument in sys.argv[1:]:
@@ -137,6 +147,8 @@ def convert_command(
 
     $ hf-mos convert gpt2 gpt2-mos --num-mixtures 4 --shortlist-size all
     """
+    with before_work():
+        check_exists(model)
     from .convert import convert
 
     conversion = convert(
@@ -217,19 +229,23 @@ def evaluate_command(
 
     $ hf-mos evaluate gpt2-mos --validation-file book.txt --stride 256
 
-    $ hf-mos evaluate gpt2 --dataset-name Salesforce/wikitext --dataset-config-name wikitext-2-raw-v1 --join-rows
+    \b
+    $ hf-mos evaluate gpt2 --dataset-name Salesforce/wikitext \\
+        --dataset-config-name wikitext-2-raw-v1 --join-rows
     """
-    from .chat import join, render
-    from .evaluate import choose_window, evaluate
-    from .loading import check_options, load_model, load_tokenizer
-    from .provenance import describe_machine, own_command
-    from .texts import check_file, read_dataset, read_texts
-
     if (validation_file is None) == (dataset_name is None):
         given = "neither" if validation_file is None else "both"
         raise typer.BadParameter(f"expected --validation-file or --dataset-name, one of the two, given {given}")
     with before_work():
         check_file(validation_file)
+        check_exists(model)
+    from .chat import join, render
+    from .evaluate import choose_window, evaluate
+    from .loading import check_options, load_model, load_tokenizer
+    from .provenance import describe_machine, own_command
+    from .texts import read_dataset, read_texts
+
+    with before_work():
         config = check_options(model, tokenizer, revision, dtype, device, trust_remote_code)
         choose_window(config, window, stride)
     if validation_file is not None:
@@ -327,16 +343,18 @@ def inspect_command(
 
     $ hf-mos inspect gpt2-mos --validation-file book.txt --max-tokens 20000 --html mixture.html
     """
-    from .chat import Text, beginning, render
-    from .evaluate import choose_window
-    from .inspection.inspect_mixture import inspect_mixture, refuse_softmax
-    from .loading import check_options, load_model, load_tokenizer
-    from .texts import check_file, read_texts
-
     if text is None and validation_file is None:
         raise typer.BadParameter("expected --text or --validation-file, given neither")
     with before_work():
         check_file(validation_file)
+        check_exists(model)
+    from .chat import Text, beginning, render
+    from .evaluate import choose_window
+    from .inspection.inspect_mixture import inspect_mixture, refuse_softmax
+    from .loading import check_options, load_model, load_tokenizer
+    from .texts import read_texts
+
+    with before_work():
         config = check_options(model, tokenizer, revision, dtype, device, trust_remote_code)
         refuse_softmax(config, model)
         choose_window(config, window, stride)
@@ -432,13 +450,13 @@ def card_command(
 
     $ hf-mos card gpt2-mos --model-id user/gpt2-mos --results results.json --base-model gpt2 --license mit
     """
-    from .card import CARD_FILE, card_of_folder, check_checkpoint
-    from .texts import check_file
-
     with before_work():
         check_checkpoint(folder)
         for file in results or []:
             check_file(file)
+    from .card import CARD_FILE, card_of_folder
+
+    with before_work():
         target = folder / CARD_FILE
         if target.exists() and not force:
             raise ValueError(f"{target}: expected none, or --force, given one that is there")
@@ -487,11 +505,11 @@ def push_command(
 
     $ hf-mos push gpt2-mos user/gpt2-mos --private
     """
-    from .card import CARD_FILE, card_of_folder, check_checkpoint
-    from .push import push
-
     with before_work():
         check_checkpoint(folder)
+    from .card import CARD_FILE, card_of_folder
+    from .push import push
+
     if not (folder / CARD_FILE).exists():
         card_of_folder(folder, model_id=repo).save(folder / CARD_FILE)
     pushed = push(folder, repo, branch=revision, private=private, message=message, token=token, pin=pin)

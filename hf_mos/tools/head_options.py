@@ -1,18 +1,19 @@
 """The flags of the mixture head: `--num-mixtures`, `--shortlist-size`, ..., with the help texts of `MoSConfig`.
 
-A flag that is not given is absent from the options, so `MoSConfig` or the loaded model decides.
+A flag that is not given is absent from the options, so `MoSConfig` or the loaded model decides. The fields are read
+from the text of the class, whose module imports torch: `--help` needs no torch.
 """
 
 import argparse
-import dataclasses
+import ast
 import functools
 import inspect
-import types
-from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple, get_args
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
-from ..remote_code.configuration_mos import MoSConfig, check_options
-
+CONFIGURATION = Path(__file__).parents[1] / "remote_code" / "configuration_mos.py"
+TYPES: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
 ALL = "all"  # the value of --shortlist-size for `None`, all classes
 TIE = "tie_word_embeddings"  # a field of the backbone's own config
 TIE_HELP = "Tie the decoder to the input embedding, or give it weights of its own; by default as the model has it."
@@ -33,19 +34,28 @@ class Flag(NamedTuple):
 
 def head_flags() -> list[Flag]:
     """The flags, one for each option of `from_causal_lm`."""
-    fields = [field for field in dataclasses.fields(MoSConfig) if "help" in field.metadata]
-    return [*map(flag_of, fields), Flag(TIE, bool, TIE_HELP, None)]
+    return [*(flag_of(*field) for field in head_fields()), Flag(TIE, bool, TIE_HELP, None)]
 
 
-def flag_of(field: dataclasses.Field) -> Flag:
-    help = field.metadata["help"]
-    if field.name == "shortlist_size":
-        return Flag(field.name, str, help.replace("None:", f"{ALL}:"), field.default, metavar=f"INT|{ALL}")
-    value_type = field.type
-    if isinstance(value_type, types.UnionType):
-        value_type = next(member for member in get_args(value_type) if member is not type(None))
-    assert isinstance(value_type, type)
-    return Flag(field.name, value_type, help, field.default)
+@functools.cache
+def head_fields() -> list[tuple[str, type, Any, str]]:
+    """The name, type, default and help text of each option of `MoSConfig`: `name: int | None = option(64, "help")`."""
+    return [*read_fields(ast.parse(CONFIGURATION.read_text(encoding="utf-8")))]
+
+
+def read_fields(module: ast.Module) -> Iterator[tuple[str, type, Any, str]]:
+    body = next(node.body for node in module.body if isinstance(node, ast.ClassDef) and node.name == "MoSConfig")
+    for node in body:
+        value = node.value if isinstance(node, ast.AnnAssign) else None
+        if isinstance(node, ast.AnnAssign) and isinstance(value, ast.Call) and ast.unparse(value.func) == "option":
+            default, help = map(ast.literal_eval, value.args)
+            yield ast.unparse(node.target), TYPES[ast.unparse(node.annotation).partition(" |")[0]], default, help
+
+
+def flag_of(name: str, value_type: type, default: Any, help: str) -> Flag:
+    if name == "shortlist_size":
+        return Flag(name, str, help.replace("None:", f"{ALL}:"), default, metavar=f"INT|{ALL}")
+    return Flag(name, value_type, help, default)
 
 
 def read_head_options(given: dict[str, Any]) -> dict[str, Any]:
@@ -65,6 +75,8 @@ def read_head_options(given: dict[str, Any]) -> dict[str, Any]:
 
 def check_head_options(options: dict[str, Any]) -> None:
     """Raises a ValueError where an option of `from_causal_lm` is unknown or out of range, whatever the model."""
+    from ..remote_code.configuration_mos import check_options
+
     check_options({name: value for name, value in options.items() if name != TIE})
 
 

@@ -7,6 +7,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -15,6 +16,7 @@ from transformers import (
 
 from ..conversion import refuse_other_models
 from ..remote_code.configuration_mos import MoSConfig
+from .places import check_exists
 
 
 def load_model(
@@ -67,7 +69,18 @@ def load_config(model: str | Path, **hub: Any) -> PreTrainedConfig:
         check_exists(model)
     config = AutoConfig.from_pretrained(model, **hub)
     refuse_other_models(config, repr(str(model)))
+    refuse_encoder(config, repr(str(model)))
     return config
+
+
+def refuse_encoder(config: PreTrainedConfig, given: str) -> None:
+    """Raises a ValueError for the config of an encoder such as BERT, which is a causal LM with `is_decoder` alone."""
+    mapping: Any = AutoModelForMaskedLM._model_mapping
+    if type(config) in mapping and getattr(config, "is_decoder", None) is False:
+        raise ValueError(
+            f"model: expected a causal LM, given {given}, a {type(config).__name__} with is_decoder false: each of "
+            "its tokens sees those after it. If it was trained as a causal LM, set is_decoder to true in config.json"
+        )
 
 
 def load_tokenizer(
@@ -90,13 +103,6 @@ def hub_options(revision: str | None, trust_remote_code: bool) -> dict[str, Any]
     """The arguments of `from_pretrained` that choose a commit, for the weights and for remote code."""
     revisions = {} if revision is None else {"revision": revision, "code_revision": revision}
     return {"trust_remote_code": trust_remote_code, **revisions}
-
-
-def check_exists(model: str | Path) -> None:
-    """Raises a ValueError if the name can only be that of a folder, and there is no such folder."""
-    name = str(model)
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name) and not Path(name).is_dir():
-        raise ValueError(f"model: expected a folder or a Hub id, given {name!r}, which is neither")
 
 
 def choose_device(device: str | None) -> str:

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 
-def own_command(without: Sequence[str] = ()) -> str:
+def own_command(without: Sequence[str] = (), keep_folders: bool = False) -> str:
     """The command that started this process, without the folders of this machine.
 
     Args:
         without: options that are left out, with their values.
+        keep_folders: keep absolute paths, for a command that is run again on this machine. Else their names stay.
     """
     script = Path(sys.argv[0])
     module = getattr(sys.modules["__main__"], "__spec__", None)
@@ -27,8 +28,15 @@ def own_command(without: Sequence[str] = ()) -> str:
         if word.startswith("--"):
             is_left_out = word.partition("=")[0] in without
         if not is_left_out:
-            words.append(word)
+            words.append(word if keep_folders else without_folders(word))
     return shlex.join([*launcher, *words])
+
+
+def without_folders(word: str) -> str:
+    """The word with the name in the place of an absolute path, also in `--train-file=/home/me/book.txt`."""
+    option, sign, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    path = Path(value).expanduser()
+    return f"{option}{sign}{path.name}" if path.is_absolute() and path.name else word
 
 
 def describe_machine(device: torch.device) -> str:

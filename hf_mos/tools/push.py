@@ -15,8 +15,9 @@ from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import logging
 
 from ..remote_code.mos_checkpoint import STAGING_PREFIX, check_files
-from .card import CARD_FILE, address, check_checkpoint
+from .card import CARD_FILE, address
 from .exit_codes import before_work
+from .places import check_checkpoint
 
 logger = logging.get_logger(__name__)
 

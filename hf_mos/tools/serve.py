@@ -15,7 +15,8 @@ from transformers.cli.serve import Serve
 from transformers.cli.serving.model_manager import ModelManager
 
 from .exit_codes import before_work
-from .loading import check_exists, hub_options, is_mixture, load_config
+from .loading import hub_options, is_mixture, load_config
+from .places import check_exists
 
 HELP = """Serve a model, mixture or softmax, with transformers' own OpenAI-compatible server.
 

@@ -1,9 +1,11 @@
 """Reads text from files and datasets."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from .chat import Messages
+from .places import check_file
+
+Messages: TypeAlias = list[dict[str, Any]]
 
 TEXT_COLUMN, MESSAGES_COLUMN = "text", "messages"
 TEXT_COLUMN_HELP = "Column of the text, in rows, or of a chat's messages; without a column `text`, that of `messages`."
@@ -20,24 +22,36 @@ def read_texts(file: Path, text_column: str = TEXT_COLUMN) -> list[str] | list[M
     Raises:
         ValueError: there is no such file, it is no UTF-8, it has no such column, or it is empty.
     """
+    check_text(file)
+    if FILE_READERS.get(file.suffix, "text") != "text":
+        return column(load_rows(file), text_column)
+    return [file.read_bytes().decode()]  # as bytes, to keep its line ends
+
+
+def check_text(file: Path) -> None:
+    """Raises a ValueError where there is no such file, where it is empty, and where a text is no UTF-8."""
     check_file(file)
     if file.stat().st_size == 0:
         raise ValueError(f"file: expected some text, given {str(file)!r}, which is empty")
-    reader = FILE_READERS.get(file.suffix, "text")
-    if reader != "text":
-        from datasets import load_dataset
+    if FILE_READERS.get(file.suffix, "text") == "text":
+        try:
+            with file.open(encoding="utf-8") as lines:
+                for _ in lines:
+                    pass
+        except UnicodeDecodeError as error:
+            raise ValueError(f"file: expected UTF-8, given {str(file)!r}: {error}") from error
 
-        return column(load_dataset(reader, data_files=str(file), split="train"), text_column)
+
+def load_rows(file: Path, **options: Any) -> Any:
+    """The rows of a file, by the reader for its suffix; raises a ValueError where it cannot be read as such rows."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
     try:
-        return [file.read_bytes().decode()]  # as bytes, to keep its line ends
-    except UnicodeDecodeError as error:
-        raise ValueError(f"file: expected UTF-8, given {str(file)!r}: {error}") from error
-
-
-def check_file(file: Path | None) -> None:
-    """Raises a ValueError where there is no such file."""
-    if file is not None and not file.is_file():
-        raise ValueError(f"file: expected a file, given {str(file)!r}, which is none")
+        return load_dataset(FILE_READERS.get(file.suffix, "text"), data_files=str(file), split="train", **options)
+    except DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"file: expected rows of {file.suffix}, given {str(file)!r}: {cause}") from error
 
 
 def read_dataset(

@@ -91,6 +91,12 @@ class CardTrainer(Trainer):
         """Equivalent to: the Trainer's, or 0 where hidden states are in the tokens' place."""
         return 0 if "hidden_states" in inputs else super().floating_point_ops(inputs)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Like the Trainer's, but not of tied weights, which a checkpoint holds under one of their names."""
+        tied = self.accelerator.unwrap_model(self.model).all_tied_weights_keys
+        missing = [key for key in load_result.missing_keys if key not in tied]
+        super()._issue_warnings_after_load(type(load_result)(missing, load_result.unexpected_keys))
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         model = self.accelerator.unwrap_model(self.model)
         if not isinstance(model, MoSForCausalLM):
@@ -98,7 +104,7 @@ class CardTrainer(Trainer):
         elif self.is_world_process_zero():
             card = model_card(
                 model,
-                model_id=self.hub_model_id or str(self.args.output_dir),
+                model_id=self.hub_model_id or Path(str(self.args.output_dir)).resolve().name,
                 eval_results=self.eval_results(),
                 command=own_command(),
                 machine=f"{self.args.world_size} x {describe_machine(self.args.device)}",
@@ -254,7 +260,7 @@ def how_to_resume(trainer: Trainer) -> str:
     checkpoint = last_whole_checkpoint(str(trainer.args.output_dir))
     if checkpoint is None:
         return f"{at}, before a checkpoint was saved; --save-steps {trainer.args.save_steps} saves one that often"
-    words = own_command(without=("--resume-from-checkpoint", "--resume_from_checkpoint", "--force"))
+    words = own_command(("--resume-from-checkpoint", "--resume_from_checkpoint", "--force"), keep_folders=True)
     return f"{at}. To go on from {checkpoint}:\n{words} --resume-from-checkpoint last"
 
 

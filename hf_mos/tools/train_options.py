@@ -233,6 +233,7 @@ class Parser(HfArgumentParser):
             allow_abbrev=False,
         )
         add_head_options(self)
+        self.set_defaults(logging_steps=10, logging_first_step=True)  # the Trainer's 500 shows no loss of a short run
         # TrainingArguments would train into ./trainer_output.
         next(action for action in self._actions if action.dest == "output_dir").required = True
         self.add_argument(

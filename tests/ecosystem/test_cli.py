@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -12,12 +13,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+import typer
 from commands import run_command
 from helpers import BACKBONES, LargestTensor, log_prob_gap, part_components, run_python, tiny_causal_lm, tiny_mos
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, GenerationConfig, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 import hf_mos
 from hf_mos import MoSForCausalLM
@@ -69,6 +72,15 @@ def test_help_of_a_command_has_an_example(run: Callable[..., Printed], command: 
     assert f"hf-mos {command} " in printed.out.replace(f"Usage: hf-mos {command} ", "")
 
 
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "serve"])
+def test_help_in_a_narrow_terminal_names_each_option_whole(command: str) -> None:
+    narrow = CliRunner().invoke(cli.app, [command, "--help"], env={"COLUMNS": "80"}, terminal_width=80)
+    assert "…" not in narrow.output
+    if command != "train":  # which has a parser of its own
+        for parameter in typer.main.get_command(cli.app).commands[command].params:
+            assert all(re.search(rf"{name}\b", narrow.output) for name in parameter.opts if name.startswith("--"))
+
+
 @pytest.mark.parametrize(
     ("line", "code", "message"),
     [
@@ -100,6 +112,16 @@ def test_help_of_a_command_has_an_example(run: Callable[..., Printed], command: 
             1,
             "text_column: expected one of ['text'], given 'words'",
         ),
+        ("evaluate BASE --validation-file BROKEN", 1, "file: expected rows of .jsonl, given"),
+        ("train --model BASE --output-dir out --train-file EMPTY_TXT", 1, "which is empty"),
+        ("train --model BASE --output-dir out --train-file BYTES_TXT", 1, "file: expected UTF-8"),
+        ("train --model BASE --output-dir out --train-file BROKEN", 1, "file: expected rows of .jsonl, given"),
+        (
+            "train --model BASE --output-dir out --train-file LINE",
+            1,
+            "--validation-share: expected more rows or lines to take 0.05 of",
+        ),
+        ("convert ENCODER OUT", 2, "a BertConfig with is_decoder false: each of its tokens sees those after it"),
         ("train --model BASE --output-dir out", 2, "expected --train-file or --dataset-name"),
         ("train --model BASE --train-file TEXT", 2, "--output-dir"),
         ("evaluate BASE --file TEXT", 2, "--file: expected --validation-file"),
@@ -136,6 +158,16 @@ def test_what_is_wrong_is_said_without_a_traceback(
     for name, content in (("EMPTY", b""), ("BYTES", b"\xff\xfe"), ("ROWS.jsonl", b'{"text": "a b"}\n')):
         places[name.partition(".")[0]] = tmp_path / name
         (tmp_path / name).write_bytes(content)
+    for name, content in (
+        ("EMPTY_TXT", b""),
+        ("BYTES_TXT", b"\xff\xfe"),
+        ("LINE", b"One line."),
+        ("BROKEN", b'{"text'),
+    ):
+        places[name] = (tmp_path / name).with_suffix(".jsonl" if name == "BROKEN" else ".txt")
+        places[name].write_bytes(content)
+    places["ENCODER"] = tmp_path / "encoder"
+    BertConfig().save_pretrained(places["ENCODER"])
     places["OLD"] = tmp_path / "old"
     places["OLD"].mkdir()
     (tmp_path / "old" / "config.json").write_text('{"model_type": "mos", "text_config": {"model_type": "llama"}}')
@@ -166,6 +198,50 @@ except SystemExit as error:
     print(error)
 """
     assert "pip install 'hf_mos[cli]'" in run_python(code, cache=tmp_path, without_hf_mos=False)
+
+
+def test_help_and_refusals_need_no_torch(base: Path, tmp_path: Path) -> None:
+    lines = [
+        ["--help"],
+        ["convert", "--help"],
+        ["convert"],
+        ["convert", "./none", "out"],
+        ["evaluate", base],
+        ["evaluate", base, "--validation-file", "none.txt"],
+        ["inspect", "./none", "--text", "x"],
+        ["card", base],
+        ["push", "./none", "user/name"],
+    ]
+    code = """
+import json
+from hf_mos.tools import cli
+for line in json.loads(sys.argv[1]):
+    sys.argv[1:] = line
+    try:
+        cli.run()
+    except SystemExit as error:
+        assert error.code == (0 if "--help" in line else 2), (line, error)
+    assert "torch" not in sys.modules, line
+print("done")
+"""
+    given = json.dumps([[*map(str, line)] for line in lines])
+    assert "done" in run_python(code, given, cache=tmp_path, without_hf_mos=False)
+
+
+@pytest.mark.parametrize("module", ["typer", "rich.table", "torch", "transformers"])
+def test_an_interrupt_while_importing_prints_no_traceback(module: str, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {module!r}: raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+    )
+    (tmp_path / "text.txt").write_text("a")
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    line = ["evaluate", base, "--validation-file", "text.txt"]
+    process = run_command(*line, cache=tmp_path, code=130, PYTHONPATH=paths)
+    assert "Traceback" not in process.stderr
 
 
 def test_json_is_all_that_is_on_the_standard_output(
@@ -511,7 +587,11 @@ def test_train_and_evaluate_agree(
     assert results["perplexity"].metric_name == "perplexity per token, window 64, stride 32"
     assert results["bits_per_byte"].metric_value == pytest.approx(after["bits_per_byte"], abs=1e-3)
     assert f"| {file.name} |" in card.text
-    assert text_file.name not in card.text.replace(str(text_file), "")
+    command = next(line for line in card.text.splitlines() if line.startswith("Measured by"))
+    assert text_file.name not in card.text.replace(command, "")
+    assert "split" not in card.text
+    assert str(tmp_path) not in card.text
+    assert f"--train-file {text_file.name} --validation-file eval.txt" in command
 
 
 def test_a_softmax_is_measured_by_the_same_rule(

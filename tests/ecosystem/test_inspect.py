@@ -704,6 +704,7 @@ def test_the_command_prints_tables(mixture: Path, text_file: Path, tmp_path: Pat
     process = run_command("inspect", mixture, "--text", "Sentence", "--validation-file", text_file, cache=tmp_path)
     for words in ("Token by token", "what follows", "Components over", "Jensen-Shannon", "bound of one softmax"):
         assert words in process.stdout
+    assert not re.search("Failed to load|Enum subclass", process.stderr)  # torchao's, which transformers imports
 
 
 def test_a_page_of_a_file_shows_its_beginning(mixture: Path, text_file: Path, tmp_path: Path) -> None:

@@ -1,0 +1,33 @@
+"""Refuses files, folders and names that cannot be what a command needs, before torch and transformers are imported."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+# As in `remote_code`, which imports torch.
+CONFIG_FILE, MODEL_TYPE = "config.json", "mos"
+
+
+def check_file(file: Path | None) -> None:
+    """Raises a ValueError where there is no such file."""
+    if file is not None and not file.is_file():
+        raise ValueError(f"file: expected a file, given {str(file)!r}, which is none")
+
+
+def check_exists(model: str | Path) -> None:
+    """Raises a ValueError if the name can only be that of a folder, and there is no such folder."""
+    name = str(model)
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name) and not Path(name).is_dir():
+        raise ValueError(f"model: expected a folder or a Hub id, given {name!r}, which is neither")
+
+
+def check_checkpoint(folder: Path) -> dict[str, Any]:
+    """The `config.json` of the mixture in a folder; raises a ValueError where there is none."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder with a checkpoint, given none: no such folder")
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"{folder}: expected a folder with a checkpoint, given one without {CONFIG_FILE}")
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    if config.get("model_type") != MODEL_TYPE:
+        raise ValueError(f"{folder}: expected a mixture of softmaxes, given a {config.get('model_type')!r}")
+    return config
