@@ -75,9 +75,11 @@ def read_head_options(given: dict[str, Any]) -> dict[str, Any]:
 
 def check_head_options(options: dict[str, Any]) -> None:
     """Raises a ValueError where an option of `from_causal_lm` is unknown or out of range, whatever the model."""
-    from ..remote_code.configuration_mos import check_options
+    own = {name: value for name, value in options.items() if name != TIE}
+    if own:
+        from ..remote_code.configuration_mos import check_options
 
-    check_options({name: value for name, value in options.items() if name != TIE})
+        check_options(own)
 
 
 def head_cost(
