@@ -82,7 +82,7 @@ def test_a_card_without_measurements_says_so() -> None:
 def test_a_card_describes_the_head_and_its_cost(shortlist_size: int | None, differ_on: str, cost: str) -> None:
     card = model_card(tiny_mos(shortlist_size=shortlist_size), model_id="plain")
     assert f"| the components differ on | {differ_on}" in card.text
-    assert "the hidden state plus 10 (`latent_scale`) times a shift" in card.text  # 320 / 32
+    assert "the hidden state plus a shift for each component, of rank 32 (`shift_rank`)" in card.text
     assert f"- The head has {cost} times the multiplications of one softmax" in card.text
 
 

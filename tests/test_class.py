@@ -251,7 +251,7 @@ def old_folder(folder: Path) -> Path:
         "model_type": "mos",
         "text_config": text_config,
         "num_mixtures": 4,
-        "shift_rank": 64,
+        "shift_rank": 32,
         "latent_scale": 10.0,
         "init_seed": 0,
         "tie_word_embeddings": False,

@@ -156,10 +156,10 @@ class Head:
         parts += [f"prior_spread={self.prior_spread:g}"] if self.prior_spread != 1 else []
         return " ".join([*parts, *(f"{name}={value}" for name, value in options.items())])
 
-    def take_over(self, linear: nn.Linear, softcap: float | None = None) -> MoSLMHead:
+    def take_over(self, linear: nn.Linear, softcap: float | None = None, init_seed: int = 0) -> MoSLMHead:
         """Makes a projection, or another head, this head; it keeps its weights."""
         options = {"shortlist_size": None, "latent_scale": 1.0 if self.kind == "paper" else None} | self.options
-        return HEAD_CLASSES[self.kind].take_over(linear, softcap=softcap, **options)
+        return HEAD_CLASSES[self.kind].take_over(linear, softcap=softcap, init_seed=init_seed, **options)
 
 
 SOFTMAX = Head("softmax", {"num_mixtures": 1})
@@ -216,9 +216,9 @@ def new_softmax_model(size: Size, vocab_size: int, block_size: int, seed: int) -
 def with_head(model: PreTrainedModel, head: Head, seed: int) -> MoSForCausalLM:
     """The model with another head in place of its own; it shares its weights with the result."""
     torch.manual_seed(seed)
-    result = MoSForCausalLM.from_causal_lm(model, **{"shortlist_size": None} | head.options)
+    result = MoSForCausalLM.from_causal_lm(model, init_seed=seed, **{"shortlist_size": None} | head.options)
     if head.kind != "mixture":
-        head.take_over(result.mos_head, result.mos_head.softcap)
+        head.take_over(result.mos_head, result.mos_head.softcap, seed)
     if head.prior_spread != 1:
         result.mos_head.prior.weight.data *= head.prior_spread
     return result

@@ -40,7 +40,8 @@ ADAPTER_RATES = (1e-3, 3e-3, 1e-2)
 FULL = [mixture(K) for K in (2, 4, 8, 16)]
 SHORTLISTS = [mixture(K, shortlist_size=M) for M in (16, 64, 256) for K in (4, 16)]
 CONTROLS = [mixture(1), rescored(64), contexts(4)]
-HEADS = [*CONTROLS, *SHORTLISTS, *FULL]
+RANKS_OF_SHIFTS = [mixture(16, shortlist_size=64, shift_rank=r) for r in (32, 64, 128, 256, 10**6)]  # the last is full
+HEADS = [*CONTROLS, *SHORTLISTS, *FULL, *RANKS_OF_SHIFTS]
 QUICK_HEADS = [mixture(1), mixture(16, shortlist_size=64), mixture(4)]
 NAMES = [head.name for head in HEADS]
 # A slower head too: adapters learn best at a rate that is too high for a head at its default scale.

@@ -24,7 +24,7 @@ PREFIX = "MoS"  # of the name of a made class
 # scale that falls as 1 / D gives every width the same change: 10 at D = 32, 0.56 at D = 576, measured at both by
 # `examples/softmax_bottleneck/learning_rates.py`. Source: Yang et al., arXiv 2203.03466.
 SCALE_TIMES_WIDTH = 320.0
-SHIFT_RANK = 64
+SHIFT_RANK = 64  # where shifts of full rank would cost more than an eighth of the decoder
 
 # The names of a logit softcap in transformers' configs. It belongs inside each component of the mixture, so a model
 # that is made moves it from there to `softcap`; the file keeps it under the architecture's name.
@@ -60,8 +60,7 @@ class MoSConfig(PreTrainedConfig):
         "None: let them differ on all classes, at the price of K softmaxes.",
     )
     shift_rank: int | None = option(
-        SHIFT_RANK,
-        "r, the rank of the shifts, which two layers of (K + 1) r D weights make. None, or D: one of K D D weights.",
+        None, "r, the rank of the shifts: (K + 1) r D weights, from D on K D D. None: D where K D <= V / 8, else 64."
     )
     latent_scale: float | None = option(
         None,
@@ -182,6 +181,11 @@ def __getattr__(name: str) -> type[MoSConfig]:
     if not is_config:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return config_class_for(backbone)
+
+
+def default_rank(num_mixtures: int, width: int, num_classes: int) -> int:
+    """The rank of the shifts: full where they cost an eighth of the decoder or less."""
+    return width if num_mixtures * width <= num_classes / 8 else SHIFT_RANK
 
 
 def default_scale(width: int) -> float:

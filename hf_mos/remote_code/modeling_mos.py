@@ -113,7 +113,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         options = {name: getattr(config, name) for name in option_defaults()}
         head = MoSLMHead.take_over(linear, softcap=config.softcap, **options)
         head.num_classes = getattr(config.get_text_config(), "unpadded_vocab_size", None)
-        config.latent_scale = head.latent_scale
+        config.latent_scale, config.shift_rank = head.latent_scale, head.shift_rank
 
     def _set_softcap(self, softcap: float) -> None:
         """Sets the softcap of those models that copy it; most read it from their config at each call."""

@@ -33,8 +33,7 @@ class WholeVocabulary(NamedTuple):
     def softmax_(self, logits: Tensor, target_rows: Tensor) -> Tensor:
         """Softmax of the logits (R, V), in place; returns the component_nll of the targets, both (R, 1).
 
-        The logarithm of their sum is read back from the largest probability, which cannot underflow. So there are
-        three passes over the logits, where logsumexp and softmax take six and a copy.
+        The logarithm of their sum is read back from the largest probability, which cannot underflow: three passes.
         """
         target_logits = logits.gather(1, target_rows)
         largest = logits.amax(dim=-1, keepdim=True)

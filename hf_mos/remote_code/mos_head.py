@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
-from .configuration_mos import SHIFT_RANK, default_scale
+from .configuration_mos import default_rank, default_scale
 from .mos_decoder import AUTOGRAD_BYTES_PER_LOGIT, tokens_per_chunk
 from .mos_log_probs import Latents, components, infer_log_probs, mean_and_rest, mix_log_probs, reduce
 from .mos_loss import mos_cross_entropy
@@ -55,8 +55,7 @@ class MoSLMHead(nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: of the decoder, (V, D), as for `nn.Linear`.
-        options: num_mixtures, shortlist_size, shift_rank, latent_scale and init_seed, as in `MoSConfig`, and
-            softcap, as in `mos_log_probs`.
+        options: as in `MoSConfig`, and softcap, as in `mos_log_probs`.
 
     Initialisation: `shift` is zero, so the mixture predicts what one softmax with its decoder does. The weights of the
     prior, times `latent_scale`, and of the widening are random, of standard deviation 1 / sqrt(D) and 1 / sqrt(r). So
@@ -91,7 +90,7 @@ class MoSLMHead(nn.Linear):
         self,
         num_mixtures: int = 16,
         shortlist_size: int | None = 64,
-        shift_rank: int | None = SHIFT_RANK,
+        shift_rank: int | None = None,
         latent_scale: float | None = None,
         init_seed: int = 0,
         softcap: float | None = None,
@@ -99,12 +98,13 @@ class MoSLMHead(nn.Linear):
         """Adds the prior and the shift; `options` of the class."""
         D, dtype, device = self.in_features, self.weight.dtype, device_of(self)
         self.num_mixtures, self.shortlist_size, self.softcap = num_mixtures, shortlist_size, softcap
-        self.shift_rank = D if shift_rank is None else min(shift_rank, D)
+        self.shift_rank = min(shift_rank or default_rank(num_mixtures, D, self.out_features), D)
         self.latent_scale = default_scale(D) if latent_scale is None else latent_scale
         self.init_seed = init_seed
         self.num_classes: int | None = None  # the classes that count; `None`: all rows of the weight
-        prior_dtype = torch.promote_types(dtype, torch.float32)
-        self.prior = nn.Linear(D, num_mixtures, bias=False, dtype=prior_dtype, device=device)
+        self.prior = nn.Linear(
+            D, num_mixtures, bias=False, dtype=torch.promote_types(dtype, torch.float32), device=device
+        )
         self.shift = nn.Linear(D, num_mixtures * self.shift_rank, bias=False, dtype=dtype, device=device)
         self.widening = None
         if self.shift_rank < D:
@@ -311,7 +311,7 @@ class MoSLMHead(nn.Linear):
         return ", ".join([super().extra_repr(), *(f"{name}={getattr(self, name)}" for name in names)])
 
 
-def draw_(weight: Tensor, std: float, seed: int) -> None:
+def draw_(weight: Any, std: float, seed: int) -> None:
     """Fills a weight with normal numbers, the same on each device and in each process that holds a shard."""
     generator = torch.Generator().manual_seed(seed)
     values = (std * torch.randn(weight.shape, generator=generator, device="cpu")).to(weight.device, weight.dtype)

@@ -144,8 +144,8 @@ def shortlist_loss(
     mean_latents, decoder, log_gate, kept = _prepare(inputs, targets, options)
     offsets = inputs.offsets.to(options.work_dtype)
     widening = None if inputs.widening is None else inputs.widening.to(options.work_dtype)
-    if widening is not None:
-        decoder = decoder._replace(narrow=multiply(decoder.weight, widening.t()))
+    narrow = decoder.weight if widening is None else multiply(decoder.weight, widening.t())  # (V, D or r)
+    decoder = decoder._replace(narrow=narrow)
     wants_any = any(wanted)
     nll = log_gate.new_zeros(mean_latents.shape[0])
     d_mean = torch.zeros_like(mean_latents) if wanted.latents else None
@@ -153,7 +153,7 @@ def shortlist_loss(
     d_prior = torch.zeros_like(log_gate) if wanted.prior_logits else None
     d_weight = Accumulator(decoder.weight, wanted.decoder_weight, decoder.sum_dtype)
     wants_rows = wanted.decoder_weight or wanted.widening
-    d_narrow = d_weight if widening is None else Accumulator(decoder.narrow, wants_rows, decoder.sum_dtype)
+    d_narrow = d_weight if widening is None else Accumulator(narrow, wants_rows, decoder.sum_dtype)
     d_bias = log_gate.new_zeros(decoder.weight.shape[0]) if wanted.decoder_bias else None
     buffers = ChunkBuffers.allocate(kept.shape[0], 1, decoder, wants_any, wanted.decoder_weight)
     for tokens in split(kept, buffers.size, of=nll.shape[0]):

@@ -28,8 +28,7 @@ def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     products to its BLAS and has oneDNN too. The vendor of the processor decides, so that a run can be repeated to the
     bit. On AMD MKL refuses its fast paths: oneDNN reaches 230 to 430 GFLOP/s and MKL 110 to 200 (40 to 512 rows, 2
     threads of an EPYC). But 2 to 4 rows are faster as columns in MKL up to D = 1024 (4 rows, V = 50257: 3.6 ms against
-    5.9 at D = 768, 25 against 13 at D = 2048; family 26). On Intel MKL is faster for many rows, and oneDNN for 2 to 16
-    (4 rows, V = 50257: 6.7 ms against 9.0, a Xeon).
+    5.9 at D = 768, 25 against 13 at D = 2048; family 26). On Intel MKL is faster for many rows, oneDNN for 2 to 16.
     """
     if not _suits_onednn(rows, weight):
         return F.linear(rows, weight, bias)

@@ -86,14 +86,11 @@ class OnShortlist(NamedTuple):
 def mix_on_shortlist_(
     z: Tensor, offsets: Tensor, log_gate: Tensor, decoder: Decoder, size: int, slope: Tensor | None = None
 ) -> OnShortlist:
-    """Replaces z (n, V) by the logits of the one softmax, in place; `slope` gets the softcap's derivative.
-
-    D is r for offsets that are not widened: the decoder has its rows widened then, (V, r).
-    """
+    """Replaces z (n, V) by the logits of the one softmax, in place; `slope` gets the softcap's derivative."""
     shortlist = top_classes(z, size)
     chosen = z.gather(1, shortlist)  # (n, M)
     is_in = decoder.vocabulary.in_shortlist(chosen, size)
-    rows = F.embedding(shortlist, decoder.weight if decoder.narrow is None else decoder.narrow)  # (n, M, D)
+    rows = F.embedding(shortlist, decoder.weight if decoder.narrow is None else decoder.narrow)  # (n, M, D or r)
     logits = torch.bmm(offsets, rows.transpose(1, 2)).to(decoder.sum_dtype)  # (n, K, M)
     if is_in is not None:
         logits.mul_(is_in.unsqueeze(1))

@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..remote_code.configuration_mos import option_defaults
 from ..remote_code.modeling_mos import shift
 from ..remote_code.mos_checkpoint import STAGING_PREFIX, check_files, read_header
 from ..remote_code.mos_head import MoSLMHead
@@ -240,7 +241,7 @@ def whole_head(head: MoSLMHead) -> MoSLMHead:
     V, D = weights["weight"].shape
     # FSDP2 makes a class of the head's.
     own_class: Any = next(each for each in type(head).__mro__ if not each.__name__.startswith("FSDP"))
-    options = {name: getattr(head, name) for name in ("num_mixtures", "shortlist_size", "latent_scale", "softcap")}
+    options = {name: getattr(head, name) for name in (*option_defaults(), "softcap")}
     whole = own_class.take_over(nn.Linear(D, V, bias="bias" in weights, device="meta"), **options)
     whole.load_state_dict(weights, assign=True)
     return whole

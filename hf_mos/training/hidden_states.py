@@ -272,7 +272,7 @@ def run_backbone(
                         raise ValueError(f"rows[{row}]: expected finite hidden states, given NaN or infinity")
                 data = outputs.flatten().view(torch.uint8).numpy()
                 opened.seek(HEADER_BYTES + layout.bytes_up_to(done))
-                opened.write(data)
+                opened.write(data.data)
                 digest.update(data)
                 done = batch.stop
                 opened.seek(0)
@@ -321,7 +321,9 @@ def digest_of_backbone(model: MoSForCausalLM) -> Any:
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
         feed(digest, name, [getattr(each, "__qualname__", type(each)) for each in (type(module), *hooks)])
         with align_module_device(module):  # loads the weights that accelerate keeps elsewhere
-            values = {own: value for own, value in vars(module).items() if isinstance(value, (int, float, Tensor))}
+            values: dict[str, Any] = {
+                own: value for own, value in vars(module).items() if isinstance(value, (int, float, Tensor))
+            }
             values = {own: value for own, value in values.items() if own[0] != "_" and own not in WITHOUT_EFFECT}
             values |= module._parameters | module._buffers
             module._save_to_state_dict(values, "", keep_vars=True)  # with the scales of quantized weights

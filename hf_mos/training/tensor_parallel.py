@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..remote_code.modeling_mos import MoSForCausalLM
 from ..remote_code.mos_head import MoSLMHead
 
 TENSOR_PARALLEL = "tp"  # a mesh's name for the dimension that shards the vocabulary
@@ -99,15 +98,4 @@ def shard_of(weight: Any) -> VocabularyShard | None:
     return VocabularyShard(weight.shape[0], mesh.get_local_rank() * per_process, mesh.get_group())
 
 
-def maybe_distribute_model(cls: Any, model: Any, distributed_config: Any, mesh: Any) -> Any:
-    """Like `PreTrainedModel.maybe_distribute_model`, but FSDP2 gets a tied weight as one parameter."""
-    shards = mesh is not None and getattr(distributed_config, "dp_size", distributed_config.fsdp_size) > 1
-    if shards and model.config.tie_word_embeddings:
-        if distributed_config.tp_size > 1:  # transformers then trains the embedding and the decoder apart
-            raise ValueError("tie_word_embeddings: expected False with both fsdp_size and tp_size, given True")
-        model.tie_weights(recompute_mapping=False)
-    return super(MoSForCausalLM, cls).maybe_distribute_model(model, distributed_config, mesh)
-
-
-MoSForCausalLM.maybe_distribute_model = classmethod(maybe_distribute_model)  # type: ignore[assignment]
 MoSLMHead.shard_of = staticmethod(shard_of)  # type: ignore[assignment]
