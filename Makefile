@@ -13,7 +13,7 @@ HOST_PYTHON = $(shell for python in $(CANDIDATES); do \
 	$$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help quickstart test test-faults test-ecosystem test-distributed test-vllm test-package test-versions test-mixins lint format install clean
+.PHONY: help quickstart test test-slow test-faults test-ecosystem test-distributed test-vllm test-package test-versions test-mixins lint format install clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -26,6 +26,10 @@ quickstart: $(if $(wildcard $(INSTALLED)),$(INSTALLED),$(EXAMPLES_INSTALLED)) ##
 # worker, so that what its tests share is made once.
 test: install ## Run the quick tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# What takes long, once each, but for the wheel in an empty environment: test-package.
+test-slow: install ## Run the tests that are marked slow
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 -m slow --ignore tests/test_package.py
 
 # What a kill at every write, a broken file, a loss that is not finite and a component without weight do.
 test-faults: install ## Kill saves, break checkpoints, drive losses to infinity, take a component's weight

@@ -227,6 +227,7 @@ def test_a_spawned_process_gets_the_model() -> None:
     assert torch.equal(generated, greedy(model, TOKENS, 4))
 
 
+@pytest.mark.slow
 def test_a_spawned_worker_of_a_data_loader_gets_the_model() -> None:
     model = tiny_mos()
     rows: Any = [model]

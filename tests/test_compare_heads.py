@@ -89,7 +89,7 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("how", ["interrupt", "terminate"])
+@pytest.mark.parametrize("how", ["interrupt", pytest.param("terminate", marks=pytest.mark.slow)])
 def test_a_stopped_run_leaves_nothing(tmp_path: Path, how: str) -> None:
     process = start(tmp_path / "out", "--steps", "100000")
     deadline = time.monotonic() + 120

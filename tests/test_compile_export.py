@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import cases
 from helpers import BACKBONES, HEADS, VOCAB_SIZE, greedy, random_tokens, tiny_mos
 from torch import Tensor, nn
 
@@ -41,8 +42,10 @@ def inputs(batch: int = 2, length: int = 12) -> tuple[Tensor, Tensor]:
     return tokens, torch.ones_like(tokens)
 
 
-@pytest.mark.parametrize("head", HEADS, ids=str)
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(
+    ("name", "head"),
+    cases(BACKBONES, HEADS, quick=[("llama", HEADS[0]), ("llama", HEADS[1]), ("gemma2", HEADS[1])]),
+)
 def test_compiled_logits(name: str, head: dict) -> None:
     model = tiny_mos(name, **head)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -53,8 +56,10 @@ def test_compiled_logits(name: str, head: dict) -> None:
         )
 
 
-@pytest.mark.parametrize("head", HEADS, ids=str)
-@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "gemma2"])
+@pytest.mark.parametrize(
+    ("name", "head"),
+    cases(["llama-tied", "gpt2", "gemma2"], HEADS, quick=[("llama-tied", HEADS[0]), ("llama-tied", HEADS[1])]),
+)
 def test_compiled_training_step(name: str, head: dict) -> None:
     tokens = random_tokens()
     results = []
@@ -70,6 +75,7 @@ def test_compiled_training_step(name: str, head: dict) -> None:
         torch.testing.assert_close(compiled[key], gradient, atol=1e-5, rtol=1e-4, msg=key)
 
 
+@pytest.mark.slow
 def test_compiled_with_inductor() -> None:
     model = tiny_mos()
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
@@ -81,6 +87,7 @@ def test_compiled_with_inductor() -> None:
             )
 
 
+@pytest.mark.slow
 def test_compiled_decoding_with_a_static_cache() -> None:
     model = tiny_mos("gemma2")
     tokens = random_tokens()
@@ -89,8 +96,10 @@ def test_compiled_decoding_with_a_static_cache() -> None:
     assert torch.equal(greedy(model, tokens, cache_implementation="static"), expected)
 
 
-@pytest.mark.parametrize("head", HEADS, ids=str)
-@pytest.mark.parametrize("name", WITH_DYNAMIC_LENGTH)
+@pytest.mark.parametrize(
+    ("name", "head"),
+    cases(WITH_DYNAMIC_LENGTH, HEADS, quick=[("llama", HEADS[0]), ("gemma2", HEADS[1])]),
+)
 def test_exported_with_dynamic_shapes(name: str, head: dict) -> None:
     model = LogProbs(tiny_mos(name, **head))
     dynamic = {0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("length", min=4, max=96)}
@@ -103,6 +112,7 @@ def test_exported_with_dynamic_shapes(name: str, head: dict) -> None:
             torch.testing.assert_close(exported, model(*example), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("name", ["llama-tied", "gemma2"])
 def test_onnx(name: str, head: dict, tmp_path: Path) -> None:

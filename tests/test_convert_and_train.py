@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from helpers import run_python
 from transformers import AutoTokenizer
 
@@ -16,6 +17,7 @@ print(type(model).__name__, model.config.num_mixtures)
 """
 
 
+@pytest.mark.slow
 def test_it_is_short_and_leaves_a_checkpoint_that_loads_without_hf_mos(tmp_path: Path) -> None:
     assert len(SCRIPT.read_text().splitlines()) < 60
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import cases
 from helpers import (
     BACKBONES,
     HEADS,
@@ -74,8 +75,10 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    cases(BACKBONES, STRATEGIES, quick=[(name, strategy) for name in ("llama", "gemma2") for strategy in STRATEGIES]),
+)
 def test_strategies_draw_the_tokens_of_the_causal_lm(name: str, strategy: str) -> None:
     generated = []
     for model in without_mixture(name):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import compile_regions
 from accelerate.utils.other import has_compiled_regions
+from cases import cases
 from helpers import BACKBONES, HEADS, VOCAB_SIZE, greedy, log_prob_gap, random_tokens, tiny_causal_lm, tiny_mos
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -232,9 +233,20 @@ BEHIND_SOFTCAP = {"another forward", "subclass", "forward", "hook", "hook with k
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch's compiler on itself
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # the same
-@pytest.mark.parametrize("head", HEADS, ids=str)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "cohere", "bert"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "name", "head"),
+    cases(
+        WAYS,
+        ["llama", "gpt2", "gemma2", "cohere", "bert"],
+        HEADS,
+        # Both heads; a head inside another module, with a bias; a softcap.
+        quick=[
+            (way, name, head)
+            for way in WAYS
+            for name, head in [*(("llama", head) for head in HEADS), ("bert", HEADS[1]), ("gemma2", HEADS[1])]
+        ],
+    ),
+)
 def test_does_what_the_softmax_model_does(way: str, name: str, head: dict[str, Any]) -> None:
     if name == "bert" and way == "adapter":
         pytest.skip("refused, as the test below checks")
@@ -417,8 +429,7 @@ def test_resizing(name: str, head: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch's compiler on itself
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # the same
-@pytest.mark.parametrize("head", HEADS, ids=str)
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize(("name", "head"), cases(["llama", "gpt2"], HEADS, quick=[("llama", HEADS[1])]))
 def test_regions_are_compiled(name: str, head: dict[str, Any]) -> None:
     torch.compiler.reset()
     model = tiny_mos(name, **head)

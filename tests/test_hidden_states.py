@@ -17,6 +17,7 @@ import datasets
 import pytest
 import torch
 from accelerate import cpu_offload
+from cases import cases
 from helpers import ATTENTION, COMMON, random_tokens, tiny_causal_lm, tiny_mos
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -67,8 +68,10 @@ def backbone_of(model: MoSForCausalLM) -> list[Tensor]:
     return [*model.base_model.parameters()]
 
 
-@pytest.mark.parametrize("train_decoder", [None, False])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "train_decoder"),
+    cases(NAMES, [None, False], quick=[("llama", None), ("llama", False), ("llama-tied", None)]),
+)
 def test_trains_as_with_a_frozen_backbone_that_runs(name: str, train_decoder: bool | None, tmp_path: Path) -> None:
     model, rows = tiny_mos(name), rows_of()
     freeze_backbone(model, train_decoder)

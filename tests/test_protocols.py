@@ -105,7 +105,7 @@ def test_forward_mode(with_grad: bool, form: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("form", HEADS, ids=str)
-@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [None, "eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_a_second_derivative_is_refused_by_name(backend: str | None, form: dict[str, Any]) -> None:
     torch.compiler.reset()
     model = tiny_mos(**form).train()
@@ -129,7 +129,7 @@ def test_a_second_derivative_through_the_logits(form: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("form", HEADS, ids=str)
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_other_backends_of_torch_compile(backend: str, form: dict[str, Any]) -> None:
     torch.compiler.reset()
     model = tiny_mos(**form).train()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import cases
 from helpers import BACKBONES, HEADS, VOCAB_SIZE, LargestTensor, random_tokens, tiny_causal_lm, tiny_mos
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
@@ -57,8 +58,10 @@ def parameters(model: MoSForCausalLM) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
 
 
-@pytest.mark.parametrize("head", HEADS, ids=str)
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(
+    ("name", "head"),
+    cases(BACKBONES, HEADS, quick=[("llama", HEADS[0]), ("llama-tied", HEADS[1]), ("mixtral", HEADS[1])]),
+)
 def test_trains(name: str, head: dict, tmp_path: Path) -> None:
     model = MoSForCausalLM.from_causal_lm(tiny_causal_lm(name), num_mixtures=3, **head)
     before = parameters(model)
