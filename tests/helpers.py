@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from fresh_processes import TRANSFORMERS, fork_server
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -147,22 +148,36 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def run_python(code: str, *arguments: Any, cache: Path, without_hf_mos: bool = True) -> str:
+def run_python(
+    code: str, *arguments: Any, cache: Path, without_hf_mos: bool = True, shares_imports: bool = True
+) -> str:
     """Runs code in a fresh process, by default one that cannot import hf_mos, and returns what it printed.
 
-    The process keeps its copies of remote code under `cache`.
+    The process keeps its copies of remote code under `cache`. It is a fork of one that has imported transformers and
+    nothing of ours, unless `shares_imports` is False.
     """
-    prelude = "import sys, warnings\nwarnings.simplefilter('error')\n"
-    if without_hf_mos:
-        prelude += "sys.modules['hf_mos'] = None\n"
-    environment = os.environ | {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(
-        [sys.executable, "-c", prelude + code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-        cwd=cache,
-    )
+    variables = {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    without = ("hf_mos",) if without_hf_mos else ()
+    if shares_imports:
+        process = fork_server(*TRANSFORMERS).run(
+            "import sys\n" + code,
+            *arguments,
+            cwd=cache,
+            environment=variables,
+            warnings_are_errors=True,
+            without=without,
+            timeout=120,
+        )
+    else:
+        prelude = "import sys, warnings\nwarnings.simplefilter('error')\n"
+        prelude += "".join(f"sys.modules[{name!r}] = None\n" for name in without)
+        process = subprocess.run(
+            [sys.executable, "-c", prelude + code, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env=os.environ | variables,
+            timeout=120,
+            cwd=cache,
+        )
     assert process.returncode == 0, process.stderr
     return process.stdout

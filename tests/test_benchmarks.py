@@ -1,12 +1,10 @@
 """Checks that the benchmarks run, and that they print no time if a gradient is wrong."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from fresh_processes import PROGRAMS, fork_server
 from helpers import tiny_causal_lm
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
@@ -18,10 +16,10 @@ SIZES = ["--num-tokens", "16", "--hidden-size", "16", "--vocab-size", "64"]
 
 
 def run(script, *arguments):
-    command = [sys.executable, str(BENCHMARKS / script), *arguments, "--threads", "1"]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    return fork_server(*PROGRAMS).run(str(BENCHMARKS / script), *arguments, "--threads", "1", kind="script")
 
 
+@pytest.mark.slow
 def test_loss_prints_time_and_memory_of_every_contender():
     result = run("loss.py", *SIZES, "--rounds", "1", "--only", "mos_cross_entropy", "--only", "paper", "--json")
     assert result.returncode == 0, result.stderr
@@ -30,6 +28,7 @@ def test_loss_prints_time_and_memory_of_every_contender():
     assert all(row["seconds"] > 0 for row in rows.values())
 
 
+@pytest.mark.slow
 def test_a_dry_run_checks_the_command_of_a_gpu_without_one():
     large = ["--num-tokens", "8192", "--hidden-size", "2048", "--vocab-size", "128256", "--only", "mos_cross_entropy"]
     result = run("loss.py", "--device", "cuda", "--dtype", "bfloat16", *large, "--dry-run", "--json")

@@ -1,6 +1,7 @@
 """Checks that `import hf_mos` imports neither torch nor transformers, and that all it adds is there all the same."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import run_python, tiny_mos
@@ -22,6 +23,10 @@ model.save_pretrained(sys.argv[2])
 """
 
 
+def slow(first: str) -> Any:
+    return pytest.param(first, marks=pytest.mark.slow)
+
+
 def test_importing_is_cheap(tmp_path: Path) -> None:
     code = """
 import hf_mos
@@ -30,7 +35,7 @@ assert {"MoSForCausalLM", "mos_cross_entropy"} <= {*dir(hf_mos)}
 assert not hasattr(hf_mos, "other")
 print(hf_mos.__version__)
 """
-    assert run_python(code, cache=tmp_path, without_hf_mos=False)
+    assert run_python(code, cache=tmp_path, without_hf_mos=False, shares_imports=False)
 
 
 @pytest.mark.parametrize(
@@ -38,15 +43,22 @@ print(hf_mos.__version__)
     [
         "import hf_mos",
         "from transformers import AutoModelForCausalLM; import hf_mos",
-        "import transformers, hf_mos; from transformers import LlamaConfig",
-        "import hf_mos; hf_mos.MoSConfig",
-        "import hf_mos; hf_mos.mos_cross_entropy",
-        "import hf_mos.remote_code.modeling_mos",  # as a pickle does
+        slow("import transformers, hf_mos; from transformers import LlamaConfig"),
+        slow("import hf_mos; hf_mos.MoSConfig"),
+        slow("import hf_mos; hf_mos.mos_cross_entropy"),
+        slow("import hf_mos.remote_code.modeling_mos"),  # as a pickle does
     ],
 )
 def test_all_that_is_added_is_there_whatever_comes_first(first: str, tmp_path: Path) -> None:
     tiny_mos().save_pretrained(tmp_path / "saved")
-    run_python(first + ADDED, tmp_path / "saved", tmp_path / "again", cache=tmp_path, without_hf_mos=False)
+    run_python(
+        first + ADDED,
+        tmp_path / "saved",
+        tmp_path / "again",
+        cache=tmp_path,
+        without_hf_mos=False,
+        shares_imports=False,
+    )
     assert '"auto_map"' in (tmp_path / "again" / "config.json").read_text()
 
 
@@ -57,4 +69,4 @@ import torch
 assert "hf_mos.remote_code.modeling_mos" not in sys.modules
 print(torch.ops.hf_mos.cross_entropy.default)
 """
-    assert "cross_entropy" in run_python(code, cache=tmp_path, without_hf_mos=False)
+    assert "cross_entropy" in run_python(code, cache=tmp_path, without_hf_mos=False, shares_imports=False)

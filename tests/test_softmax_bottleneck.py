@@ -2,16 +2,15 @@
 
 import json
 import math
-import os
 import random
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fresh_processes import PROGRAMS, fork_server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SCRIPTS = Path(__file__).parents[1] / "examples" / "softmax_bottleneck"
@@ -42,9 +41,7 @@ def data_dir(tmp_path):
 
 
 def run(script, *arguments):
-    command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    result = fork_server(*PROGRAMS).run(str(SCRIPTS / script), *arguments, kind="script")
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -213,6 +210,7 @@ def test_rank_by_its_command(tmp_path, data_dir):
     assert (tmp_path / "out" / "rank.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_retrofit_by_its_command(tmp_path, data_dir):
     from models import mixture
 
@@ -241,6 +239,7 @@ def test_retrofit_by_its_command(tmp_path, data_dir):
     assert AutoTokenizer.from_pretrained(tmp_path / "out" / folder)("the cat").input_ids
 
 
+@pytest.mark.slow
 def test_shortlists_by_their_command(tmp_path, data_dir):
     printed = run("retrofit.py", "--data-dir", data_dir, "--quick", "--shortlists", "--out", tmp_path)
     rows = [line.split("|") for line in printed.splitlines() if line.startswith("| ")]
@@ -258,6 +257,7 @@ def test_the_kept_cards_are_those_of_the_committed_results(tmp_path):
         assert (tmp_path / path).read_text() == (committed / path).read_text()
 
 
+@pytest.mark.slow
 def test_from_scratch_by_its_command_of_the_heads_that_are_asked_for(tmp_path, data_dir):
     arguments = ["--data-dir", data_dir, *TINY, "--max-steps", "50", "--seeds", "1", "--convergence-seeds", "2"]
     printed = run("from_scratch.py", *arguments, "--heads", "softmax", "--heads", "mixture K=4", "--out", tmp_path)

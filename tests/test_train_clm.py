@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from fresh_processes import PROGRAMS, fork_server
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -78,16 +79,20 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return run
 
 
-def run_script(tmp_path: Path, launcher: list[str], *options: Any) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")}
-    command = [*launcher, str(SCRIPT), *map(str, options)]
-    process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=240)
-    assert process.returncode == 0, process.stderr
-    return process.stdout
+def run_script(tmp_path: Path, *options: Any, warnings_are_errors: bool = False) -> subprocess.CompletedProcess[str]:
+    """Runs the script in a fresh process that has imported transformers already."""
+    return fork_server(*PROGRAMS).run(
+        str(SCRIPT),
+        *options,
+        kind="script",
+        cwd=tmp_path,
+        environment={"HF_HOME": str(tmp_path / "home")},
+        warnings_are_errors=warnings_are_errors,
+    )
 
 
 def test_help_names_the_options(tmp_path: Path) -> None:
-    printed = run_script(tmp_path, [sys.executable], "--help")
+    printed = run_script(tmp_path, "--help").stdout
     words = printed.replace(",", " ").split()
     assert {"--num-mixtures", "--train-file", "--dataset-name", "--push-to-hub", "--output-dir"} <= set(words)
     assert printed.index("Examples:") < printed.index("the model:")
@@ -97,33 +102,30 @@ def test_help_names_the_options(tmp_path: Path) -> None:
     assert "default: None" not in printed
     assert "(default: 16)" in printed  # of num_mixtures
     assert printed.count("\n") < 170
-    whole = run_script(tmp_path, [sys.executable], "--help-all")
+    whole = run_script(tmp_path, "--help-all").stdout
     every = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(TrainingArguments) if field.init}
     assert every <= set(re.findall(r"^  (--[\w-]+)", whole, flags=re.MULTILINE))
 
 
 def test_a_wrong_option_is_exit_code_2(tmp_path: Path) -> None:
-    process = subprocess.run(
-        [sys.executable, str(SCRIPT), "--model", "x", "--train-file", "none.txt", "--output-dir", "out"],
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
+    process = run_script(tmp_path, "--model", "x", "--train-file", "none.txt", "--output-dir", "out")
     assert process.returncode == 2
     assert process.stderr.strip().endswith("--train-file: expected a file, given 'none.txt', which is none")
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        pytest.param([sys.executable, "-W", "error"], id="python"),
-        pytest.param(
-            [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"], id="accelerate"
-        ),
-    ],
-)
-def test_trains_evaluates_and_saves(tmp_path: Path, base: Path, text_file: Path, launcher: list[str]) -> None:
+@pytest.mark.parametrize("launcher", ["python", pytest.param("accelerate", marks=pytest.mark.slow)])
+def test_trains_evaluates_and_saves(tmp_path: Path, base: Path, text_file: Path, launcher: str) -> None:
     out = tmp_path / "out"
     options = ["--model", base, "--num-mixtures", 3, "--train-file", text_file, "--output-dir", out, "--max-steps", 4]
-    run_script(tmp_path, launcher, *QUICK, *options)
+    if launcher == "python":
+        process = run_script(tmp_path, *QUICK, *options, warnings_are_errors=True)
+    else:
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(SCRIPT)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")}
+        process = subprocess.run(
+            [*command, *QUICK, *map(str, options)], capture_output=True, text=True, env=environment, cwd=tmp_path
+        )
+    assert process.returncode == 0, process.stderr
 
     model = AutoModelForCausalLM.from_pretrained(out).eval()
     assert isinstance(model, MoSForCausalLM)

@@ -225,7 +225,7 @@ for line in json.loads(sys.argv[1]):
 print("done")
 """
     given = json.dumps([[*map(str, line)] for line in lines])
-    assert "done" in run_python(code, given, cache=tmp_path, without_hf_mos=False)
+    assert "done" in run_python(code, given, cache=tmp_path, without_hf_mos=False, shares_imports=False)
 
 
 @pytest.mark.parametrize("module", ["typer", "rich.table", "torch", "transformers"])
