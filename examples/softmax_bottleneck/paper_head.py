@@ -9,6 +9,8 @@ model with it, as its class does not travel with the weights; save its `state_di
 Source: Yang et al. 2018, arXiv 1711.03953, section 2.3.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +23,9 @@ class PaperHead(MoSLMHead):
     """Equivalent to: `mos_log_probs(dropout(tanh(shift(h))), prior(h), weight)`; `shift` is the paper's `latent`."""
 
     dropout = 0.0  # the paper's `dropoutl`
+
+    def add_mixture(self, **options: Any) -> None:
+        super().add_mixture(**options | {"shift_rank": self.in_features})
 
     @torch.no_grad()
     def reset_mixture(self) -> None:
