@@ -53,6 +53,8 @@ def from_causal_lm(cls: Any, model: str | os.PathLike | PreTrainedModel, **kwarg
         advice = " Merge it first: PeftModel.merge_and_unload()." if hasattr(model, "peft_config") else ""
         raise ValueError(f"model: expected a path, a Hub id or a causal LM, given {type(model).__name__}.{advice}")
     projection = output_projection(backbone)
+    if (size := options.get("shortlist_size")) is not None and size > projection.out_features:
+        raise ValueError(f"shortlist_size: expected at most {projection.out_features}, all classes, given {size}")
     refuse_changed_weights(backbone)
     forget_quantizer(backbone)
     tied = is_tied(backbone, projection)

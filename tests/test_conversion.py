@@ -204,6 +204,7 @@ def test_mode_is_kept(training: bool) -> None:
         ({"num_mixtures": "four"}, "num_mixtures: expected an int of at least 1, given 'four'"),
         ({"num_mixtures": True}, "num_mixtures: expected an int of at least 1, given True"),
         ({"shortlist_size": 0}, "shortlist_size: expected an int of at least 1, or None, given 0"),
+        ({"shortlist_size": 98}, "shortlist_size: expected at most 97, all classes, given 98"),
         ({"shift_rank": 0}, "shift_rank: expected an int of at least 1, or None, given 0"),
         ({"latent_scale": 0}, "latent_scale: expected a finite number above 0, or None, given 0"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings: expected False"),

@@ -1,0 +1,121 @@
+"""The default head against one softmax, from the hidden states on, at the sizes of models that people use.
+
+    python examples/benchmarks/head.py
+    python examples/benchmarks/head.py --num-tokens 2048 --rounds 3
+    python examples/benchmarks/head.py --size 4096x128256 --num-tokens 128
+
+Each time is the median of calls that take turns, forward and backward in fp32, in processor seconds of one thread, so
+that other work on the machine changes them less. One softmax is `cross_entropy(h @ W.T)` in plain torch. `counted` is
+what `hf_mos.tools.head_options.head_cost` says of the multiplications. Needs: pip install '.[examples]'.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from measure import report
+from torch import Tensor, nn
+
+from hf_mos import MoSLMHead, mos_cross_entropy
+from hf_mos.tools.head_options import head_cost
+
+SIZES = ["576x49152", "1024x32064", "1024x8192"]  # SmolLM2; V / D of Llama-3-8B; V / D of Llama-2-7B
+HEADS: dict[str, dict[str, Any]] = {
+    "the default": {},
+    "shift_rank=64": {"shift_rank": 64},
+    "shift of full rank": {"shift_rank": 10**6},
+    "K=4 on all classes": {"num_mixtures": 4, "shortlist_size": None, "shift_rank": 10**6},
+}
+
+
+def make_head(width: int, num_classes: int, **options: Any) -> MoSLMHead:
+    """A head away from its start, where its components differ."""
+    torch.manual_seed(0)
+    head = MoSLMHead(width, num_classes, **options)
+    nn.init.normal_(head.weight, std=width**-0.5)
+    nn.init.normal_(head.shift.weight, std=0.1 / head.latent_scale * width**-0.5)
+    return head
+
+
+def step_of(head: MoSLMHead, hidden_states: Tensor, targets: Tensor, trains_decoder: bool) -> Callable[[], Any]:
+    def step() -> Any:
+        head.weight.requires_grad_(trains_decoder)
+        wanted = [hidden_states, *(weight for weight in head.parameters() if weight.requires_grad)]
+        return torch.autograd.grad(head(hidden_states, targets), wanted)
+
+    return step
+
+
+def softmax_step(
+    weight: Tensor, hidden_states: Tensor, targets: Tensor, trains_decoder: bool, ours: bool
+) -> Callable[[], Any]:
+    weight = weight.detach().clone().requires_grad_(trains_decoder)
+    wanted = [hidden_states, *([weight] if trains_decoder else [])]
+
+    def step() -> Any:
+        if ours:
+            gate = hidden_states.new_zeros(len(targets), 1)
+            return torch.autograd.grad(mos_cross_entropy(hidden_states.unsqueeze(1), gate, weight, targets), wanted)
+        return torch.autograd.grad(F.cross_entropy(hidden_states @ weight.T, targets), wanted)
+
+    return step
+
+
+def processor_seconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(rounds + 1):  # the first warms up
+        for name, call in calls.items():
+            started = time.process_time()
+            call()
+            if round_:
+                found[name].append(time.process_time() - started)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def rows_of(width: int, num_classes: int, num_tokens: int, rounds: int) -> list[dict[str, Any]]:
+    hidden_states = torch.randn(num_tokens, width).requires_grad_()
+    targets = torch.randint(0, num_classes, (num_tokens,))
+    heads = {name: make_head(width, num_classes, **options) for name, options in HEADS.items()}
+    weight = heads["the default"].weight
+    seconds = {}
+    for trains_decoder in (True, False):
+        softmax = (weight, hidden_states, targets, trains_decoder)
+        calls = {
+            "softmax": softmax_step(*softmax, ours=False),
+            "one softmax by our loss": softmax_step(*softmax, True),
+        }
+        calls |= {name: step_of(head, hidden_states, targets, trains_decoder) for name, head in heads.items()}
+        seconds[trains_decoder] = processor_seconds(calls, rounds)
+    rows = []
+    for name in seconds[True]:
+        row: dict[str, Any] = {"D x V": f"{width} x {num_classes}", "head": name}
+        row["training"], row["frozen decoder"] = (each[name] / each["softmax"] for each in seconds.values())
+        if (head := heads.get(name)) is not None:
+            size = (head.num_mixtures, head.shortlist_size, head.shift_rank, width, num_classes)
+            new = sum(parameter.numel() for parameter in head.parameters()) - head.weight.numel()
+            row |= {"counted": head_cost(*size, num_tokens), "rank": head.shift_rank, "new weights": f"{new:,}"}
+        rows.append(row | dict.fromkeys(("counted", "rank", "new weights"), "") | row)
+    return rows
+
+
+def main(
+    size: Annotated[list[str] | None, typer.Option(help="DxV; may be repeated.")] = None,
+    num_tokens: int = 512,
+    rounds: int = 5,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    torch.set_num_threads(1)
+    rows = []
+    for each in size or SIZES:
+        width, num_classes = map(int, each.split("x"))
+        rows += rows_of(width, num_classes, num_tokens, rounds)
+    settings = {"num_tokens": num_tokens, "rounds": rounds}
+    report("Heads, of one softmax head: forward and backward", rows, settings, json_)
+
+
+if __name__ == "__main__":
+    typer.run(main)
