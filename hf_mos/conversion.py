@@ -78,7 +78,8 @@ def from_causal_lm(cls: Any, model: str | os.PathLike | PreTrainedModel, **kwarg
     if not config.tie_word_embeddings:
         own = f"{result.head_path()}."
         result.all_tied_weights_keys = {k: v for k, v in result.all_tied_weights_keys.items() if not k.startswith(own)}
-    result.name_or_path = ""  # PEFT would name it as the base of an adapter; the softmax model is not that base
+    # PEFT would name it as the base of an adapter, and then ask the class of the mixture's config for its config.
+    result.name_or_path = ""
     return result
 
 

@@ -21,10 +21,9 @@ MODEL_TYPE, BACKBONE_TYPE = "mos", "backbone_model_type"  # the first is the fil
 PREFIX = "MoS"  # of the name of a made class
 
 # Adam moves every weight by the learning rate, so the change of a layer's output in a step grows with its width D. A
-# scale that falls as 1 / D gives every width the same change: 10 at D = 32, 0.56 at D = 576, measured at both by
-# `examples/softmax_bottleneck/learning_rates.py`. Source: Yang et al., arXiv 2203.03466.
+# scale of 320 / D gives every width the same change (`learning_rates.py`). Source: Yang et al., arXiv 2203.03466.
 SCALE_TIMES_WIDTH = 320.0
-SHIFT_RANK = 64  # where shifts of full rank would cost more than an eighth of the decoder
+LARGEST_RANK, SMALLEST_RANK = 64, 8  # of a shift that is not full by default
 
 # The names of a logit softcap in transformers' configs. It belongs inside each component of the mixture, so a model
 # that is made moves it from there to `softcap`; the file keeps it under the architecture's name.
@@ -60,7 +59,8 @@ class MoSConfig(PreTrainedConfig):
         "None: let them differ on all classes, at the price of K softmaxes.",
     )
     shift_rank: int | None = option(
-        None, "r, the rank of the shifts: (K + 1) r D weights, from D on K D D. None: D where K D <= V / 8, else 64."
+        None,
+        "r, the rank of the shifts: (K + 1) r D weights; K D D from D on. None: D if it is small beside V, else 64.",
     )
     latent_scale: float | None = option(
         None,
@@ -184,8 +184,10 @@ def __getattr__(name: str) -> type[MoSConfig]:
 
 
 def default_rank(num_mixtures: int, width: int, num_classes: int) -> int:
-    """The rank of the shifts: full where they cost an eighth of the decoder or less."""
-    return width if num_mixtures * width <= num_classes / 8 else SHIFT_RANK
+    """The rank of the shifts: full where they cost an eighth of the decoder, else 64 or what costs a sixteenth."""
+    if width <= LARGEST_RANK or num_mixtures * width <= num_classes / 8:
+        return width
+    return max(SMALLEST_RANK, min(LARGEST_RANK, num_classes // (16 * num_mixtures)))
 
 
 def default_scale(width: int) -> float:

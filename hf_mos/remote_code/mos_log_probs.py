@@ -150,10 +150,8 @@ def infer_log_probs(
     dtype = widen(decoder_weight[:0]).dtype
     decoder = Decoder(decoder_weight, decoder_bias, softcap, vocabulary, dtype, matmul)
     log_gate = F.log_softmax(widen(prior_logits), dim=-1)
-    # On a shortlist the mixture is one softmax.
-    log_weights = log_gate if offsets is None else torch.zeros_like(log_gate[:, :1])
+    log_weights = log_gate if offsets is None else torch.zeros_like(log_gate[:, :1])  # on a shortlist of one softmax
     log_probs = torch.empty(N, V_r, dtype=dtype, device=device)
-    # The logits, and what the matmul returned where that is narrower; the rest is done in place.
     bytes_per_logit = dtype.itemsize + (decoder_weight.itemsize if decoder_weight.dtype != dtype else 0)
     size = even(N, tokens_per_chunk(log_weights.shape[1], vocabulary.num_classes, bytes_per_logit, device))
     for start in range(0, N, size):

@@ -330,18 +330,27 @@ def test_an_adapter_in_a_fresh_process(case: str, tmp_path: Path) -> None:
     assert generated == str(greedy(model, tokens, 4).tolist())
 
 
-def test_an_adapter_on_a_freshly_converted_base(tmp_path: Path) -> None:
-    """With the head saved in the adapter, the same conversion takes it."""
+@pytest.mark.parametrize("shift_rank", [None, 4])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head.prior", "lm_head.shift"]},
+        {"target_modules": "all-linear"},  # the adapter holds no weight of the head itself
+        {"target_modules": ["q_proj"]},
+    ],
+    ids=str,
+)
+def test_an_adapter_on_a_freshly_converted_base(parts: dict[str, Any], shift_rank: int | None, tmp_path: Path) -> None:
+    """The same conversion takes it, in whatever process, as its first weights are the same."""
     tiny_causal_lm().save_pretrained(tmp_path / "softmax")
-    base = MoSForCausalLM.from_causal_lm(tmp_path / "softmax", num_mixtures=3)
-    saved = ["lm_head.prior", "lm_head.shift"]
-    model = get_peft_model(base, lora(target_modules=["q_proj"], modules_to_save=saved))
+    base = MoSForCausalLM.from_causal_lm(tmp_path / "softmax", num_mixtures=3, shift_rank=shift_rank)
+    model = get_peft_model(base, lora(**parts))
     losses_of_training(model)
     expected = predictions(model)
     model.save_pretrained(tmp_path / "adapter")
     assert not PeftConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path  # not the softmax model
-    torch.manual_seed(7)  # the prior is drawn anew
-    converted = MoSForCausalLM.from_causal_lm(tmp_path / "softmax", num_mixtures=3)
+    torch.manual_seed(7)
+    converted = MoSForCausalLM.from_causal_lm(tmp_path / "softmax", num_mixtures=3, shift_rank=shift_rank)
     assert_same(PeftModel.from_pretrained(converted, tmp_path / "adapter").eval(), expected)
 
 
