@@ -5,8 +5,9 @@
     python examples/benchmarks/head.py --size 4096x128256 --num-tokens 128
 
 Each time is the median of calls that take turns, forward and backward in fp32, in processor seconds of one thread, so
-that other work on the machine changes them less. One softmax is `cross_entropy(h @ W.T)` in plain torch. `counted` is
-what `hf_mos.tools.head_options.head_cost` says of the multiplications. Needs: pip install '.[examples]'.
+that other work on the machine changes them less. One softmax is `cross_entropy(h @ W.T)` in plain torch, and
+`log_softmax(h @ W.T)` where a token of 1 or 32 sequences is decoded. `counted` is what
+`hf_mos.tools.head_options.head_cost` says of the multiplications of training. Needs: pip install '.[examples]'.
 """
 
 import statistics
@@ -76,6 +77,16 @@ def processor_seconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[
     return {name: statistics.median(values) for name, values in found.items()}
 
 
+@torch.no_grad()
+def decoding(heads: dict[str, MoSLMHead], weight: Tensor, batch: int, rounds: int) -> dict[str, float]:
+    hidden_states = torch.randn(batch, weight.shape[1])
+    calls: dict[str, Callable[[], Any]] = {"softmax": lambda: F.log_softmax(hidden_states @ weight.T, dim=-1)}
+    for name, head in heads.items():
+        calls[name] = lambda head=head: head(hidden_states, add_log_partition=True)
+    seconds = processor_seconds(calls, 5 * rounds)
+    return {name: value / seconds["softmax"] for name, value in seconds.items()}
+
+
 def rows_of(width: int, num_classes: int, num_tokens: int, rounds: int) -> list[dict[str, Any]]:
     hidden_states = torch.randn(num_tokens, width).requires_grad_()
     targets = torch.randint(0, num_classes, (num_tokens,))
@@ -86,14 +97,16 @@ def rows_of(width: int, num_classes: int, num_tokens: int, rounds: int) -> list[
         softmax = (weight, hidden_states, targets, trains_decoder)
         calls = {
             "softmax": softmax_step(*softmax, ours=False),
-            "one softmax by our loss": softmax_step(*softmax, True),
+            "softmax, our loss": softmax_step(*softmax, True),
         }
         calls |= {name: step_of(head, hidden_states, targets, trains_decoder) for name, head in heads.items()}
         seconds[trains_decoder] = processor_seconds(calls, rounds)
+    decoded = {batch: decoding(heads, weight, batch, rounds) for batch in (1, 32)}
     rows = []
     for name in seconds[True]:
         row: dict[str, Any] = {"D x V": f"{width} x {num_classes}", "head": name}
         row["training"], row["frozen decoder"] = (each[name] / each["softmax"] for each in seconds.values())
+        row |= {f"decoding {batch}": found.get(name, "") for batch, found in decoded.items()}
         if (head := heads.get(name)) is not None:
             size = (head.num_mixtures, head.shortlist_size, head.shift_rank, width, num_classes)
             new = sum(parameter.numel() for parameter in head.parameters()) - head.weight.numel()
