@@ -160,7 +160,7 @@ def run_python(
     without = ("hf_mos",) if without_hf_mos else ()
     if shares_imports:
         process = fork_server(*TRANSFORMERS).run(
-            "import sys\n" + code,
+            "import sys, warnings\n" + code,
             *arguments,
             cwd=cache,
             environment=variables,
