@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections import Counter
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -606,6 +607,75 @@ def test_a_page_for_any_number_of_components(options: dict[str, Any]) -> None:
     printed(inspection)
     styles = {tuple(component.values()) for component in json.loads(page.data)["components"]}
     assert len(styles) == options["num_mixtures"]  # no two are marked alike
+
+
+def test_of_many_components_the_most_used_have_colours_and_the_others_are_one() -> None:
+    inspection = whole_inspection(num_mixtures=16)
+    html = render_page(inspection)
+    page = Page(html)
+    usage = [component.mean_weight for component in inspection.corpus.components]
+    most = {str(k) for k in sorted(range(16), key=usage.__getitem__)[-5:]}
+    content = json.loads(page.data)
+    colors = {component["label"]: component["color"] for component in content["components"]}
+    assert len({colors[label] for label in most} | {content["others"]["color"]}) == 6
+    assert all((colors[label] == content["others"]["color"]) == (label not in most) for label in colors)
+
+    keys = re.findall(r'class="mos-key"><span [^>]*>(\w+)</span>(\d+) %', html)
+    assert {label for label, _ in keys} == most | {"others"}
+    predictions = [*(token.prediction for token in inspection.text.tokens), inspection.text.next]
+    shares = {label: sum(p.mixture_weights[int(label)] for p in predictions) / len(predictions) for label in most}
+    assert dict(keys) == {
+        label: f"{100 * share:.0f}" for label, share in (shares | {"others": 1 - sum(shares.values())}).items()
+    }
+    assert "the 11 others" in " ".join(html.split())
+    assert "others are grey" not in " ".join(render_page(whole_inspection(num_mixtures=6)).split())
+
+
+def test_a_number_above_a_token_is_no_longer_than_the_token() -> None:
+    """Else the numbers of two digits of neighbours run together."""
+    tokenizer = tokenizer_of(eos_token=END)
+    model = mixture_for(tokenizer, num_mixtures=16)
+    model.lm_head.prior.weight.data[10:] *= 30
+    inspection = inspect_mixture(model, tokenizer, text=TEXT + " x y z 1 2 3 4 5")
+    spans = re.findall(
+        r'data-label="(\d*)" style="[^"]*">( *)<span class="mos-ink" data-label="(\d*)">([^<]*)<',
+        render_page(inspection),
+    )
+    assert len(spans) == len(inspection.text.tokens) + 1
+    assert any(len(label) == 2 and not drawn for label, _, drawn, _ in spans)
+    for label, _, drawn, ink in spans:
+        assert drawn == (label if len(label) <= len(unescape(ink).removesuffix("\n")) else "")
+
+
+def test_the_page_shows_no_marks_of_another_language() -> None:
+    inspection = whole_inspection()
+    assert "`" not in re.sub(
+        r"<script>.*?</script>|<div class=.mos-data.*?</div>", "", render_page(inspection), flags=re.DOTALL
+    )
+    assert "`" not in printed(inspection)
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [1200, 480])
+def test_in_a_browser_a_table_that_is_cut_says_so(tmp_path: Path, width: int) -> None:
+    save_page(whole_inspection(num_mixtures=16), tmp_path / "page.html")
+    (tmp_path / "frame.html").write_text(
+        f'<iframe src="page.html" style="width: {width}px; height: 900px; border: 0"></iframe>'
+    )  # a window has a least width
+    with browser(1300, 1000) as chrome:
+        chrome.get(f"file://{tmp_path}/frame.html")
+        chrome.switch_to.frame(0)
+        places = chrome.find_elements(By.CSS_SELECTOR, ".mos-scroll")
+        assert len(places) == 4  # the weights and the candidates of a token, the plot, the components
+        cut = [int(place.get_property("scrollWidth")) > int(place.get_property("clientWidth")) + 1 for place in places]
+        script = "return getComputedStyle(arguments[0], '::before').content"
+        assert ["scroll sideways" in chrome.execute_script(script, place) for place in places] == cut
+        assert any(cut) or width > 480
+        body = chrome.find_element(By.TAG_NAME, "body")
+        assert int(body.get_property("scrollWidth")) <= width  # the page itself is not wider than its place
+        assert "not the other 11" in chrome.find_element(By.CSS_SELECTOR, ".mos-detail").text
+        rows = chrome.find_elements(By.CSS_SELECTOR, ".mos-detail table:first-of-type tbody tr .mos-swatch")
+        assert [row.text for row in rows][5] == "others"
 
 
 def test_a_page_takes_the_place_of_another_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ RANK_CLASSES = 4096
 OLD_SOFTMAX = (
     "The old softmax is the same decoder on the hidden state itself. Training after the conversion serves the mixture "
     "and not the old softmax. So the mixture's lead over it is no gain over a softmax that was trained for as long; "
-    "`hf-mos train --head softmax` trains one."
+    "the command hf-mos train --head softmax trains one."
 )
 
 

@@ -10,19 +10,25 @@
   const percent = (value) => (value < 0.0005 ? "< 0.1 %" : `${(100 * value).toFixed(value < 0.0995 ? 1 : 0)} %`);
   const nats = (value) => (value === null ? "–" : value.toFixed(2));
 
-  function swatch(components, k) {
-    const element = make("span", { className: "mos-swatch" }, String(k));
-    element.style.setProperty("--mos-component", components[k].color);
-    element.style.setProperty("--mos-stroke", components[k].stroke);
+  function swatch({ label, color }) {
+    const element = make("span", { className: "mos-swatch" }, label);
+    element.style.setProperty("--mos-component", color);
     return element;
   }
 
-  function meter(components, k, value) {
+  function meter({ color }, value) {
     const fill = make("i");
     fill.style.width = `${100 * value}%`;
     const element = make("span", { className: "mos-meter" }, fill);
-    element.style.setProperty("--mos-component", components[k].color);
+    element.style.setProperty("--mos-component", color);
     return element;
+  }
+
+  // The components that the details of a token show: all, or of many those with the largest shares of this token.
+  function shownComponents({ components, others, most }, prediction) {
+    const all = components.map((_, k) => k);
+    const shares = prediction.responsibilities ?? prediction.mixture_weights;
+    return others === null ? all : all.sort((j, k) => shares[k] - shares[j]).slice(0, most);
   }
 
   function row(name, cells) {
@@ -30,25 +36,29 @@
   }
   const number = (text) => make("td", { className: "mos-number" }, text);
 
-  function mixtureTable(components, prediction) {
-    const rows = components.map((_, k) => {
-      const weight = prediction.mixture_weights[k];
-      const responsibility = prediction.responsibilities?.[k];
-      const cells = [swatch(components, k), make("td", {}, meter(components, k, weight), percent(weight))];
-      if (responsibility !== undefined) {
-        cells.push(make("td", {}, meter(components, k, responsibility), percent(responsibility)));
-        cells.push(number(nats(prediction.component_nll[k])));
-      }
-      return row("td", [...cells, number(nats(prediction.component_entropies[k]))]);
-    });
+  function mixtureTable({ components, others }, prediction, shown) {
     const known = prediction.responsibilities !== null;
+    const line = (mark, weight, responsibility, nll, entropy) => {
+      const cells = [swatch(mark), make("td", {}, meter(mark, weight), percent(weight))];
+      if (known) {
+        cells.push(make("td", {}, meter(mark, responsibility), percent(responsibility)), number(nats(nll)));
+      }
+      return row("td", [...cells, number(nats(entropy))]);
+    };
+    const { mixture_weights, responsibilities, component_nll, component_entropies } = prediction;
+    const rows = shown.map((k) =>
+      line(components[k], mixture_weights[k], responsibilities?.[k], component_nll?.[k], component_entropies[k]));
+    if (others !== null) {
+      const sum = (shares) => shares.reduce((total, share, k) => (shown.includes(k) ? total : total + share), 0);
+      rows.push(line(others, sum(mixture_weights), known && sum(responsibilities), null, null));
+    }
     const titles = ["", "weight", ...(known ? ["responsibility", "nll"] : []), "entropy"];
     return make("table", {}, make("thead", {}, row("th", titles)), make("tbody", {}, ...rows));
   }
 
-  function candidatesTable(components, prediction, actual) {
+  function candidatesTable({ components }, prediction, shown, actual) {
     const columns = [["mixture", prediction.top], ["old softmax", prediction.softmax_top]];
-    prediction.component_top.forEach((top, k) => columns.push([swatch(components, k), top]));
+    shown.forEach((k) => columns.push([swatch(components[k]), prediction.component_top[k]]));
     const rows = prediction.top.map((_, i) =>
       row("td", columns.map(([, top]) => {
         const candidate = top[i];
@@ -78,12 +88,19 @@
       const old = `, by the old softmax with ${percent(Math.exp(-prediction.softmax_nll))} (${nats(prediction.softmax_nll)} nats)`;
       children.push(make("p", {}, `predicted with ${percent(Math.exp(-prediction.nll))} (${nats(prediction.nll)} nats)${old}`));
     }
-    children.push(mixtureTable(components, prediction));
+    const shown = shownComponents(data(view), prediction);
+    children.push(make("div", { className: "mos-scroll" }, mixtureTable(data(view), prediction, shown)));
     const { mixture_weights_entropy, entropy, softmax_entropy } = prediction;
     const entropies = `of the mixture weights ${nats(mixture_weights_entropy)}, of the next token ${nats(entropy)}, by the old softmax ${nats(softmax_entropy)}`;
     children.push(make("p", { className: "mos-note" }, `Entropy in nats: ${entropies}.`));
-    children.push(make("div", { className: "mos-scroll" }, candidatesTable(components, prediction, token_id)));
+    children.push(make("div", { className: "mos-scroll" }, candidatesTable(data(view), prediction, shown, token_id)));
+    if (shown.length < components.length) {
+      const rest = components.length - shown.length;
+      const cut = `Of ${components.length} components the ${shown.length} with the largest shares of this token, not the other ${rest}; hf-mos inspect --json has all.`;
+      children.push(make("p", { className: "mos-note" }, cut));
+    }
     detail.replaceChildren(...children);
+    markCut();
   }
 
   function leading(shares) {
@@ -105,24 +122,30 @@
   };
   function component(components, shares) {
     const [k, share] = leading(shares);
-    return [components[k].color, 15 + 45 * share, String(k), components[k].stroke];
+    return [components[k].color, 15 + 45 * share, components[k].label];
   }
 
   function paint(view, scale) {
     const { components, tokens } = data(view);
     for (const element of view.querySelectorAll(".mos-token")) {
       const { prediction } = tokens[element.dataset.index];
-      const [color, shade, label, stroke] = (prediction && scales[scale](prediction, components)) ?? ["", 0, "", ""];
+      const [color, shade, label] = (prediction && scales[scale](prediction, components)) ?? ["", 0, ""];
       element.style.setProperty("--mos-component", color);
       element.style.setProperty("--mos-shade", `${shade}%`);
-      element.style.setProperty("--mos-stroke", stroke ?? "solid");
       element.dataset.label = label;
-      element.querySelector(".mos-ink").dataset.label = isNarrow(label) ? label : "";
+      // A number above a token may not reach over that of the next; the detail shows it.
+      const ink = element.querySelector(".mos-ink");
+      ink.dataset.label = label.length <= ink.textContent.trimEnd().length ? label : "";
     }
   }
 
-  // A number above a token may not reach over the next; the detail shows it.
-  const isNarrow = (label) => label.length <= 2;
+  // Says of each table that is wider than its place that it goes on.
+  function markCut() {
+    for (const place of document.querySelectorAll(".mos-scroll")) {
+      place.classList.toggle("mos-cut", place.scrollWidth > place.clientWidth + 1);
+    }
+  }
+  window.addEventListener("resize", markCut);
 
   const viewOf = (target) => target?.closest?.(".mos-inspection");
   const tokenOf = (target) => target?.closest?.(".mos-token");
@@ -171,4 +194,5 @@
   const changes = { childList: true, subtree: true, attributeFilter: ["data-id"] };
   new MutationObserver(open).observe(document.documentElement, changes);
   open();
+  markCut();
 })();

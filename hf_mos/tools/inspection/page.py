@@ -14,7 +14,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,19 +25,24 @@ FOLDER = Path(__file__).parent
 STYLE = (FOLDER / "page.css").read_text(encoding="utf-8")
 SCRIPT = (FOLDER / "page.js").read_text(encoding="utf-8")
 
-# Okabe and Ito's colours, which colour-blind readers can distinguish. From the eighth component on they come again
-# with another stroke, and each component has its number too.
-COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a800")
-STROKES = ("solid", "dashed", "dotted", "double")
+# Of Okabe and Ito's colours, which colour-blind readers can distinguish: as many as there are components with a colour
+# of their own. Of more components the most used have one, and the others are drawn as one, by their sum.
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+MOST_USED, OTHERS, GREY = 5, "others", "#8c8c8c"
 INK = "#010203"  # stands for the page's own text colour in a plot
 ANNOTATED_COMPONENTS = 10
+MOST_TICKS = 8  # of an axis of components; the numbers of more would run together
 
 
-class Swatch(NamedTuple):
-    """The colour and the stroke of a component."""
+class Group(NamedTuple):
+    """Components that are drawn as one: one component, or all that are not among the most used."""
 
+    label: str
     color: str
-    stroke: str
+    components: list[int]
+
+    def share(self, shares: Sequence[float]) -> float:
+        return sum(shares[k] for k in self.components)
 
 
 class Plot(NamedTuple):
@@ -47,8 +52,30 @@ class Plot(NamedTuple):
     caption: str
 
 
-def swatch(k: int) -> Swatch:
-    return Swatch(COLORS[k % len(COLORS)], STROKES[k // len(COLORS) % len(STROKES)])
+def group_components(inspection: Inspection) -> list[Group]:
+    """The components as they are drawn: those most used over the corpus, or else on the text, and the others."""
+    if inspection.corpus is not None:
+        usage = [component.mean_weight for component in inspection.corpus.components]
+    else:
+        assert inspection.text is not None
+        weights = [p.mixture_weights for p in _predictions(inspection.text) if p is not None]
+        usage = [_mean(column) for column in zip(*weights, strict=True)]
+    own = list(range(len(usage)))
+    if len(usage) > len(COLORS):
+        own = sorted(sorted(own, key=usage.__getitem__, reverse=True)[:MOST_USED])
+    groups = [Group(str(k), color, [k]) for k, color in zip(own, COLORS, strict=False)]
+    others = [k for k in range(len(usage)) if k not in own]
+    return [*groups, Group(OTHERS, GREY, others)] if others else groups
+
+
+def colors_of(groups: list[Group]) -> list[str]:
+    """The colour of each component."""
+    colors = {k: group.color for group in groups for k in group.components}
+    return [colors[k] for k in range(len(colors))]
+
+
+def _predictions(text: TextInspection) -> list[Prediction | None]:
+    return [*(token.prediction for token in text.tokens), text.next]
 
 
 def check_target(path: Path) -> None:
@@ -75,29 +102,29 @@ def render_page(inspection: Inspection) -> str:
 
 def render_view(inspection: Inspection) -> str:
     """The inspection as HTML for a place that has `STYLE` and `SCRIPT`."""
-    K, text, corpus = inspection.model.num_mixtures, inspection.text, inspection.corpus
-    palette = [swatch(k) for k in range(K)]
-    context: dict[str, Any] = {"model": inspection.model, "text": text, "corpus": corpus, "palette": palette}
-    context["old_softmax"] = OLD_SOFTMAX
+    text, corpus = inspection.text, inspection.corpus
+    groups = group_components(inspection)
+    colors = colors_of(groups)
+    context: dict[str, Any] = {"model": inspection.model, "text": text, "corpus": corpus, "colors": colors}
+    context |= {"old_softmax": OLD_SOFTMAX, "num_others": len(colors) - len(groups) + 1}
     plots: list[Plot] = []
     if text is not None:
-        predictions = [*(token.prediction for token in text.tokens), text.next]
-        data = _data_for_script(text, palette)
+        data = _data_for_script(text, groups)
+        last = {"space": "", "text": "▸", "label": "", "drawn": "", "style": ""}
         context |= {
-            "components": [
-                swatch(k)._asdict() | {"mean_weight": _mean(p.mixture_weights[k] for p in predictions if p)}
-                for k in range(K)
+            "keys": [
+                (group, _mean(group.share(p.mixture_weights) for p in _predictions(text) if p)) for group in groups
             ],
-            "spans": [_span(token) for token in text.tokens] + [{"space": "", "text": "▸", "label": "", "style": ""}],
+            "spans": [*(_span(token, colors) for token in text.tokens), last],
             "data": data,
             "data_id": hashlib.sha256(data.encode()).hexdigest()[:16],
             "text_figures": _text_figures(text),
         }
-        context["text_plot"] = plot_text(text, K)
+        context["text_plot"] = plot_text(text, groups)
     if corpus is not None:
         context["corpus_figures"] = _corpus_figures(corpus)
-        plots.append(plot_usage(corpus))
-        if K > 1:
+        plots.append(plot_usage(corpus, groups))
+        if len(corpus.components) > 1:
             plots.append(plot_divergence(corpus))
         if corpus.rank is not None:
             plots.append(plot_singular_values(corpus))
@@ -112,25 +139,31 @@ def _template(name: str) -> Any:
     return environment.get_template(name)
 
 
-def _span(token: Token) -> dict[str, str]:
-    """A token as the page shows it without scripts: in the colour of the responsible component."""
+def _span(token: Token, colors: list[str]) -> dict[str, str]:
+    """A token as the page shows it without scripts: in the colour of the responsible component.
+
+    Its number is drawn where it is no longer than the token: else it would reach over that of the next.
+    """
     label, style = "", ""
     if token.prediction is not None and token.prediction.responsibilities is not None:
         shares = token.prediction.responsibilities
         k = max(range(len(shares)), key=shares.__getitem__)
-        color, stroke = swatch(k)
         label = str(k)
-        style = f"--mos-component: {color}; --mos-stroke: {stroke}; --mos-shade: {15 + 45 * shares[k]:.0f}%"
+        style = f"--mos-component: {colors[k]}; --mos-shade: {15 + 45 * shares[k]:.0f}%"
     text = running(token.text)
     word = text.lstrip(" ") or text
-    return {"space": text[: len(text) - len(word)], "text": word, "label": label, "style": style}
+    drawn = label if len(label) <= len(word.rstrip("\n")) else ""
+    return {"space": text[: len(text) - len(word)], "text": word, "label": label, "drawn": drawn, "style": style}
 
 
-def _data_for_script(text: TextInspection, palette: list[Swatch]) -> str:
+def _data_for_script(text: TextInspection, groups: list[Group]) -> str:
     """The data for the script, as JSON."""
     tokens = [*({"token_id": t.token_id, "text": t.text, "prediction": t.prediction} for t in text.tokens)]
     tokens.append({"token_id": None, "text": "", "prediction": text.next})
-    data = {"components": [entry._asdict() for entry in palette], "tokens": tokens, "first": _first_shown(text)}
+    components = [{"label": str(k), "color": color} for k, color in enumerate(colors_of(groups))]
+    others = next(({"label": OTHERS, "color": GREY} for group in groups if group.label == OTHERS), None)
+    data: dict[str, Any] = {"components": components, "others": others, "most": MOST_USED}
+    data |= {"tokens": tokens, "first": _first_shown(text)}
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value):
@@ -189,20 +222,20 @@ def _mean(values: Any) -> float:
 # ----------------------------------------------------------------------------------------------------------- the plots
 
 
-def plot_text(text: TextInspection, num_mixtures: int) -> Plot:
-    predictions = [token.prediction for token in text.tokens] + [text.next]
+def plot_text(text: TextInspection, groups: list[Group]) -> Plot:
+    predictions = _predictions(text)
 
     def draw(figure: Any) -> None:
         weights_axes, nll_axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
         edges = [i - 0.5 for i in range(len(predictions) + 1)]
         bottom = [0.0] * len(predictions)
-        for k in range(num_mixtures):
-            weights = [p.mixture_weights[k] if p else 0.0 for p in predictions]
+        for group in groups:
+            weights = [group.share(p.mixture_weights) if p else 0.0 for p in predictions]
             top = [below + weight for below, weight in zip(bottom, weights, strict=True)]
-            weights_axes.stairs(top, edges, baseline=bottom, fill=True, color=swatch(k).color, label=str(k))
+            weights_axes.stairs(top, edges, baseline=bottom, fill=True, color=group.color, label=group.label)
             bottom = top
         weights_axes.set(ylabel="mixture weights", ylim=(0, 1), xlim=(-0.5, len(predictions) - 0.5))
-        legend(weights_axes, num_mixtures)
+        weights_axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.05), frameon=False, labelcolor=INK)
         scored = [i for i, p in enumerate(predictions) if p and p.nll is not None]
         lines = [("old softmax", "softmax_nll", COLORS[5], "--"), ("mixture", "nll", COLORS[0], "-")]
         for label, field, color, style in lines if scored else []:
@@ -216,19 +249,22 @@ def plot_text(text: TextInspection, num_mixtures: int) -> Plot:
     return Plot(svg(draw, 11, 3.4, caption), caption)
 
 
-def plot_usage(corpus: CorpusInspection) -> Plot:
-    K = len(corpus.components)
+def plot_usage(corpus: CorpusInspection, groups: list[Group]) -> Plot:
+    usage = [component.mean_weight for component in corpus.components]
+    responsibilities = [component.responsibility for component in corpus.components]
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        for k, component in enumerate(corpus.components):
-            color = swatch(k).color
-            axes.bar(k - 0.2, component.mean_weight, 0.36, color=color)
-            axes.bar(k + 0.2, component.responsibility, 0.36, color=color, alpha=0.5, hatch="///", edgecolor=INK)
-        axes.axhline(1 / K, color=INK, linewidth=0.8, linestyle=":")
-        axes.set(xlabel="component", ylabel="share", xticks=range(K))
+        hatched: Any = {"alpha": 0.5, "hatch": "///", "edgecolor": INK}
+        for i, group in enumerate(groups):
+            alike = len(group.components) / len(usage)
+            axes.bar(i - 0.2, group.share(usage), 0.36, color=group.color)
+            axes.bar(i + 0.2, group.share(responsibilities), 0.36, color=group.color, **hatched)
+            axes.hlines(alike, i - 0.45, i + 0.45, color=INK, linewidth=0.8, linestyle=":")
+        axes.set(xlabel="component", ylabel="share", xticks=range(len(groups)))
+        axes.set_xticklabels([group.label for group in groups])
 
-    caption = "Usage (plain) and responsibility (hatched) of each component; dotted: all alike."
+    caption = "Usage (plain) and responsibility (hatched) of each component; dotted: if all were used alike."
     return Plot(svg(draw, 5, 3.2, caption), caption)
 
 
@@ -239,10 +275,11 @@ def plot_divergence(corpus: CorpusInspection) -> Plot:
         axes = figure.subplots()
         mesh = axes.pcolormesh(corpus.divergence, cmap="cividis", vmin=0, edgecolors="none")
         axes.invert_yaxis()
-        ticks = [k + 0.5 for k in range(K)]
+        named = range(0, K, -(-K // MOST_TICKS))
+        ticks = [k + 0.5 for k in named]
         axes.set(xticks=ticks, yticks=ticks, aspect="equal", xlabel="component", ylabel="component")
-        axes.set_xticklabels(range(K))
-        axes.set_yticklabels(range(K))
+        axes.set_xticklabels(named)
+        axes.set_yticklabels(named)
         largest = max(map(max, corpus.divergence))
         for j in range(K if K <= ANNOTATED_COMPONENTS else 0):
             for k in range(K):
@@ -276,11 +313,6 @@ def plot_singular_values(corpus: CorpusInspection) -> Plot:
 
     caption = f"Singular values of the log-probability matrix; dotted: {rank.bound:,}, the bound of one softmax."
     return Plot(svg(draw, 5, 3.2, caption), caption)
-
-
-def legend(axes: Any, num_mixtures: int) -> None:
-    columns = -(-num_mixtures // 8)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.05), ncols=columns, frameon=False, labelcolor=INK)
 
 
 def svg(draw: Callable[[Any], None], width: float, height: float, label: str) -> str:
