@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import warnings
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -18,6 +19,7 @@ from transformers import initialization as init
 
 from .remote_code.configuration_mos import MODEL_TYPE, MoSConfig, adopt, check_options, option_defaults
 from .remote_code.modeling_mos import MoSForCausalLM, model_class_for
+from .remote_code.mos_checkpoint import CONFIG_FILE, STAGING_PREFIX
 from .remote_code.mos_head import change_class
 
 
@@ -90,6 +92,7 @@ def load_causal_lm(model: str | os.PathLike, known_options: str, kwargs: dict[st
     """Loads a softmax model by the arguments of `from_pretrained`."""
     if kwargs.get("output_loading_info"):
         raise ValueError("output_loading_info: expected False, as a model alone is returned, given True")
+    refuse_unfinished_save(Path(model, kwargs.get("subfolder", "")))
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model, **kwargs)
     except TypeError as error:  # from_pretrained hands unknown arguments to the model's constructor
@@ -169,6 +172,16 @@ def is_quantised(weight: nn.Parameter) -> bool:
     """Whether a weight holds a quantizer's codes; a sharded weight (a DTensor) does not."""
     plain = type(weight) is nn.Parameter and type(weight.data) is Tensor
     return not weight.is_floating_point() or not (plain or hasattr(weight, "device_mesh"))
+
+
+def refuse_unfinished_save(folder: Path) -> None:
+    """Raises a ValueError for a folder whose first save was killed: it holds no checkpoint yet."""
+    unfinished = sorted(path.name for path in folder.glob(f"{STAGING_PREFIX}*"))
+    if unfinished and not (folder / CONFIG_FILE).exists():
+        raise ValueError(
+            f"model: expected a checkpoint, given {str(folder)!r}, which holds an unfinished save, {unfinished[0]}, "
+            "and nothing to load. Save the model again"
+        )
 
 
 def refuse_mixture(config: PreTrainedConfig, given: str) -> None:

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..conversion import refuse_other_models
+from ..conversion import refuse_other_models, refuse_unfinished_save
 from ..remote_code.configuration_mos import MoSConfig
 from .places import check_exists
 
@@ -67,6 +67,7 @@ def load_config(model: str | Path, **hub: Any) -> PreTrainedConfig:
     """
     if not Path(model).is_file():  # a config may be a file
         check_exists(model)
+    refuse_unfinished_save(Path(model))
     config = AutoConfig.from_pretrained(model, **hub)
     refuse_other_models(config, repr(str(model)))
     refuse_encoder(config, repr(str(model)))

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM
 
 from hf_mos import MoSForCausalLM
+from hf_mos.tools.loading import load_model
 
 
 def names(folder: Path) -> set[str]:
@@ -54,6 +55,32 @@ def test_a_save_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OSError, match="No space left"):
         tiny_mos(seed=1).save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("killed", ["while it writes", "when all is written"])
+def test_a_first_save_that_was_killed_is_nothing_to_load(
+    killed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(*paths: Any) -> None:
+        raise Killed
+
+    if killed == "while it writes":
+        (tmp_path / "_saving_0123456789ab").mkdir()
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr("os.replace", kill)
+            with pytest.raises(Killed):
+                tiny_mos().save_pretrained(tmp_path)
+    assert [name.partition("_saving_")[0] for name in names(tmp_path)] == [""]
+    for load in (MoSForCausalLM.from_pretrained, MoSForCausalLM.from_causal_lm, load_model):
+        with pytest.raises(ValueError, match=f"given '{tmp_path}', which holds an unfinished save, _saving_"):
+            load(tmp_path)
+    tiny_mos().save_pretrained(tmp_path)  # over what the killed save left
+    assert log_prob_gap(tiny_mos(), MoSForCausalLM.from_pretrained(tmp_path), input_ids=random_tokens()) == 0
+    assert not list(tmp_path.glob("_saving_*"))
 
 
 def test_only_the_main_process_writes(tmp_path: Path) -> None:
