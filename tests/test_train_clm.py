@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import re
@@ -157,6 +158,38 @@ def test_resumes_bit_for_bit(tmp_path: Path, base: Path, text_file: Path, run: C
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     start = load_file(whole / "checkpoint-3" / "model.safetensors")
     assert not all(torch.equal(expected[name], start[name]) for name in expected)
+
+
+def test_a_short_run_prints_its_loss(
+    tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The Trainer's own default prints the loss of every 500th step."""
+    run("--model", base, "--train-file", text_file, "--max-steps", 11, "--output-dir", tmp_path / "out")
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 10]
+    assert len(re.findall(r"'loss': ", capsys.readouterr().out)) == 2
+
+
+def test_a_resumed_run_misses_no_tied_weight(
+    tmp_path: Path,
+    base: Path,
+    text_file: Path,
+    run: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A checkpoint holds a tied weight under one of its names, so nothing is missing."""
+    tied, out = tmp_path / "tied", tmp_path / "out"
+    shutil.copytree(base, tied)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.config.tie_word_embeddings = True
+    LlamaForCausalLM(model.config).save_pretrained(tied)
+    options = ["--model", tied, "--train-file", text_file, "--output-dir", out, "--save-steps", 1]
+    run(*options, "--max-steps", 1)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    run(*options, "--max-steps", 2, "--resume-from-checkpoint", "last")
+    assert MoSForCausalLM.from_pretrained(out).config.tie_word_embeddings
+    assert "missing keys" not in caplog.text
 
 
 def test_trains_a_mixture_on(tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None]) -> None:
