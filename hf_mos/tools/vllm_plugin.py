@@ -55,7 +55,8 @@ def _register_architectures() -> str | None:
     version = vllm.__version__.partition("+")[0]
     if version != VLLM_VERSION:
         return (
-            f"vllm: expected {VLLM_VERSION} to serve a mixture, given {vllm.__version__}: pip install 'hf_mos[vllm]'"
+            f"vllm: expected {VLLM_VERSION} to serve a mixture, given {vllm.__version__}: pip install '.[vllm]' in a "
+            "checkout of hf_mos"
         )
     try:
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
