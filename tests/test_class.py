@@ -621,3 +621,12 @@ def test_a_loss_of_the_users_own_that_reads_logits(tmp_path: Path) -> None:
     trainer.train()
     expected = softmax(input_ids=TOKENS, labels=TOKENS).loss
     assert trainer.state.log_history[0]["loss"] == pytest.approx(float(expected.detach()), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["DeepseekV4Config", "LlamaConfig", "GPT2Config"])
+def test_what_the_file_alone_says_is_in_no_config(name: str) -> None:
+    """Also where a config class sets all that it is given, as DeepSeek's does: its type decides how weights load."""
+    config = MoSConfig.from_backbone_config(getattr(transformers, name)())
+    loaded = MoSConfig.from_dict(json.loads(config.to_json_string()))
+    assert loaded.model_type == config.model_type != "mos"
+    assert not {"backbone_model_type", "tokenizer_without_code"} & vars(loaded).keys()

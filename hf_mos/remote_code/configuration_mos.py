@@ -33,6 +33,7 @@ NO_SOFTCAP = 2.0**64
 
 # A config of no model type, which AutoTokenizer finds where it may not run the code of this one: so it does not warn.
 TOKENIZER_CONFIG = "tokenizer_without_code"
+FILE_FIELDS = ("model_type", BACKBONE_TYPE, TOKENIZER_CONFIG)  # that no config in memory has
 
 LISTENERS: list[Callable[[Any], None]] = []  # called with each config class that is made
 
@@ -74,8 +75,6 @@ class MoSConfig(PreTrainedConfig):
         if self.backbone_config_class is None:
             raise ValueError("MoSConfig: expected MoSConfig.from_backbone_config(config), given no backbone's config")
         check_options({name: getattr(self, name) for name in option_defaults()})
-        for name in ("model_type", BACKBONE_TYPE, TOKENIZER_CONFIG):  # the file's
-            kwargs.pop(name, None)
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -113,7 +112,8 @@ class MoSConfig(PreTrainedConfig):
             raise ValueError(f"{BACKBONE_TYPE}: expected a model type that transformers knows, given {known!r}")
         backbone: Any = CONFIG_MAPPING[known]
         made = cls if cls is not MoSConfig else config_class_for(backbone)
-        return made.backbone_config_class.from_dict.__func__(made, config_dict, **kwargs)
+        own_fields = {name: config_dict[name] for name in config_dict if name not in FILE_FIELDS}
+        return made.backbone_config_class.from_dict.__func__(made, own_fields, **kwargs)
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """The text of the file: this config, and `model_type` as the file says it."""
