@@ -10,7 +10,6 @@ that other work on the machine changes them less. One softmax is `cross_entropy(
 `hf_mos.tools.head_options.head_cost` says of the multiplications of training. Needs: pip install '.[examples]'.
 """
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -18,11 +17,11 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from measure import report
+from measure import report, time_in_turn
 from torch import Tensor, nn
 
 from hf_mos import MoSLMHead, mos_cross_entropy
-from hf_mos.tools.head_options import head_cost
+from hf_mos.tools.head_options import head_cost, num_new_weights
 
 SIZES = ["576x49152", "1024x32064", "1024x8192"]  # SmolLM2; V / D of Llama-3-8B; V / D of Llama-2-7B
 HEADS: dict[str, dict[str, Any]] = {
@@ -66,24 +65,13 @@ def softmax_step(
     return step
 
 
-def processor_seconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 1):  # the first warms up
-        for name, call in calls.items():
-            started = time.process_time()
-            call()
-            if round_:
-                found[name].append(time.process_time() - started)
-    return {name: statistics.median(values) for name, values in found.items()}
-
-
 @torch.no_grad()
 def decoding(heads: dict[str, MoSLMHead], weight: Tensor, batch: int, rounds: int) -> dict[str, float]:
     hidden_states = torch.randn(batch, weight.shape[1])
     calls: dict[str, Callable[[], Any]] = {"softmax": lambda: F.log_softmax(hidden_states @ weight.T, dim=-1)}
     for name, head in heads.items():
         calls[name] = lambda head=head: head(hidden_states, add_log_partition=True)
-    seconds = processor_seconds(calls, 5 * rounds)
+    seconds = time_in_turn(calls, 5 * rounds, clock=time.process_time)
     return {name: value / seconds["softmax"] for name, value in seconds.items()}
 
 
@@ -100,18 +88,19 @@ def rows_of(width: int, num_classes: int, num_tokens: int, rounds: int) -> list[
             "softmax, our loss": softmax_step(*softmax, True),
         }
         calls |= {name: step_of(head, hidden_states, targets, trains_decoder) for name, head in heads.items()}
-        seconds[trains_decoder] = processor_seconds(calls, rounds)
+        seconds[trains_decoder] = time_in_turn(calls, rounds, clock=time.process_time)
     decoded = {batch: decoding(heads, weight, batch, rounds) for batch in (1, 32)}
     rows = []
     for name in seconds[True]:
         row: dict[str, Any] = {"D x V": f"{width} x {num_classes}", "head": name}
         row["training"], row["frozen decoder"] = (each[name] / each["softmax"] for each in seconds.values())
         row |= {f"decoding {batch}": found.get(name, "") for batch, found in decoded.items()}
+        row |= dict.fromkeys(("counted", "rank", "new weights"), "")
         if (head := heads.get(name)) is not None:
             size = (head.num_mixtures, head.shortlist_size, head.shift_rank, width, num_classes)
-            new = sum(parameter.numel() for parameter in head.parameters()) - head.weight.numel()
-            row |= {"counted": head_cost(*size, num_tokens), "rank": head.shift_rank, "new weights": f"{new:,}"}
-        rows.append(row | dict.fromkeys(("counted", "rank", "new weights"), "") | row)
+            row |= {"counted": head_cost(*size, num_tokens), "rank": head.shift_rank}
+            row["new weights"] = f"{num_new_weights(head):,}"
+        rows.append(row)
     return rows
 
 

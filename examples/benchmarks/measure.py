@@ -16,23 +16,28 @@ from rich.progress import track
 from rich.table import Table
 
 
-def time_in_turn(calls: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, float]:
+def time_in_turn(
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """The median seconds of each call. Each round runs all calls, so that a slow moment of the machine hits all."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in track(range(rounds + 1), description="timing", console=Console(stderr=True), transient=True):
         gc.collect()
         for name, call in calls.items():
-            start = now(device)
+            start = now(device, clock)
             call()
             if round_:  # the first round warms up
-                seconds[name].append(now(device) - start)
+                seconds[name].append(now(device, clock) - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def now(device: str) -> float:
+def now(device: str, clock: Callable[[], float] = time.perf_counter) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return clock()
 
 
 def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:

@@ -63,7 +63,7 @@ class RescoredHead(MoSLMHead):
 
     prior_logits = SoftmaxHead.prior_logits  # of one component
 
-    def mean_and_offsets(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    def mean_and_offsets(self, hidden_states: Tensor, widens: bool = True) -> tuple[Tensor, Tensor]:
         first, second = super().latents(hidden_states).unbind(-2)
         return first, (second - first).unsqueeze(-2)
 
@@ -159,6 +159,7 @@ class Head:
     def take_over(self, linear: nn.Linear, softcap: float | None = None, init_seed: int = 0) -> MoSLMHead:
         """Makes a projection, or another head, this head; it keeps its weights."""
         options = {"shortlist_size": None, "latent_scale": 1.0 if self.kind == "paper" else None} | self.options
+        options["shift_rank"] = linear.in_features  # with a lower rank the loss would not call their methods
         return HEAD_CLASSES[self.kind].take_over(linear, softcap=softcap, init_seed=init_seed, **options)
 
 

@@ -163,12 +163,12 @@ class MoSLMHead(nn.Linear):
         latents, prior_logits = self.latents_and_prior(hidden_states)
         return components(self.as_decoder(None), latents, prior_logits, self.softcap, self.shortlist_size)
 
-    def latents_and_prior(self, hidden_states: Tensor, **widens: bool) -> tuple[Latents, Tensor]:
+    def latents_and_prior(self, hidden_states: Tensor, widens: bool = True) -> tuple[Latents, Tensor]:
         """The latents, on a shortlist their mean and offsets, and the prior's logits."""
         prior_logits = self.prior_logits(hidden_states)  # first: gradients are summed in this order, to the bit
         if self.shortlist_size is None:
             return self.latents(hidden_states), prior_logits
-        return self.mean_and_offsets(hidden_states, **widens), prior_logits
+        return self.mean_and_offsets(hidden_states, widens), prior_logits
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if plays(self, "input"):
@@ -207,7 +207,7 @@ class MoSLMHead(nn.Linear):
             raise ValueError(f"targets: expected {tuple(leading)}, given {tuple(targets.shape)}")
         # The layers see the batch as it is, whose hooks may count its sequences; the decoder sees N tokens.
         keeps_codes = targets is not None and function is None and self.keeps_codes(targets.numel(), decoder)
-        parts = self.latents_and_prior(hidden_states, **({"widens": False} if keeps_codes else {}))
+        parts = self.latents_and_prior(hidden_states, widens=not keeps_codes)
         latents, prior_logits = each(lambda x: x.reshape(-1, *x.shape[len(leading) :]), parts)
         if targets is None:
             return self.log_probs(latents, prior_logits, decoder, add_log_partition).unflatten(0, leading)

@@ -98,13 +98,13 @@ def mean_and_rest(latents: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mix_log_probs(component_logits: Tensor, prior_logits: Tensor, add_log_partition: bool = False) -> Tensor:
-    """Equivalent to: `log(sum_k softmax(prior_logits)_k * softmax(component_logits_k))`.
+    """Equivalent to: `log(sum_k softmax(prior_logits)_k * softmax(component_logits_k))`, (..., V) in fp32 or wider.
 
     Args:
         component_logits, prior_logits: (..., K, V) and (..., K), any float dtype.
         add_log_partition: add `-logsumexp_k(log_softmax(prior_logits)_k - logsumexp(component_logits_k))`, one number
             for all classes: the logarithm of the harmonic mean of the components' partition functions. Where all
-            components are one softmax, the result is that softmax's logits, else (..., V) log-probabilities in nats.
+            components are one softmax, the result is that softmax's logits.
     """
     log_gate = F.log_softmax(widen(prior_logits), dim=-1)
     component_logits = widen(component_logits)

@@ -188,8 +188,8 @@ def shortlist_loss(
         if wants_rows:
             d_rows_of_list = torch.bmm(d_differences.transpose(1, 2), chunk_offsets)  # (n, M, D)
             d_narrow.add_rows(on_list.shortlist.flatten(), d_rows_of_list.flatten(0, 1))
-    d_widening, of_narrow = None, None if widening is None else d_narrow.result()
-    if widening is not None and of_narrow is not None:
+    d_widening = None
+    if widening is not None and (of_narrow := d_narrow.result()) is not None:
         of_narrow = of_narrow.to(options.work_dtype)
         d_weight.add_product(of_narrow, widening.t())
         d_widening = torch.mm(decoder.weight.t(), of_narrow).to(decoder.sum_dtype) if wanted.widening else None
