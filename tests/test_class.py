@@ -624,9 +624,13 @@ def test_a_loss_of_the_users_own_that_reads_logits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["DeepseekV4Config", "LlamaConfig", "GPT2Config"])
-def test_what_the_file_alone_says_is_in_no_config(name: str) -> None:
+def test_what_the_file_alone_says_is_in_no_config(tmp_path: Path, name: str) -> None:
     """Also where a config class sets all that it is given, as DeepSeek's does: its type decides how weights load."""
     config = MoSConfig.from_backbone_config(getattr(transformers, name)())
-    loaded = MoSConfig.from_dict(json.loads(config.to_json_string()))
-    assert loaded.model_type == config.model_type != "mos"
-    assert not {"backbone_model_type", "tokenizer_without_code"} & vars(loaded).keys()
+    file = tmp_path / "config.json"
+    config.to_json_file(file)
+    read = [cls.from_json_file(file) for cls in (MoSConfig, type(config))]
+    for loaded in [MoSConfig.from_dict(json.loads(config.to_json_string())), *read]:
+        assert type(loaded) is type(config)
+        assert loaded.model_type == config.model_type != "mos"
+        assert not {"backbone_model_type", "tokenizer_without_code"} & vars(loaded).keys()

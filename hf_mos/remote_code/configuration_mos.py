@@ -110,10 +110,14 @@ class MoSConfig(PreTrainedConfig):
         known: Any = backbone_type or model_type
         if known not in CONFIG_MAPPING:
             raise ValueError(f"{BACKBONE_TYPE}: expected a model type that transformers knows, given {known!r}")
-        backbone: Any = CONFIG_MAPPING[known]
-        made = cls if cls is not MoSConfig else config_class_for(backbone)
+        made = cls if cls is not MoSConfig else config_class_for(CONFIG_MAPPING[known])
         own_fields = {name: config_dict[name] for name in config_dict if name not in FILE_FIELDS}
         return made.backbone_config_class.from_dict.__func__(made, own_fields, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file: Any) -> Any:
+        """Like `PreTrainedConfig.from_json_file`; the class of the result is the one that the file names."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """The text of the file: this config, and `model_type` as the file says it."""
@@ -177,8 +181,7 @@ def config_class_for(backbone: Any) -> type[MoSConfig]:
 def __getattr__(name: str) -> type[MoSConfig]:
     """Makes the config class of a backbone of transformers: `MoSLlamaConfig`."""
     backbone: Any = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
-    is_config = isinstance(backbone, type) and issubclass(backbone, PreTrainedConfig)
-    if not is_config:
+    if not (isinstance(backbone, type) and issubclass(backbone, PreTrainedConfig)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return config_class_for(backbone)
 
@@ -206,8 +209,7 @@ def find_softcap_field(
 
 def take_softcap(config: PreTrainedConfig) -> float | None:
     """Removes the logit softcap from a model's config, in place, and returns it; `None` if it has none."""
-    found = find_softcap_field(config, lambda value: value not in (None, NO_SOFTCAP))
-    if found is None:
+    if (found := find_softcap_field(config, lambda value: value not in (None, NO_SOFTCAP))) is None:
         return None
     holder, field = found
     softcap = float(vars(holder)[field])

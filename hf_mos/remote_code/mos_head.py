@@ -149,8 +149,7 @@ class MoSLMHead(nn.Linear):
         if type(self).latents is not MoSLMHead.latents:
             return mean_and_rest(self.latents(hidden_states))
         mean, offsets = mean_and_rest(self.shifts(hidden_states) if widens else self.codes(hidden_states))
-        mean = mean if widens else self.widen(mean)
-        return hidden_states.to(mean) + mean, offsets
+        return hidden_states.to(mean) + (mean if widens else self.widen(mean)), offsets
 
     def keeps_codes(self, num_tokens: int, decoder: nn.Module | None) -> bool:
         """Whether the loss gets codes. It widens the rows of the decoder, which are fewer than those of shortlists."""
