@@ -110,7 +110,8 @@ class MoSConfig(PreTrainedConfig):
         known: Any = backbone_type or model_type
         if known not in CONFIG_MAPPING:
             raise ValueError(f"{BACKBONE_TYPE}: expected a model type that transformers knows, given {known!r}")
-        made = cls if cls is not MoSConfig else config_class_for(CONFIG_MAPPING[known])
+        backbone: Any = CONFIG_MAPPING[known]
+        made = cls if cls is not MoSConfig else config_class_for(backbone)
         own_fields = {name: config_dict[name] for name in config_dict if name not in FILE_FIELDS}
         return made.backbone_config_class.from_dict.__func__(made, own_fields, **kwargs)
 
@@ -171,8 +172,7 @@ def config_class_for(backbone: Any) -> type[MoSConfig]:
     members |= {"__module__": __name__, "__qualname__": name}
     members |= {"backbone_config_class": backbone, "model_type": backbone.model_type}
     # `__name__` is the same in all of them, as `AutoModelForCausalLM.register` compares it.
-    made: Any = type("MoSConfig", (backbone, MoSConfig), members)
-    globals()[name] = made
+    globals()[name] = made = type("MoSConfig", (backbone, MoSConfig), members)
     for listener in LISTENERS:
         listener(made)
     return made
@@ -181,7 +181,7 @@ def config_class_for(backbone: Any) -> type[MoSConfig]:
 def __getattr__(name: str) -> type[MoSConfig]:
     """Makes the config class of a backbone of transformers: `MoSLlamaConfig`."""
     backbone: Any = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
-    if not (isinstance(backbone, type) and issubclass(backbone, PreTrainedConfig)):
+    if not (isinstance(backbone, type) and PreTrainedConfig in backbone.mro()):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return config_class_for(backbone)
 
