@@ -1,5 +1,6 @@
 """Checks the fast loss against the readable reference, in float64 and in the dtypes used for training."""
 
+import copy
 import importlib
 import itertools
 import shutil
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from helpers import LargestTensor, chunks_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_mos import mos_cross_entropy, mos_log_probs, remote_code
+from hf_mos import MoSLMHead, mos_cross_entropy, mos_log_probs, remote_code
 from hf_mos.remote_code.mos_decoder import CPU_BUDGET_BYTES
 from hf_mos.remote_code.mos_log_probs import infer_log_probs
 
@@ -161,6 +162,53 @@ def test_half_precision_errs_no_more_than_plain_torch(dtype, shortlist_size, red
         error = (given[name].double() - exact[name]).norm()
         rounding = exact[name].norm() * torch.finfo(dtype).eps / 8
         assert error <= plain_error + rounding, f"{name}: {error:.2e} against {plain_error:.2e}"
+
+
+@pytest.mark.parametrize("compiles", [False, True], ids=["", "compiled"])
+@pytest.mark.parametrize("whole", [False, True], ids=["autocast", "fp16 weights"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(
+    "options", [{"shortlist_size": None}, {"shortlist_size": 16}, {"shortlist_size": 16, "shift_rank": 4}], ids=str
+)
+def test_a_loss_scale_keeps_the_small_gradients_of_fp16(options, reduction, whole, compiles):
+    """As many rows of the decoder get a gradient as with one softmax: all, also where the model is confident."""
+    N, D, V, scale = 128, 32, 2048, 2.0**16 if reduction == "mean" else 2.0**9
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(V, D, generator=generator)
+    targets = torch.randint(V, (N,), generator=generator)
+    hidden_states = 6 / D**0.5 * weight[targets] + 0.2 * torch.randn(N, D, generator=generator)
+    head = MoSLMHead(D, V, num_mixtures=3, **options)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.shift.weight.normal_(std=0.02 / head.latent_scale, generator=generator)
+
+    def gradients(loss_of, dtype, scale):
+        module = copy.deepcopy(head).to(dtype if whole else torch.float32)
+        states = hidden_states.detach().to(module.weight.dtype, copy=True).requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.float16 and not whole):
+            loss = loss_of(module, states)
+        (loss * scale).backward()
+        given = {name: parameter.grad for name, parameter in module.named_parameters()} | {"states": states.grad}
+        return {name: gradient.double() / scale for name, gradient in given.items() if gradient is not None}
+
+    def softmax_loss(module, states):
+        logits = F.linear(states, module.weight).float()
+        return F.cross_entropy(logits, targets, reduction=reduction)
+
+    def mixture_loss(module, states):
+        function = torch.compile(module, backend="eager", fullgraph=True) if compiles else module
+        return function(states, targets, reduction=reduction)
+
+    torch.compiler.reset()
+    softmax = gradients(softmax_loss, torch.float16, scale)
+    mixture, exact = gradients(mixture_loss, torch.float16, scale), gradients(mixture_loss, torch.float32, 1)
+    assert softmax["weight"].any(dim=1).all()
+    assert mixture["weight"].any(dim=1).all()
+    assert mixture.keys() == exact.keys()
+    for name, gradient in exact.items():
+        assert (mixture[name] - gradient).norm() < 0.03 * gradient.norm(), name
+    rare = exact["weight"].norm(dim=1) < exact["weight"].norm(dim=1).median()
+    assert (mixture["weight"] - exact["weight"])[rare].norm() < 0.03 * exact["weight"][rare].norm()
 
 
 def test_autocast_runs_products_in_its_dtype_and_keeps_gradients_wide():

@@ -192,7 +192,7 @@ def reduce(nll: Tensor, counts: Tensor, reduction: str) -> Tensor:
 
 def divisor(counts: Tensor, reduction: str) -> Tensor | int:
     """The divisor of the summed loss; at least 1, so that a batch in which no token counts has a loss of zero."""
-    return 1 if reduction == "sum" else counts.sum().clamp(min=1)
+    return counts.sum().clamp(min=1) if reduction == "mean" else 1
 
 
 def count_items(targets: Tensor, num_items_in_batch: Tensor | int | None, ignore_index: int = -100) -> Tensor:

@@ -9,7 +9,7 @@
 
 The gradients of a chunk need its own forward pass alone. So autograd's forward pass makes them, in one reused buffer
 of (n K, V), and its backward pass hands them over: three matmuls of (N K) x D x V, two where the decoder is frozen,
-one without gradients; on a shortlist of N x D x V. `full_loss` and `shortlist_loss` are the whole computation.
+one without gradients, in fp16 one more; on a shortlist of N x D x V. `full_loss` and `shortlist_loss` are all of it.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,8 @@ def mos_cross_entropy(
         targets: (N,), integer class indices, or `ignore_index`.
         ignore_index: targets of this value have no loss and no gradient, and cost nothing.
         reduction: `"mean"` over the targets that are not ignored, `"sum"`, or `"none"`. With `"none"` the backward
-            pass computes the component logits again, as their gradients are weighted token by token.
+            pass computes the component logits again, as their gradients are weighted token by token; in fp16 always,
+            as a loss scale must multiply the gradients before they are rounded.
         shard: the vocabulary shard whose rows `decoder_weight` and `decoder_bias` hold (`VocabularyShard`). Each
             process gets the whole loss, and the whole gradient of all inputs but the decoder's.
         widening: (D, r) for offsets (N, K, r) in place of `offsets @ widening.T`. These cost r numbers for each class
@@ -93,13 +94,17 @@ class LossOptions(NamedTuple):
     work_dtype: torch.dtype  # of the matmuls
     shard: Any = None  # the shard whose rows the decoder holds; `None`: it holds all rows
 
+    def waits(self, reduction: str) -> bool:
+        """Whether the gradients wait for the weights of the tokens, which the backward pass brings."""
+        return reduction == "none" or self.work_dtype == torch.float16  # for its loss scale
+
 
 @torch.no_grad()
 def full_loss(
     inputs: LossInputs, targets: Tensor, options: LossOptions, wanted: LossInputs, token_weights: Tensor | None = None
 ) -> tuple[Tensor, LossInputs]:
     """Each token's nll (N,), and the `wanted` gradients of the sum of `token_weights` (N,) times nll."""
-    latents, decoder, log_gate, kept = _prepare(inputs, targets, options)
+    latents, decoder, log_gate, kept, weights = _prepare(inputs, targets, options, token_weights)
     N, K, _ = latents.shape
     wants_any = any(wanted)
     nll = log_gate.new_zeros(N)
@@ -121,7 +126,7 @@ def full_loss(
         if not wants_any:
             continue
         responsibilities = torch.exp(log_joint + chunk_nll)  # (n, K)
-        token_weight = _weights_of(tokens, token_weights, chunk_nll)
+        token_weight = weights[tokens]  # (n, 1)
         row_weights = (responsibilities * token_weight).view(-1, 1)  # (n K, 1)
         error = decoder.vocabulary.subtract_targets_(logits, target_rows)
         if slope is not None:
@@ -141,7 +146,7 @@ def shortlist_loss(
 ) -> tuple[Tensor, LossInputs]:
     """As `full_loss`, for components that differ on a shortlist. `mos_shortlist.py` has the maths."""
     assert options.shortlist_size is not None
-    mean_latents, decoder, log_gate, kept = _prepare(inputs, targets, options)
+    mean_latents, decoder, log_gate, kept, weights = _prepare(inputs, targets, options, token_weights)
     offsets = inputs.offsets.to(options.work_dtype)
     widening = None if inputs.widening is None else inputs.widening.to(options.work_dtype)
     narrow = decoder.weight if widening is None else multiply(decoder.weight, widening.t())  # (V, D or r)
@@ -166,7 +171,7 @@ def shortlist_loss(
         nll[tokens] = chunk_nll.squeeze(1)
         if not wants_any:
             continue
-        token_weight = _weights_of(tokens, token_weights, chunk_nll)
+        token_weight = weights[tokens]  # (n, 1)
         error = decoder.vocabulary.subtract_targets_(logits, target_rows)
         d_logits = on_list.shares.mul_(error.gather(1, on_list.shortlist).unsqueeze(1))  # (n, K, M)
         if d_prior is not None:
@@ -202,20 +207,18 @@ def loss_of(options: LossOptions) -> Callable[..., tuple[Tensor, LossInputs]]:
     return full_loss if options.shortlist_size is None else shortlist_loss
 
 
-def _prepare(inputs: LossInputs, targets: Tensor, options: LossOptions) -> tuple[Tensor, Decoder, Tensor, Tensor]:
-    """The latents and the decoder in the dtype of the matmuls, the log_gate (N, K), and the tokens that count."""
+def _prepare(
+    inputs: LossInputs, targets: Tensor, options: LossOptions, token_weights: Tensor | None
+) -> tuple[Tensor, Decoder, Tensor, Tensor, Tensor]:
+    """Latents and decoder in the dtype of the matmuls, log_gate (N, K), the tokens that count, all weights (N, 1)."""
     latents, weight = inputs.latents.to(options.work_dtype), inputs.decoder_weight.to(options.work_dtype)
     bias = None if inputs.decoder_bias is None else inputs.decoder_bias.to(options.work_dtype)
     sum_dtype = torch.promote_types(inputs.latents.dtype, torch.float32)
     vocabulary = WholeVocabulary(weight.shape[0]) if options.shard is None else options.shard
     decoder = Decoder(weight, bias, options.softcap, vocabulary, sum_dtype)
     log_gate = F.log_softmax(inputs.prior_logits.to(sum_dtype), dim=-1)
-    return latents, decoder, log_gate, (targets != options.ignore_index).nonzero().squeeze(1)
-
-
-def _weights_of(tokens: Any, token_weights: Tensor | None, like: Tensor) -> Tensor:
-    """The weights (n, 1) of some tokens, in the dtype of `like`; ones where there are none."""
-    return torch.ones_like(like) if token_weights is None else token_weights[tokens].to(like.dtype).unsqueeze(1)
+    weights = torch.ones_like(log_gate[:, 0]) if token_weights is None else token_weights.to(sum_dtype)
+    return latents, decoder, log_gate, (targets != options.ignore_index).nonzero().squeeze(1), weights.unsqueeze(1)
 
 
 def _backward_of_decoder(
@@ -268,9 +271,8 @@ class MoSCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: LossOptions, reduction: str, targets: Tensor, *tensors: Tensor | None) -> Tensor:
         ctx.save_for_backward(targets, *tensors)
-        ctx.options, ctx.reduction, ctx.gradients = options, reduction, None
-        # With "none" the gradients wait for each token's weight.
-        wanted = NOTHING if reduction == "none" else LossInputs(*ctx.needs_input_grad[3:])
+        ctx.options, ctx.reduction = options, reduction
+        wanted = NOTHING if options.waits(reduction) else LossInputs(*ctx.needs_input_grad[3:])
         with torch.autocast(targets.device.type, enabled=False):
             nll, ctx.gradients = loss_of(options)(LossInputs(*tensors), targets, options, wanted)
         return reduce(nll, targets != options.ignore_index, reduction)
@@ -281,14 +283,12 @@ class MoSCrossEntropy(torch.autograd.Function):
         targets, *tensors = ctx.saved_tensors
         inputs, options, wanted = LossInputs(*tensors), ctx.options, LossInputs(*ctx.needs_input_grad[3:])
         gradients, ctx.gradients = ctx.gradients, None  # handed over, so that they can be scaled in place
+        weights = grad_output / divisor(targets != options.ignore_index, ctx.reduction)
         with torch.autocast(targets.device.type, enabled=False):
-            if ctx.reduction == "none":
-                _, gradients = loss_of(options)(inputs, targets, options, wanted, grad_output)
+            if gradients is None or options.waits(ctx.reduction):  # none: a second pass through a retained graph
+                _, gradients = loss_of(options)(inputs, targets, options, wanted, weights.expand(targets.shape))
             else:
-                if gradients is None:  # a second backward pass through a retained graph
-                    _, gradients = loss_of(options)(inputs, targets, options, wanted)
-                scale = grad_output / divisor(targets != options.ignore_index, ctx.reduction)
-                gradients = [None if x is None else x.mul_(scale) for x in gradients]
+                gradients = [None if x is None else x.mul_(weights) for x in gradients]
         return (None, None, None, *in_dtype_of(inputs, gradients))
 
 

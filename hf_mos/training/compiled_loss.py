@@ -39,7 +39,7 @@ def cross_entropy_operator(
     """Opaque to torch.compile; returns the loss and one gradient per input, empty where not wanted."""
     options = LossOptions(softcap, shortlist_size, ignore_index, work_dtype)
     inputs = LossInputs(latents, offsets, prior_logits, decoder_weight, decoder_bias, widening)
-    waits = reduction == "none" and token_weights is None
+    waits = options.waits(reduction) and token_weights is None
     wants = NOTHING if waits else LossInputs(*wanted)
     with torch.autocast(targets.device.type, enabled=False):
         nll, gradients = loss_of(options)(inputs, targets, options, wants, token_weights)
@@ -49,11 +49,12 @@ def cross_entropy_operator(
 
 @cross_entropy_operator.register_fake
 def _(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
-    inputs, (targets, token_weights, *_, work_dtype, reduction, wanted) = arguments[:6], arguments[6:]
+    inputs, (targets, token_weights, *given, reduction, wanted) = arguments[:6], arguments[6:]
+    options = LossOptions(*given)
     sum_dtype = torch.promote_types(inputs[0].dtype, torch.float32)
     loss = targets.new_empty(targets.shape if reduction == "none" else (), dtype=sum_dtype)
-    waits = reduction == "none" and token_weights is None
-    dtypes = (work_dtype, work_dtype, *(sum_dtype,) * 4)
+    waits = options.waits(reduction) and token_weights is None
+    dtypes = (options.work_dtype, options.work_dtype, *(sum_dtype,) * 4)
     return loss, [
         torch.empty_like(x, dtype=dtype) if want and not waits else inputs[0].new_empty(0)
         for x, want, dtype in zip(inputs, wanted, dtypes, strict=True)
@@ -69,12 +70,12 @@ def _save_for_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _backward_of_operator(ctx: Any, grad_output: Tensor, _: list[Tensor]) -> tuple[Any, ...]:
     *inputs, targets = ctx.saved_tensors[:7]
     gradients, options = ctx.saved_tensors[7:], LossOptions(*ctx.options)
-    if ctx.reduction == "none":
-        weighing = (targets, grad_output, *ctx.options, ctx.reduction, ctx.wanted)
+    weights = grad_output / divisor(targets != options.ignore_index, ctx.reduction)
+    if options.waits(ctx.reduction):
+        weighing = (targets, weights.expand(targets.shape), *ctx.options, ctx.reduction, ctx.wanted)
         _, gradients = cross_entropy_operator(*inputs, *weighing)
     else:
-        scale = grad_output / divisor(targets != options.ignore_index, ctx.reduction)
-        gradients = [gradient * scale for gradient in gradients]
+        gradients = [gradient * weights for gradient in gradients]
     wanted = [gradient if want else None for gradient, want in zip(gradients, ctx.wanted, strict=True)]
     return (*in_dtype_of(LossInputs(*inputs), wanted), *(None,) * 8)
 
