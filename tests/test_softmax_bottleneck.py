@@ -258,9 +258,11 @@ def test_the_kept_cards_are_those_of_the_committed_results(tmp_path):
 
 
 @pytest.mark.slow
-def test_from_scratch_by_its_command_of_the_heads_that_are_asked_for(tmp_path, data_dir):
+def test_until_convergence_by_its_command_of_the_heads_that_are_asked_for(tmp_path, data_dir):
     arguments = ["--data-dir", data_dir, *TINY, "--max-steps", "50", "--seeds", "1", "--convergence-seeds", "2"]
-    printed = run("from_scratch.py", *arguments, "--heads", "softmax", "--heads", "mixture K=4", "--out", tmp_path)
+    printed = run(
+        "until_convergence.py", *arguments, "--heads", "softmax", "--heads", "mixture K=4", "--out", tmp_path
+    )
     fixed, converged = re.split(r"^From scratch on .*\n", printed, flags=re.MULTILINE)[1:]
     heads = [line.split(" | ")[0].removeprefix("| ") for line in fixed.splitlines()[3:] if line.startswith("|")]
     assert heads[:2] == ["softmax", "mixture K=4"]
@@ -268,21 +270,21 @@ def test_from_scratch_by_its_command_of_the_heads_that_are_asked_for(tmp_path, d
     assert "| softmax, patience 4 |" in converged
     assert all(f"| {name}, patience 8 |" in converged for name in ("softmax", "mixture K=4"))
     assert "± " in converged
-    runs = json.loads((tmp_path / "from_scratch_to_convergence.json").read_text())["runs"]
+    runs = json.loads((tmp_path / "until_convergence.json").read_text())["runs"]
     assert {run["settings"]["seed"] for run in runs if "seed" in run["settings"]} == {0, 1}
-    assert (tmp_path / "from_scratch_to_convergence.png").stat().st_size > 0
+    assert (tmp_path / "until_convergence.png").stat().st_size > 0
 
     run("cards.py", "--results", tmp_path, "--all", "--out", tmp_path / "cards")  # of each patience its own
-    cards = {card.name for card in (tmp_path / "cards" / "from_scratch_to_convergence").iterdir()}
+    cards = {card.name for card in (tmp_path / "cards" / "until_convergence").iterdir()}
     assert cards == {f"mixture-K4-D{D}-converged.md", f"mixture-K4-D{D}-converged-patience8.md"}
 
 
-def test_from_scratch_tries_the_same_learning_rates_for_every_head(tmp_path, data_dir):
+def test_until_convergence_tries_the_same_learning_rates_for_every_head(tmp_path, data_dir):
     rates = ["--learning-rates", "1e-3", "--learning-rates", "4e-3"]
     arguments = ["--data-dir", data_dir, *TINY, "--seeds", "1", "--convergence-seeds", "0", *rates]
-    run("from_scratch.py", *arguments, "--heads", "softmax", "--heads", "mixture K=4", "--out", tmp_path)
+    run("until_convergence.py", *arguments, "--heads", "softmax", "--heads", "mixture K=4", "--out", tmp_path)
     runs = [
-        run for run in json.loads((tmp_path / "from_scratch.json").read_text())["runs"] if "seed" in run["settings"]
+        run for run in json.loads((tmp_path / "fixed_steps.json").read_text())["runs"] if "seed" in run["settings"]
     ]
     tried = {}
     for settings in (run["settings"] for run in runs):
@@ -290,10 +292,10 @@ def test_from_scratch_tries_the_same_learning_rates_for_every_head(tmp_path, dat
     assert tried == {"softmax": {1e-3, 4e-3}, "mixture": {1e-3, 4e-3}}
 
 
-def test_from_scratch_names_the_heads_that_it_knows(tmp_path, data_dir):
+def test_until_convergence_names_the_heads_that_it_knows(tmp_path, data_dir):
     arguments = ["--data-dir", data_dir, *TINY, "--heads", "mixture K=3", "--out", tmp_path]
     with pytest.raises(AssertionError, match="expected some of softmax, mixture K=1"):
-        run("from_scratch.py", *arguments)
+        run("until_convergence.py", *arguments)
 
 
 def test_where_it_pays_to_convergence_by_its_command(tmp_path, data_dir):
@@ -430,3 +432,33 @@ def test_the_search_finds_the_best_of_rates_with_one_minimum(nats):
         assert not tried  # a single rate needs no run
     if nats == [3, 2, 1, 2, 3]:
         assert set(tried) == {1, 2, 3}
+
+
+@pytest.mark.slow
+def test_from_scratch_goes_on_and_reports(tmp_path, data_dir):
+    data = ["--train-file", data_dir / "train.txt", "--validation-file", data_dir / "valid.txt", "--out", tmp_path]
+    sizes = ["--vocab-size", "300", "--hidden-size", str(D), "--tokens", "2048", "--seeds", "1"]
+    heads = ["--heads", "softmax", "--heads", "mixture K=4 M=8 latent_scale=0.5"]
+    first = run("from_scratch.py", *data, *sizes, *heads, "--rates", "1e-3")
+    run("from_scratch.py", *data, *sizes, *heads, "--rates", "1e-3", "--rates", "2e-3")
+    runs = json.loads((tmp_path / "from_scratch.json").read_text())["runs"]
+    tried = [(run["settings"]["head"]["kind"], run["settings"]["recipe"]["learning_rate"]) for run in runs]
+    assert tried == [("softmax", 1e-3), ("mixture", 1e-3), ("softmax", 2e-3), ("mixture", 2e-3)]
+    assert runs[1]["settings"]["head"]["latent_scale"] == 0.5
+    assert runs[0]["result"]["steps"] == 1
+    again = run("from_scratch.py", *data, *sizes, *heads, "--rates", "1e-3", "--report")
+    assert again == first
+    assert "| mixture K=4 M=8 latent_scale=0.5 | 0.001 |" in first
+    assert list(tmp_path.glob("from_scratch-D8-V300-2048.png"))
+
+
+def test_a_head_by_its_name():
+    from from_scratch import HEADS
+    from models import SOFTMAX, Head, mixture
+
+    assert Head.from_name("softmax") == SOFTMAX
+    assert [Head.from_name(name).name for name in HEADS] == HEADS
+    given = mixture(16, shortlist_size=64, latent_scale=0.25)
+    assert Head.from_name(given.name) == given
+    with pytest.raises(ValueError, match="expected a kind of softmax"):
+        Head.from_name("softmix K=4")

@@ -2,7 +2,7 @@
 
     python examples/softmax_bottleneck/cards.py                                 the index, and the cards that it names
     python examples/softmax_bottleneck/cards.py --list                          the names of all cards
-    python examples/softmax_bottleneck/cards.py --card from_scratch/mixture-K15-D32 --out my-cards
+    python examples/softmax_bottleneck/cards.py --card fixed_steps/mixture-K15-D32 --out my-cards
 
 A card describes the model of seed 0 of one configuration, and compares it with the other heads of its question.
 """
@@ -27,8 +27,8 @@ from hf_mos.tools.card import model_card
 
 QUESTIONS = (
     "retrofit",
-    "from_scratch",
-    "from_scratch_to_convergence",
+    "fixed_steps",
+    "until_convergence",
     "where_it_pays",
     "where_it_pays_to_convergence",
 )
@@ -40,7 +40,7 @@ SEARCHED = ("learning_rate", "head_learning_rate")
 INDEX = {
     "retrofit/mixture-K4-D32": "What does a mixture of 4 gain on a trained model?",
     "retrofit/mixture-K1-D32": "Is it the latent that helps, without a mixture?",
-    "from_scratch_to_convergence/mixture-K4-D32-converged": "What does it gain when trained from random weights?",
+    "until_convergence/mixture-K4-D32-converged": "What does it gain when trained from random weights?",
     "where_it_pays_to_convergence/mixture-K4-D64-converged": "Where does it not pay?",
 }
 
@@ -229,7 +229,7 @@ The softmaxes have the hidden size of the mixture. Each card lists the seconds o
 mixtures. This command writes any card from them; `--list` prints the names:
 
 ```bash
-python examples/softmax_bottleneck/cards.py --card from_scratch/mixture-K15-D32 --out my-cards
+python examples/softmax_bottleneck/cards.py --card fixed_steps/mixture-K15-D32 --out my-cards
 ```
 
 [`template.md`](template.md) is the template of every card that `hf-mos card` writes. Without arguments the same script

@@ -72,6 +72,10 @@ class Experiment:
 
         return self.results.run(settings, fit_and_save)
 
+    def is_kept(self, head: Head, seed: int) -> bool:
+        """Whether `train` has run with these arguments."""
+        return self.results.has(self.settings(head, seed))
+
     def from_checkpoint(self, seed: int = 0) -> "Experiment":
         """The experiment from a softmax model, which this recipe trains once and keeps beside the results."""
         settings = self.settings(SOFTMAX, seed)

@@ -1,192 +1,160 @@
-"""Does the mixture predict better than a softmax that spends as much? Trained from scratch, against fair controls.
+"""Does a mixture pay in training from scratch, with so much text that nothing overfits?
 
-    python examples/softmax_bottleneck/from_scratch.py --quick
-    python examples/softmax_bottleneck/from_scratch.py --data-dir ptb
+    python examples/softmax_bottleneck/debian_documentation.py debian-docs
+    python examples/softmax_bottleneck/from_scratch.py --dataset-name debian-docs
+    python examples/softmax_bottleneck/from_scratch.py --dataset-name debian-docs --report
 
-The same backbone, data, order, steps and schedule for every head, the learning rate searched for each family of heads.
-The controls: one softmax; a latent before it (K = 1); a mixture of contexts; the paper's latents; a softmax model
-widened until it spends the operations of the mixture of 4; and softmaxes that are trained for the seconds of the
-mixture of 4. First for a fixed number of steps, then until the validation loss no longer falls, where the softmax that
-is trained for longer is one of more patience, and so is a mixture beside it.
+Llamas of four layers, whose decoder is tied to the embedding, read each token once. All heads have the same backbone,
+batches, steps and schedule, and the loss of this library; each tries every learning rate. The controls are one softmax
+(`softmax`), one softmax of a trained latent (`mixture K=1`), and one softmax with all weights of a mixture
+(`contexts K=16`).
+
+Each run is kept in `from_scratch.json` in `--out` when it ends, and runs once. `--report` only reads the file.
 """
 
-from dataclasses import dataclass
+import hashlib
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
-from experiment import Configurations, Experiment, train_all
-from models import SOFTMAX, Head, Size, contexts, mixture, paper
-from plots import plot_costs
-from results import DEFAULT_OUT, Out, Quick, Results, mean, perplexities, show, spread, start
-from text import (
-    DataDir,
-    DatasetConfigName,
-    DatasetName,
-    Source,
-    TrainFile,
-    ValidationFile,
-    VocabSize,
-    Words,
-    load_text,
-)
-from training import convergence_recipe, from_scratch_recipe, new_latents_rate
+from experiment import Experiment
+from models import Head, LlamaSize
+from plots import plot_curves
+from results import DEFAULT_OUT, Out, Quick, Results, mean, show, spread, start
+from text import SPLITS, DatasetConfigName, DatasetName, Source, Text, TrainFile, ValidationFile, load_text
+from training import Recipe
+from transformers import AutoTokenizer
 
-MIXTURE = mixture(4)  # whose cost the controls spend
-WIDENED = "widened softmax"
-
-
-@dataclass(frozen=True)
-class Family:
-    """Heads that share a learning rate: the best one for the head that it is searched with."""
-
-    searched: Head
-    heads: list[Head]
-
-
-PAPER = Family(paper(4), [paper(K) for K in (2, 4, 8, 15)])
-FIXED_STEPS = [
-    Family(SOFTMAX, [SOFTMAX]),
-    Family(mixture(1), [mixture(1)]),
-    Family(contexts(4), [contexts(4)]),
-    Family(MIXTURE, [mixture(K) for K in (2, 4, 8, 15)]),
-    PAPER,
+NUM_LAYERS, HEAD_SIZE = 4, 32
+BLOCK_SIZE, BLOCKS_PER_STEP = 128, 16
+VALID_BLOCKS = 512  # and as many to test
+POINTS = 8  # of a curve
+RATES = [1e-3, 2e-3, 4e-3, 8e-3]
+HEADS = [
+    "softmax",
+    "mixture K=1",
+    "contexts K=16",
+    "mixture K=4",
+    "mixture K=16 M=64",
+    "mixture K=16 M=256",
 ]
-CONVERGENCE = [
-    Family(SOFTMAX, [SOFTMAX]),
-    Family(MIXTURE, [mixture(1), contexts(4), *(mixture(K) for K in (2, 4, 8, 15))]),
-    PAPER,
-]
-# The same for every head: where one may try a higher rate than another, so few steps rank them by their rates.
-FIXED_STEPS_RATES = [1e-2, 2e-2, 4e-2, 8e-2]
-CONVERGENCE_RATES = [5e-3, 1e-2]
-# Trained beyond their convergence: the softmax towards the mixture's seconds, and the mixture as long as the softmax.
-PATIENT = [(SOFTMAX, 4), (SOFTMAX, 8), (MIXTURE, 8)]
 
 
-def check_heads(given: list[str], families: list[Family]) -> None:
-    names = [*(head.name for family in families for head in family.heads), WIDENED]
-    if unknown := [name for name in given if name not in names]:
-        raise typer.BadParameter(f"--heads: expected some of {', '.join(names)}, given {', '.join(unknown)}")
+def kept_text(source: Source, vocab_size: int, valid_blocks: int, out: Path) -> Text:
+    """The text in tokens, which are made once and kept in `out`, by the bytes of the text."""
+    texts = source.texts()
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        for text in texts[split]:
+            digest.update(text.encode() + b"\0")
+    folder = out / "tokens" / f"{source.name}-{vocab_size}-{digest.hexdigest()[:8]}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = load_text(source, vocab_size, block_size=BLOCK_SIZE, max_valid_blocks=valid_blocks)
+        assert made.tokenizer is not None
+        with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+            staged = Path(work, "tokens")
+            made.tokenizer.save_pretrained(staged)
+            torch.save({split: getattr(made, split) for split in SPLITS}, staged / "blocks.pt")
+            os.rename(staged, folder)
+    blocks = torch.load(folder / "blocks.pt", mmap=True)
+    return Text(source.name, vocab_size, **blocks, tokenizer=AutoTokenizer.from_pretrained(folder))
 
 
-def configurations(
-    base: Experiment, families: list[Family], rates: list[float], only: list[str], quick: bool
-) -> Configurations:
-    """The requested heads with their recipes, and the widened softmax."""
-    tried = rates[:1] if quick else rates
-    found: Configurations = {}
-    for family in families:
-        heads = [family.searched] if quick and not only else family.heads
-        if chosen := [head for head in heads if not only or head.name in only]:
-            tuned = base.tuned(family.searched, rates_to_try(family.searched, tried))
-            found |= {head.name: (tuned, head) for head in chosen}
-    if not only or WIDENED in only:
-        widened = base.widened(SOFTMAX, base.operations(MIXTURE))
-        found[WIDENED] = (widened.tuned(SOFTMAX, rates_to_try(SOFTMAX, tried)), SOFTMAX)
-    return found
+def experiment_of(text: Text, width: int, tokens: int, results: Results) -> Experiment:
+    """The experiment that reads the first `tokens` tokens once."""
+    steps = tokens // (BLOCK_SIZE * BLOCKS_PER_STEP)
+    if steps * BLOCKS_PER_STEP > len(text.train):
+        raise typer.BadParameter(f"--tokens: expected at most {text.train.numel():,}, given {tokens:,}")
+    recipe = Recipe(steps, 0.0, batch_size=BLOCKS_PER_STEP, warmup=0.1, measure_every=max(1, steps // POINTS))
+    size = LlamaSize(width, NUM_LAYERS, max(1, width // HEAD_SIZE))
+    used = replace(text, train=text.train[: steps * BLOCKS_PER_STEP], tokenizer=None)
+    return Experiment(used, size, recipe, results)
 
 
-def rates_to_try(head: Head, rates: list[float]) -> list[dict[str, float]]:
-    if head == SOFTMAX:
-        return [{"learning_rate": rate} for rate in rates]
-    return [{"learning_rate": rate, "head_learning_rate": new_latents_rate(rate)} for rate in rates]
+def rates_of(experiment: Experiment, head: Head, rates: list[float], seeds: int) -> dict[float, list[dict[str, Any]]]:
+    """The results by learning rate, of those that the file has; a rate that diverges has none."""
+    found: dict[float, list[dict[str, Any]]] = {}
+    for rate in rates:
+        tried = experiment.with_recipe(learning_rate=rate)
+        found[rate] = [tried.train(head, seed) for seed in range(seeds) if tried.is_kept(head, seed)]
+    return {rate: runs for rate, runs in found.items() if runs}
 
 
-def for_the_seconds_of_the_mixture(found: Configurations, seconds: dict[str, float]) -> Configurations:
-    """The softmaxes, trained for the seconds of the mixture."""
-    longer: Configurations = {}
-    controls = [name for name in (SOFTMAX.name, WIDENED) if name in found and MIXTURE.name in found]
-    for name in controls:
-        experiment, head = found[name]
-        steps = round(experiment.recipe.steps * seconds[MIXTURE.name] / seconds[name])
-        longer[f"{name}, {steps} steps"] = (experiment.with_recipe(steps=steps), head)
-    return longer
+def report(experiment: Experiment, heads: list[Head], rates: list[float], seeds: int, path: Path) -> None:
+    """Prints what the file has of the heads at each of the rates, and draws the curves of the best."""
+    rows, curves = [], {}
+    for head in heads:
+        found = rates_of(experiment, head, rates, seeds)
+        if not found:
+            continue
+        best = min(found, key=lambda rate: mean(found[rate], "valid_nats"))
+        runs = found[best]
+        rows.append(
+            {
+                "head": head.name,
+                "rate": f"{best:g}",
+                "rates": len(found),
+                "seeds": len(runs),
+                "parameters": f"{runs[0]['parameters']:,}",
+                "seconds": round(mean(runs, "seconds")),
+                "validation, nats": spread([run["valid_nats"] for run in runs], 4),
+                "test, nats": spread([run["test_nats"] for run in runs], 4),
+            }
+        )
+        last = (runs[0]["steps"], runs[0]["seconds"], runs[0]["valid_nats"])
+        curves[head.name] = [point[1:3] for point in [*runs[0]["curve"], last]]
+    if rows:
+        tokens = experiment.text.train.numel() / 1e6
+        title = f"From scratch on {experiment.text.name}, D = {experiment.size.hidden_size}"
+        title += f", V = {experiment.text.vocab_size}, {tokens:.1f} million tokens"
+        show(title, rows)
+        plot_curves(path, title, curves)
 
 
-def of_more_patience(found: Configurations) -> Configurations:
-    """The heads whose learning rates are cut later."""
-    longer: Configurations = {}
-    for head, patience in PATIENT:
-        if head.name in found:
-            experiment, _ = found[head.name]
-            longer[f"{head.name}, patience {patience}"] = (experiment.with_recipe(patience=patience), head)
-    return longer
-
-
-def row(
-    name: str, experiment: Experiment, head: Head, results: list[dict[str, Any]], seconds: float
-) -> dict[str, Any]:
-    steps = mean(results, "steps")
-    tokens = steps * experiment.batch.numel()
-    operations = experiment.operations(head)
-    return {
-        "head": name,
-        "hidden size": experiment.size.hidden_size,
-        "parameters": f"{results[0]['parameters']:,}",
-        "Mop per token": round(operations / 1e6, 2),
-        "µs per token": round(seconds * 1e6, 1),
-        "steps": round(steps),
-        "Top": round(tokens * operations / 1e12, 2),
-        "seconds": round(tokens * seconds, 1),
-        "seeds": len(results),
-        "validation": spread(perplexities(results)),
-        "test": spread(perplexities(results, "test")),
-    }
+def train(experiment: Experiment, heads: list[Head], rates: list[float], seeds: int) -> None:
+    """Seed after seed and rate after rate, so that what an interrupted run has can be compared."""
+    for seed in range(seeds):
+        for rate in rates:
+            for head in heads:
+                experiment.with_recipe(learning_rate=rate).train(head, seed)
 
 
 def main(
-    data_dir: DataDir = None,
     train_file: TrainFile = None,
     validation_file: ValidationFile = None,
     dataset_name: DatasetName = None,
     dataset_config_name: DatasetConfigName = None,
-    vocab_size: VocabSize = 2048,
-    words: Words = False,
-    hidden_size: int = 32,
-    num_layers: int = 2,
-    steps: Annotated[int, typer.Option(help="Steps of the comparison at a fixed number of steps.")] = 1000,
-    learning_rates: Annotated[
-        list[float] | None,
-        typer.Option(help="Learning rates to try for a fixed number of steps; give it several times."),
-    ] = None,
-    max_steps: Annotated[int, typer.Option(help="Steps of a training to convergence, at most.")] = 40000,
-    seeds: Annotated[int, typer.Option(help="Runs of each head at a fixed number of steps.")] = 3,
-    convergence_seeds: Annotated[int, typer.Option(help="Runs of each head to convergence.")] = 3,
-    heads: Annotated[list[str] | None, typer.Option(help="Run only these heads; the tables have their names.")] = None,
+    vocab_size: Annotated[int, typer.Option(help="V, of the byte-level BPE tokenizer of the text.")] = 8192,
+    hidden_size: Annotated[int, typer.Option(help="D of the Llama.")] = 128,
+    tokens: Annotated[int, typer.Option(help="Tokens to train on, each once.")] = 20_000_000,
+    heads: Annotated[list[str] | None, typer.Option(help=f"Heads by name, {', '.join(HEADS)} by default.")] = None,
+    rates: Annotated[list[float] | None, typer.Option(help=f"Learning rates, {RATES} by default.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each head at each rate, with seeds 0, 1, ...")] = 2,
+    reports: Annotated[bool, typer.Option("--report", help="Train nothing: print what the file has.")] = False,
     out: Out = DEFAULT_OUT,
     quick: Quick = False,
 ) -> None:
     start()
-    for families in ([FIXED_STEPS] if seeds else []) + ([CONVERGENCE] if convergence_seeds else []):
-        check_heads(heads or [], families)
     if quick:
-        vocab_size, hidden_size, num_layers, steps, max_steps = 512, 16, 1, 100, 800
-        seeds, convergence_seeds = min(seeds, 1), min(convergence_seeds, 1)
-    text = load_text(
-        Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size, words
-    )
-    size, only, rounds = Size(hidden_size, num_layers), heads or [], 2 if quick else 7
-    if seeds:
-        base = Experiment(text, size, from_scratch_recipe(steps, 1e-2), Results(out, "from_scratch", quick))
-        found = configurations(base, FIXED_STEPS, learning_rates or FIXED_STEPS_RATES, only, quick)
-        seconds = base.seconds(found, rounds)
-        longer = for_the_seconds_of_the_mixture(found, seconds)
-        report(base, found | longer, seconds, seeds, f"{steps} steps")
-    if convergence_seeds:
-        results = Results(out, "from_scratch_to_convergence", quick)
-        base = Experiment(text, size, convergence_recipe(max_steps, 1e-2), results)
-        found = configurations(base, CONVERGENCE, CONVERGENCE_RATES, only, quick)
-        seconds = base.seconds(found, rounds)
-        longer = of_more_patience(found)
-        report(base, found | longer, seconds, convergence_seeds, f"to convergence, {max_steps} steps at most")
-
-
-def report(base: Experiment, found: Configurations, seconds: dict[str, float], seeds: int, steps: str) -> None:
-    runs = train_all(found, seeds)
-    rows = [row(name, *found[name], runs[name], seconds[name.split(",")[0]]) for name in found]
-    title = f"From scratch on {base.text.name}, {steps}"
-    show(f"{title}, perplexity", rows)
-    plot_costs(base.results.path.with_suffix(".png"), title, rows)
+        vocab_size, hidden_size, tokens, seeds = 512, 32, 81_920, 1
+        rates = rates or RATES[-1:]
+    try:
+        chosen = [Head.from_name(name) for name in heads or HEADS]
+    except ValueError as error:
+        raise typer.BadParameter(f"--heads: {error}") from error
+    results = Results(out, "from_scratch", quick)
+    source = Source(None, train_file, validation_file, dataset_name, dataset_config_name)
+    text = kept_text(source, vocab_size, 32 if quick else VALID_BLOCKS, out)
+    experiment = experiment_of(text, hidden_size, tokens, results)
+    if not reports:
+        train(experiment, chosen, rates or RATES, seeds)
+    path = out / f"from_scratch-D{hidden_size}-V{vocab_size}-{tokens}{'-quick' if quick else ''}.png"
+    report(experiment, chosen, rates or RATES, seeds, path)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ The controls are heads of the same class, so that nothing but the maths differs,
 A head is on all classes unless it has a `shortlist_size`.
 """
 
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from paper_head import PaperHead
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_mos import MoSForCausalLM, MoSLMHead
 from hf_mos.remote_code.mos_shortlist import top_classes
@@ -156,6 +157,19 @@ class Head:
         parts += [f"prior_spread={self.prior_spread:g}"] if self.prior_spread != 1 else []
         return " ".join([*parts, *(f"{name}={value}" for name, value in options.items())])
 
+    @classmethod
+    def from_name(cls, name: str) -> "Head":
+        """The head whose `name` this is, such as "mixture K=16 M=64 latent_scale=0.5"."""
+        kind, *words = re.split(r" (?=\w+=)", name)
+        given = dict(word.split("=", 1) for word in words)
+        if kind not in HEAD_CLASSES:
+            raise ValueError(f"head: expected a kind of {', '.join(HEAD_CLASSES)}, given {kind!r}")
+        long = {"K": "num_mixtures", "M": "shortlist_size"}
+        numbers = {long.get(key, key): float(text) for key, text in given.items()}
+        prior_spread = numbers.pop("prior_spread", 1.0)
+        options = {key: value if key == "latent_scale" else int(value) for key, value in numbers.items()}
+        return SOFTMAX if kind == "softmax" else cls(kind, options, prior_spread)
+
     def take_over(self, linear: nn.Linear, softcap: float | None = None, init_seed: int = 0) -> MoSLMHead:
         """Makes a projection, or another head, this head; it keeps its weights."""
         options = {"shortlist_size": None, "latent_scale": 1.0 if self.kind == "paper" else None} | self.options
@@ -195,23 +209,48 @@ class Size:
     def settings(self) -> dict[str, Any]:
         return asdict(self)
 
+    def config(self, vocab_size: int, block_size: int) -> PreTrainedConfig:
+        return GPT2Config(
+            vocab_size=vocab_size,
+            n_embd=self.hidden_size,
+            n_layer=self.num_layers,
+            n_head=self.num_heads,
+            n_positions=block_size,
+            resid_pdrop=self.dropout,
+            embd_pdrop=self.dropout,
+            attn_pdrop=self.dropout,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
 
-def new_softmax_model(size: Size, vocab_size: int, block_size: int, seed: int) -> GPT2LMHeadModel:
+
+@dataclass(frozen=True)
+class LlamaSize(Size):
+    """The size of a Llama whose decoder is tied to its embedding; its MLP has 8/3 of the width, as Llama's has."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"family": "llama", **asdict(self)}
+
+    def config(self, vocab_size: int, block_size: int) -> PreTrainedConfig:
+        return LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=round(self.hidden_size / 12) * 32,
+            num_hidden_layers=self.num_layers,
+            num_attention_heads=self.num_heads,
+            max_position_embeddings=block_size,
+            attention_dropout=self.dropout,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+
+
+def new_softmax_model(size: Size, vocab_size: int, block_size: int, seed: int) -> PreTrainedModel:
     """A model with random weights, which depend on the seed alone and not on the head."""
     torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=vocab_size,
-        n_embd=size.hidden_size,
-        n_layer=size.num_layers,
-        n_head=size.num_heads,
-        n_positions=block_size,
-        resid_pdrop=size.dropout,
-        embd_pdrop=size.dropout,
-        attn_pdrop=size.dropout,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return GPT2LMHeadModel(config)
+    return AutoModelForCausalLM.from_config(size.config(vocab_size, block_size))
 
 
 def with_head(model: PreTrainedModel, head: Head, seed: int) -> MoSForCausalLM:

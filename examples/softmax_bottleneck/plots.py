@@ -45,6 +45,21 @@ def plot_costs(
     figure.savefig(path, dpi=DPI)
 
 
+def plot_curves(path: Path, title: str, curves: dict[str, Sequence[tuple[float, float]]]) -> None:
+    """Validation loss against seconds of training, a line a head; the first points are cut off."""
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    axes = figure.subplots()
+    for name, points in curves.items():
+        axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=name, color="0.35" if "soft" in name else None)
+    lowest = min(points[-1][1] for points in curves.values())
+    highest = max(points[min(1, len(points) - 1)][1] for points in curves.values())
+    axes.set(xlabel="seconds of the training, one thread", ylabel="validation, nats per token", title=title)
+    axes.set_ylim(lowest - 0.02 * (highest - lowest) - 1e-6, highest + 1e-6)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=DPI)
+
+
 def draw_frontier(axes: Any, softmaxes: Sequence[tuple[float, float, str]]) -> None:
     best, xs, ys = float("inf"), [], []
     for x, y, _ in softmaxes:

@@ -35,13 +35,16 @@ class Results:
 
     def run(self, settings: dict[str, Any], function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of the run with these settings: from the file, or by a call of the function."""
-        settings = json.loads(json.dumps(settings))  # as they read in the file
+        settings = as_in_file(settings)
         for run in self.runs:
             if run["settings"] == settings:
                 return run["result"]
         self.runs.append({"settings": settings, "result": function(), "command": command(), "versions": versions()})
         self.write()
         return self.runs[-1]["result"]
+
+    def has(self, settings: dict[str, Any]) -> bool:
+        return any(run["settings"] == as_in_file(settings) for run in self.runs)
 
     def write(self) -> None:
         """Writes the file atomically."""
@@ -50,6 +53,11 @@ class Results:
         lines = ",\n".join(json.dumps(run) for run in self.runs)
         staged.write_text(f'{{"runs": [\n{lines}\n]}}\n', encoding="utf-8")
         os.replace(staged, self.path)
+
+
+def as_in_file(settings: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps(settings))
+    return found
 
 
 def command() -> str:

@@ -55,6 +55,8 @@ class Source:
     @property
     def name(self) -> str:
         path = self.data_dir or self.train_file
+        if path is None and self.dataset_name and Path(self.dataset_name).is_dir():
+            path = Path(self.dataset_name)
         return path.name if path else self.dataset_name or "python documentation"
 
     def files(self) -> dict[str, Path]:

@@ -48,10 +48,14 @@ class Recipe:
     patience: int = 2  # evaluations without an improvement of `least_gain` before the learning rate is cut
     least_gain: float = 0.002  # nats
     cuts: int = 3
+    measure_every: int | None = None  # steps between two points of the curve; on convergence `evaluate_every`
 
     @property
     def settings(self) -> dict[str, Any]:
-        return asdict(self)
+        found = asdict(self)
+        if self.measure_every is None:  # as runs say that are older than this field
+            del found["measure_every"]
+        return found
 
 
 def new_latents_rate(learning_rate: float) -> float:
@@ -86,13 +90,14 @@ def fit(model: PreTrainedModel, data: Data, recipe: Recipe, seed: int, name: str
     Returns:
         `valid_nats`, and `test_nats` if there is a test split, of the weights that the training ends with (on
         convergence the best ones), `seconds`, `steps`, `stopped_early`, `parameters`, and the `curve` of (step,
-        seconds, validation nats).
+        seconds, validation nats, nats of the batches since the point before).
     """
     optimizer = make_optimizer(model, recipe)
     batches = data.batches(recipe.batch_size, seed)
     torch.manual_seed(seed)  # of dropout
     stop = Plateau(recipe) if recipe.to_convergence else None
-    curve: list[tuple[int, float, float]] = []
+    curve: list[tuple[int, float, float, float]] = []
+    every, losses = recipe.evaluate_every if stop else recipe.measure_every or recipe.steps, []
     seconds, step, stopped_early, best = 0.0, 0, False, None
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(name, total=recipe.steps)
@@ -100,12 +105,15 @@ def fit(model: PreTrainedModel, data: Data, recipe: Recipe, seed: int, name: str
             scale = min(1.0, (step + 1) / (recipe.steps * recipe.warmup))
             scale *= stop.scale if stop else 1 - step / recipe.steps
             started = time.process_time()
-            take_step(model, next(batches), optimizer, scale)
+            losses.append(take_step(model, next(batches), optimizer, scale))
             seconds += time.process_time() - started
             step += 1
             progress.advance(task)
-            if stop and step % recipe.evaluate_every == 0:
-                curve.append((step, round(seconds, 3), data.nats(model, "valid")))
+            if step % every == 0 and (stop or step < recipe.steps):
+                since = float(torch.stack(losses).mean())
+                curve.append((step, round(seconds, 3), data.nats(model, "valid"), since))
+                losses.clear()
+            if stop and step % every == 0:
                 is_best, is_over = stop.judge(curve[-1][2])
                 if is_best:
                     best = {name: weight.detach().clone() for name, weight in trained_parameters(model)}
@@ -169,14 +177,17 @@ def untie_decoder(model: PreTrainedModel) -> None:
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
 
 
-def take_step(model: PreTrainedModel, inputs: Inputs, optimizer: torch.optim.Optimizer, scale: float) -> None:
+def take_step(model: PreTrainedModel, inputs: Inputs, optimizer: torch.optim.Optimizer, scale: float) -> Tensor:
+    """Makes one step; the result is the loss before it."""
     model.train()
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * scale
     optimizer.zero_grad()
-    model(**inputs).loss.backward()
+    loss: Tensor = model(**inputs).loss
+    loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
+    return loss.detach()
 
 
 def shuffled(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
