@@ -104,8 +104,8 @@ class MoSConfig(PreTrainedConfig):
         own = model_type == MODEL_TYPE or (cls is not MoSConfig and model_type == cls.model_type)
         if not own and "num_mixtures" not in config_dict:
             raise ValueError(
-                f"model_type: expected {MODEL_TYPE!r}, given {model_type!r}. To put a mixture head on that model, "
-                "call MoSForCausalLM.from_causal_lm."
+                f"model_type: expected {MODEL_TYPE!r}, given {model_type!r}."
+                + (" To put a mixture head on that model, call MoSForCausalLM.from_causal_lm." if model_type else "")
             )
         known: Any = backbone_type or model_type
         if known not in CONFIG_MAPPING:

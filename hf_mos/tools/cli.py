@@ -20,7 +20,7 @@ try:
     from rich.markup import escape
     from rich.table import Table
 except ModuleNotFoundError as error:
-    sys.exit(f"hf-mos: expected {error.name}, which is not installed: pip install 'hf_mos[cli]'")
+    sys.exit(f"hf-mos: expected {error.name}, which is not installed: install hf_mos with its extra 'cli'")
 except KeyboardInterrupt:
     sys.exit(INTERRUPTED)
 
@@ -89,7 +89,8 @@ def run() -> NoReturn:
 def message_of(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         package = error.name.partition(".")[0]
-        return f"expected {package}, which is not installed: pip install 'hf_mos[{EXTRAS.get(package, 'cli')}]'"
+        extra = EXTRAS.get(package, "cli")
+        return f"expected {package}, which is not installed: install hf_mos with its extra {extra!r}"
     text = str(error).strip()
     if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)) and text:
         return text

@@ -186,7 +186,7 @@ def test_debug_shows_where(run: Callable[..., Printed], base: Path) -> None:
 def test_an_extra_that_is_missing_is_named(run: Callable[..., Printed], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fastapi", None)
     error = ModuleNotFoundError("No module named 'fastapi'", name="fastapi.responses")
-    assert cli.message_of(error) == "expected fastapi, which is not installed: pip install 'hf_mos[serve]'"
+    assert cli.message_of(error) == "expected fastapi, which is not installed: install hf_mos with its extra 'serve'"
 
 
 def test_without_typer_the_extra_is_named(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ try:
 except SystemExit as error:
     print(error)
 """
-    assert "pip install 'hf_mos[cli]'" in run_python(code, cache=tmp_path, without_hf_mos=False)
+    assert "install hf_mos with its extra 'cli'" in run_python(code, cache=tmp_path, without_hf_mos=False)
 
 
 def test_help_and_refusals_need_no_torch(base: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,8 @@ def test_the_readme_is_that_of_a_space() -> None:
     assert card.data.sdk == "gradio"
     assert f"gradio=={card.data.sdk_version}" in constraints
     assert (FOLDER / card.data.app_file).is_file()
-    assert (FOLDER / "requirements.txt").read_text() == "hf_mos[space]\n"
+    address = f"https://huggingface.co/spaces/YOU/SPACE/resolve/main/hf_mos-{version('hf_mos')}-py3-none-any.whl"
+    assert (FOLDER / "requirements.txt").read_text() == f"hf_mos[space] @ {address}\n"  # no index has that name
     assert len(card.data.short_description) <= 60  # what the Hub allows
 
 
