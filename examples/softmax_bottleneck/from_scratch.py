@@ -7,7 +7,7 @@
 Llamas of four layers, whose decoder is tied to the embedding, read each token once. All heads have the same backbone,
 batches, steps and schedule, and the loss of this library; each tries every learning rate. The controls are one softmax
 (`softmax`), one softmax of a trained latent (`mixture K=1`), and one softmax with all weights of a mixture
-(`contexts K=16`).
+(`contexts K=16`). `--longer 1.2` also trains the softmax on 1.2 times the tokens, for the seconds of a dearer head.
 
 Each run is kept in `from_scratch.json` in `--out` when it ends, and runs once. `--report` only reads the file.
 """
@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from experiment import Experiment
-from models import Head, LlamaSize
+from models import SOFTMAX, Head, LlamaSize
 from plots import plot_curves
 from results import DEFAULT_OUT, Out, Quick, Results, mean, show, spread, start
 from text import SPLITS, DatasetConfigName, DatasetName, Source, Text, TrainFile, ValidationFile, load_text
@@ -76,29 +76,45 @@ def experiment_of(text: Text, width: int, tokens: int, results: Results) -> Expe
     return Experiment(used, size, recipe, results)
 
 
-def rates_of(experiment: Experiment, head: Head, rates: list[float], seeds: int) -> dict[float, list[dict[str, Any]]]:
-    """The results by learning rate, of those that the file has; a rate that diverges has none."""
-    found: dict[float, list[dict[str, Any]]] = {}
-    for rate in rates:
-        tried = experiment.with_recipe(learning_rate=rate)
-        found[rate] = [tried.train(head, seed) for seed in range(seeds) if tried.is_kept(head, seed)]
-    return {rate: runs for rate, runs in found.items() if runs}
+Contestants = dict[str, tuple[Experiment, Head]]  # by the name in the table
 
 
-def report(experiment: Experiment, heads: list[Head], rates: list[float], seeds: int, path: Path) -> None:
-    """Prints what the file has of the heads at each of the rates, and draws the curves of the best."""
+def contestants_of(
+    text: Text, width: int, tokens: int, heads: list[Head], longer: list[float], results: Results
+) -> Contestants:
+    """The heads, and the softmax that reads more tokens, for the seconds of a dearer head."""
+    found: Contestants = {head.name: (experiment_of(text, width, tokens, results), head) for head in heads}
+    for times in longer:
+        found[f"softmax, {times:g} x the tokens"] = (
+            experiment_of(text, width, round(tokens * times), results),
+            SOFTMAX,
+        )
+    return found
+
+
+def kept_runs(experiment: Experiment, head: Head, rates: list[float], seeds: int) -> dict[float, list[dict[str, Any]]]:
+    """The results that the file has, by learning rate."""
+    tried = {rate: experiment.with_recipe(learning_rate=rate) for rate in rates}
+    runs = {
+        rate: [at.train(head, seed) for seed in range(seeds) if at.is_kept(head, seed)] for rate, at in tried.items()
+    }
+    return {rate: found for rate, found in runs.items() if found}
+
+
+def report(contestants: Contestants, rates: list[float], seeds: int, title: str, path: Path) -> None:
+    """Prints what the file has of each contestant, at its best rate, and draws the curves."""
     rows, curves = [], {}
-    for head in heads:
-        found = rates_of(experiment, head, rates, seeds)
+    for name, (experiment, head) in contestants.items():
+        found = kept_runs(experiment, head, rates, seeds)
         if not found:
             continue
         best = min(found, key=lambda rate: mean(found[rate], "valid_nats"))
         runs = found[best]
         rows.append(
             {
-                "head": head.name,
+                "head": name,
                 "rate": f"{best:g}",
-                "rates": len(found),
+                "of rates": len(found),
                 "seeds": len(runs),
                 "parameters": f"{runs[0]['parameters']:,}",
                 "seconds": round(mean(runs, "seconds")),
@@ -107,20 +123,17 @@ def report(experiment: Experiment, heads: list[Head], rates: list[float], seeds:
             }
         )
         last = (runs[0]["steps"], runs[0]["seconds"], runs[0]["valid_nats"])
-        curves[head.name] = [point[1:3] for point in [*runs[0]["curve"], last]]
+        curves[name] = [point[1:3] for point in [*runs[0]["curve"], last]]
     if rows:
-        tokens = experiment.text.train.numel() / 1e6
-        title = f"From scratch on {experiment.text.name}, D = {experiment.size.hidden_size}"
-        title += f", V = {experiment.text.vocab_size}, {tokens:.1f} million tokens"
         show(title, rows)
         plot_curves(path, title, curves)
 
 
-def train(experiment: Experiment, heads: list[Head], rates: list[float], seeds: int) -> None:
-    """Seed after seed and rate after rate, so that what an interrupted run has can be compared."""
+def train(contestants: Contestants, rates: list[float], seeds: int) -> None:
+    """Seed after seed and rate after rate, so that what an interrupted command has can be compared."""
     for seed in range(seeds):
         for rate in rates:
-            for head in heads:
+            for experiment, head in contestants.values():
                 experiment.with_recipe(learning_rate=rate).train(head, seed)
 
 
@@ -134,6 +147,9 @@ def main(
     tokens: Annotated[int, typer.Option(help="Tokens to train on, each once.")] = 20_000_000,
     heads: Annotated[list[str] | None, typer.Option(help=f"Heads by name, {', '.join(HEADS)} by default.")] = None,
     rates: Annotated[list[float] | None, typer.Option(help=f"Learning rates, {RATES} by default.")] = None,
+    longer: Annotated[
+        list[float] | None, typer.Option(help="Train the softmax on this many times the tokens too, such as 1.2.")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each head at each rate, with seeds 0, 1, ...")] = 2,
     reports: Annotated[bool, typer.Option("--report", help="Train nothing: print what the file has.")] = False,
     out: Out = DEFAULT_OUT,
@@ -150,11 +166,12 @@ def main(
     results = Results(out, "from_scratch", quick)
     source = Source(None, train_file, validation_file, dataset_name, dataset_config_name)
     text = kept_text(source, vocab_size, 32 if quick else VALID_BLOCKS, out)
-    experiment = experiment_of(text, hidden_size, tokens, results)
+    contestants = contestants_of(text, hidden_size, tokens, chosen, longer or [], results)
     if not reports:
-        train(experiment, chosen, rates or RATES, seeds)
+        train(contestants, rates or RATES, seeds)
+    title = f"From scratch on {text.name}, D = {hidden_size}, V = {vocab_size}, {tokens / 1e6:.1f} million tokens"
     path = out / f"from_scratch-D{hidden_size}-V{vocab_size}-{tokens}{'-quick' if quick else ''}.png"
-    report(experiment, chosen, rates or RATES, seeds, path)
+    report(contestants, rates or RATES, seeds, title, path)
 
 
 if __name__ == "__main__":
