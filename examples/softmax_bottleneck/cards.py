@@ -39,8 +39,8 @@ SEARCHED = ("learning_rate", "head_learning_rate")
 # The cards that are kept, by the question that a reader has.
 INDEX = {
     "retrofit/mixture-K4-D32": "What does a mixture of 4 gain on a trained model?",
-    "retrofit/mixture-K1-D32": "Is it the latent that helps, without a mixture?",
-    "until_convergence/mixture-K4-D32-converged": "What does it gain when trained from random weights?",
+    "retrofit/mixture-K1-D32": "Does one softmax with a trained latent (K=1) gain?",
+    "until_convergence/mixture-K4-D32-converged": "What does a mixture gain in training from scratch?",
     "where_it_pays_to_convergence/mixture-K4-D64-converged": "Where does it not pay?",
 }
 
@@ -216,14 +216,14 @@ def index(cards: dict[str, Card]) -> str:
     table = "\n".join(rows)
     return f"""# Model cards
 
-One card for each question that a reader may have. All models are GPT-2s of 2 layers on Penn Treebank, small enough for
-two CPU cores. The figures are validation perplexities, means over the seeds.
+One card for each question. All models are GPT-2s of 2 layers on Penn Treebank, small enough for two CPU cores.
+The figures are validation perplexities, means over the seeds.
 
 | question | card | this mixture | softmax, same steps | softmax, trained longer |
 | --- | --- | ---: | ---: | ---: |
 {table}
 
-The softmaxes have the hidden size of the mixture. Each card lists the seconds of all, and more controls.
+The softmaxes have the hidden size of the mixture. Each card lists the seconds of each model, and more controls.
 
 [`examples/softmax_bottleneck/results`](../examples/softmax_bottleneck/results) holds the results of all {len(cards)}
 mixtures. This command writes any card from them; `--list` prints the names:
@@ -232,8 +232,8 @@ mixtures. This command writes any card from them; `--list` prints the names:
 python examples/softmax_bottleneck/cards.py --card fixed_steps/mixture-K15-D32 --out my-cards
 ```
 
-[`template.md`](template.md) is the template of every card that `hf-mos card` writes. Without arguments the same script
-writes this page and the cards that it names.
+[`template.md`](template.md) is the template of every card that `hf-mos card` writes. Without arguments `cards.py` writes
+this page and the cards that it names.
 """
 
 
