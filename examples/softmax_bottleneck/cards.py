@@ -232,8 +232,8 @@ mixtures. This command writes any card from them; `--list` prints the names:
 python examples/softmax_bottleneck/cards.py --card fixed_steps/mixture-K15-D32 --out my-cards
 ```
 
-[`template.md`](template.md) is the template of every card that `hf-mos card` writes. Without arguments `cards.py` writes
-this page and the cards that it names.
+[`template.md`](template.md) is the template of every card that `hf-mos card` writes. Without arguments `cards.py`
+writes this page and the cards that it names.
 """
 
 
