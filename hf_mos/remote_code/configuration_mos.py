@@ -1,6 +1,6 @@
 """MoSConfig: the backbone's own config with the options of the mixture head, each with its help text.
 
-The class of a config is made when it is first asked for: `MoSLlamaConfig(LlamaConfig, MoSConfig)`. In memory
+The class of a config is made on first use: `MoSLlamaConfig(LlamaConfig, MoSConfig)`. In memory
 `model_type` is the backbone's, so that transformers' and PEFT's tables find it. The file says `"model_type": "mos"`,
 so that nobody loads it as a softmax model, and names the backbone's beside it.
 """
@@ -39,7 +39,7 @@ LISTENERS: list[Callable[[Any], None]] = []  # called with each config class tha
 
 
 def option(default: Any, help: str) -> Any:
-    """A field of the head with its help text, of which the commands make a flag."""
+    """A field of the head with its help text, from which the commands make a flag."""
     return dataclasses.field(default=default, metadata={"help": help})
 
 
@@ -47,28 +47,28 @@ class MoSConfig(PreTrainedConfig):
     """Configuration of [`MoSForCausalLM`]: a causal LM's config and the options of its mixture head.
 
     Make one with [`~MoSConfig.from_backbone_config`]; `from_pretrained` and `from_dict` read a saved one. The result
-    is of a class made of this one and of the backbone's. ValueError where a field is of a wrong type or out of range.
+    is of a class made from this one and the backbone's. ValueError where a field is of a wrong type or out of range.
     """
 
     model_type = MODEL_TYPE
     backbone_config_class: ClassVar[Any] = None  # of a made class
 
-    num_mixtures: int = option(16, "K, the number of softmaxes.")
+    num_mixtures: int = option(16, "K, the number of softmaxes. D below is the hidden size, V the vocabulary size.")
     shortlist_size: int | None = option(
         64,
-        "M: let the components differ only on the M likeliest classes; elsewhere they share the logits of their mean. "
-        "None: let them differ on all classes, at the price of K softmaxes.",
+        "M: components differ only on the M likeliest classes; elsewhere they share the logits of the mean latent. "
+        "None: they differ on all classes, at the cost of K softmaxes.",
     )
     shift_rank: int | None = option(
         None,
-        "r, the rank of the shifts: (K + 1) r D weights; K D D from D on. None: D if it is small beside V, else 64.",
+        "r, rank of the shifts; adds (K + 1) r D weights, K D D if r = D. None: D if far below V, else at most 64.",
     )
     latent_scale: float | None = option(
         None,
-        "Multiplies the shifts and the input of the prior; None: 320 / D, measured at D = 32 and 576. Beside an "
-        "adapter, which needs a high learning rate, set a lower one, such as 0.1.",
+        "Multiplies the shifts and the input of the prior. None: 320 / D, measured at D = 32 and 576. Beside an "
+        "adapter, which needs a high learning rate, set a lower scale, such as 0.1.",
     )
-    init_seed: int = option(0, "Of the first weights of the head, which do not depend on torch.manual_seed.")
+    init_seed: int = option(0, "Seed of the head's initial weights, which do not depend on torch.manual_seed.")
     softcap: float | None = None  # the backbone's own, in a config whose model is made
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -133,7 +133,7 @@ class MoSConfig(PreTrainedConfig):
 
 
 def adopt(config: Any, options: dict[str, Any]) -> Any:
-    """Makes a backbone's config a mixture's, in place, as the layers of a model hold it too."""
+    """Turns a backbone's config into a mixture's, in place, because the layers of a model hold it too."""
     backbone: Any = type(config)
     config.__class__ = config_class_for(backbone)
     for name, value in (option_defaults() | {"softcap": None} | options).items():
@@ -187,7 +187,7 @@ def __getattr__(name: str) -> type[MoSConfig]:
 
 
 def default_rank(num_mixtures: int, width: int, num_classes: int) -> int:
-    """The rank of the shifts: full where they cost an eighth of the decoder, else 64 or what costs a sixteenth."""
+    """Rank of the shifts: full if it costs at most an eighth of the decoder, else 64, or less to cost a sixteenth."""
     if width <= LARGEST_RANK or num_mixtures * width <= num_classes / 8:
         return width
     return max(SMALLEST_RANK, min(LARGEST_RANK, num_classes // (16 * num_mixtures)))

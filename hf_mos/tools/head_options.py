@@ -16,7 +16,7 @@ CONFIGURATION = Path(__file__).parents[1] / "remote_code" / "configuration_mos.p
 TYPES: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
 ALL = "all"  # the value of --shortlist-size for `None`, all classes
 TIE = "tie_word_embeddings"  # a field of the backbone's own config
-TIE_HELP = "Tie the decoder to the input embedding, or give it weights of its own; by default as the model has it."
+TIE_HELP = "Tie the decoder to the input embedding, or give the decoder its own weights. Default: as in the model."
 
 
 BYTES_WITH_ADAM = 16  # of a weight in fp32: itself, its gradient and two states
@@ -173,7 +173,7 @@ def with_head_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def add_head_options(parser: argparse.ArgumentParser) -> None:
     """Adds the flags to a parser, spelled `--num-mixtures` or `--num_mixtures`."""
-    group = parser.add_argument_group("mixture head", "What is not given is as MoSConfig or the loaded model has it.")
+    group = parser.add_argument_group("mixture head", "Without a flag, MoSConfig or the loaded model decides.")
     for flag in head_flags():
         names = dict.fromkeys(f"--{name}" for name in (flag.name.replace("_", "-"), flag.name))
         given: dict[str, Any] = {"type": flag.type, "metavar": flag.metavar}

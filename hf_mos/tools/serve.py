@@ -1,7 +1,7 @@
 """Runs transformers' OpenAI-compatible server for a mixture.
 
-It looks the class of a model up among transformers' own, so that of a mixture is put there first. It lists the models
-of the Hub cache, so the one that it serves is listed in their place. Everything else is `transformers serve`.
+The server searches for a model's class inside transformers, so this module first puts the mixture's class there. The
+server lists the models of the Hub cache; here it lists the served model instead. The rest is `transformers serve`.
 """
 
 import time
@@ -20,7 +20,7 @@ from .places import check_exists
 
 HELP = """Serve a model, mixture or softmax, with transformers' own OpenAI-compatible server.
 
-All options are those of `transformers serve`. The model needs a tokenizer with a chat template for chat completions.
+Takes the options of `transformers serve`. Chat completions need a tokenizer with a chat template.
 
 Examples:
 

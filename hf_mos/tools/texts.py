@@ -8,8 +8,8 @@ from .places import check_file
 Messages: TypeAlias = list[dict[str, Any]]
 
 TEXT_COLUMN, MESSAGES_COLUMN = "text", "messages"
-TEXT_COLUMN_HELP = "Column of the text, in rows, or of a chat's messages; without a column `text`, that of `messages`."
-ASSISTANT_ONLY_HELP = "In rows of messages, count the loss on the assistant's turns alone."
+TEXT_COLUMN_HELP = "Column with the text or the chat messages of each row. If no column is named `text`: `messages`."
+ASSISTANT_ONLY_HELP = "In rows of messages, compute the loss on the assistant's turns only."
 # The readers of `datasets.load_dataset`.
 FILE_READERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 

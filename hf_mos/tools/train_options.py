@@ -18,7 +18,7 @@ LONGEST_DEFAULT_BLOCK = 1024
 SHOWN_CHOICES = 4
 
 HELP = """\
-Fine-tunes a causal language model with a mixture of softmaxes for its head, with the Trainer.
+Fine-tunes a causal language model with a mixture of softmaxes as its head, with the Trainer.
 
 Examples:
 
@@ -28,36 +28,36 @@ Examples:
       --dataset-name Salesforce/wikitext --dataset-config-name wikitext-103-raw-v1 \\
       --bf16 --learning-rate 1e-4 --per-device-train-batch-size 4 --output-dir qwen-mos
 
-The text is packed into blocks of --block-size tokens. The perplexity of the validation text is that of hf-mos
-evaluate: each token counts once, with the tokens before it."""
+Packs the text into blocks of --block-size tokens. Computes the perplexity of the validation text as hf-mos evaluate
+does: each token counts once, with the tokens before it."""
 
 # The options that --help explains in other words than transformers'.
 TRAINING_HELP = {
     "output_dir": "Folder for the model, its tokenizer, its card and its metrics. Required.",
     "force": "Replace the model, the card and the checkpoints that the output folder holds.",
-    "learning_rate": "The highest learning rate.",
+    "learning_rate": "Peak learning rate.",
     "lr_scheduler_type": "How the learning rate falls: linear, cosine, constant, ...",
-    "warmup_steps": "Steps in which the learning rate rises to its highest; a share of all steps if below 1.",
+    "warmup_steps": "Steps in which the learning rate rises to its peak; a share of all steps if below 1.",
     "num_train_epochs": "Passes over the training text.",
-    "max_steps": "Steps of the optimizer, in place of epochs; -1: as the epochs say.",
-    "per_device_train_batch_size": "Blocks in a batch on each device.",
-    "gradient_accumulation_steps": "Batches in a step of the optimizer.",
-    "gradient_checkpointing": "Compute activations again in the backward pass, to save memory.",
-    "bf16": "Train in mixed precision.",
-    "seed": "Of the weights that are drawn and of the order of the blocks.",
-    "logging_steps": "Print the loss every so many steps.",
-    "log_components": "Log the share of each component and the divergence of each two, for a tracker.",
-    "eval_strategy": "Evaluate during training too: no, steps or epoch.",
-    "eval_steps": "With --eval-strategy steps: evaluate every so many steps; else as often as the loss is printed.",
+    "max_steps": "Number of optimizer steps, instead of epochs; -1: use --num-train-epochs.",
+    "per_device_train_batch_size": "Number of blocks in a batch on each device.",
+    "gradient_accumulation_steps": "Number of batches in an optimizer step.",
+    "gradient_checkpointing": "Recompute activations in the backward pass, to save memory.",
+    "bf16": "Train in bf16 mixed precision.",
+    "seed": "Seed of random weights and of the order of the blocks. The head has its own, --init-seed.",
+    "logging_steps": "Print the loss every INT steps.",
+    "log_components": "Log the share of each component and the divergence of each pair, for a tracker.",
+    "eval_strategy": "When to evaluate during training: no, steps or epoch.",
+    "eval_steps": "With --eval-strategy steps: evaluate every INT steps. Without it: as often as the loss is printed.",
     "eval_on_start": "Evaluate before the first step too.",
-    "per_device_eval_batch_size": "Windows in a batch of an evaluation on each device.",
-    "save_steps": "Save a checkpoint every so many steps.",
-    "save_total_limit": "Keep at most so many checkpoints.",
-    "resume_from_checkpoint": "Continue an interrupted run from a checkpoint; last: its last complete one.",
-    "report_to": "Trackers that are sent the log, such as tensorboard or wandb.",
+    "per_device_eval_batch_size": "Number of windows in an evaluation batch on each device.",
+    "save_steps": "Save a checkpoint every INT steps.",
+    "save_total_limit": "Keep at most INT checkpoints.",
+    "resume_from_checkpoint": "Continue an interrupted run from a checkpoint; last: the last complete one.",
+    "report_to": "Trackers that receive the log, such as tensorboard or wandb.",
     "push_to_hub": "Push the model, its code, its tokenizer and its card to the Hub.",
-    "hub_model_id": "user/name on the Hub; the name of the output folder if not given.",
-    "use_cpu": "Use no accelerator.",
+    "hub_model_id": "user/name on the Hub; without it, the name of the output folder.",
+    "use_cpu": "Train on the CPU.",
     "help": "Show this help.",
 }
 
@@ -68,10 +68,10 @@ class ModelOptions:
 
     model: str | None = field(default=None, metadata={"help": "Folder or Hub id of a causal LM, mixture or not."})
     from_scratch: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a config, in place of --model. The weights are new."}
+        default=None, metadata={"help": "Folder or Hub id of a config, instead of --model: train new weights."}
     )
     tokenizer: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of another tokenizer than the model's."}
+        default=None, metadata={"help": "Folder or Hub id of a tokenizer, if not the model's own."}
     )
     head: Literal["mixture", "softmax"] = field(
         default="mixture", metadata={"help": "softmax: keep the model's own head, to compare."}
@@ -83,17 +83,17 @@ class ModelOptions:
     freeze_backbone: bool = field(
         default=False,
         metadata={
-            "help": "Train the head alone: run the backbone once, keep its hidden states in OUTPUT_DIR/hidden_states, "
-            "and pay for the head alone in each step."
+            "help": "Train only the head: run the backbone once, keep its hidden states in OUTPUT_DIR/hidden_states, "
+            "and compute only the head in each step."
         },
     )
     freeze_decoder: bool = field(
-        default=False, metadata={"help": "With --freeze-backbone: freeze the decoder too. A tied one always is."}
+        default=False, metadata={"help": "With --freeze-backbone: freeze the decoder too. A tied decoder always is."}
     )
-    attn_implementation: str | None = field(default=None, metadata={"help": "As in from_pretrained."})
-    tp_size: int = field(default=1, metadata={"help": "Under torchrun: processes for tensor parallelism."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention, as in from_pretrained."})
+    tp_size: int = field(default=1, metadata={"help": "Under torchrun: number of processes for tensor parallelism."})
     fsdp_size: int = field(
-        default=1, metadata={"help": "Under torchrun: processes over which FSDP2 shards the weights."}
+        default=1, metadata={"help": "Under torchrun: number of processes over which FSDP2 shards the weights."}
     )
     revision: str | None = field(default=None, metadata={"help": "Commit, branch or tag of the model."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the model repository's own code."})
@@ -125,7 +125,7 @@ class DataOptions:
         default=None, metadata={"help": "Text for validation, in the formats of --train-file."}
     )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id, or a folder that load_dataset reads, in place of files."}
+        default=None, metadata={"help": "Hub id, or a folder that load_dataset reads, instead of files."}
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     text_column: str = field(default=TEXT_COLUMN, metadata={"help": TEXT_COLUMN_HELP})
@@ -133,17 +133,17 @@ class DataOptions:
     validation_share: float = field(
         default=0.05,
         metadata={
-            "help": "Without a validation set: the share of the training set, at its end, to validate on, in [0, 1)."
+            "help": "Without a validation set: validate on this share of the training set, from its end, in [0, 1)."
         },
     )
     block_size: int | None = field(
         default=None,
-        metadata={"help": f"Tokens in a block. By default the model's positions, at most {LONGEST_DEFAULT_BLOCK}."},
+        metadata={"help": f"Tokens in a block. Default: the model's positions, at most {LONGEST_DEFAULT_BLOCK}."},
     )
-    preprocessing_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    preprocessing_workers: int | None = field(default=None, metadata={"help": "Number of processes that tokenize."})
     streaming: bool = field(
         default=False,
-        metadata={"help": "Read the dataset during training. Needs --max-steps. Splits no validation set off."},
+        metadata={"help": "Read the dataset during training. Needs --max-steps. Splits off no validation set."},
     )
 
     def __post_init__(self) -> None:
