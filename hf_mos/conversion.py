@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import warnings
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,8 +30,6 @@ from .remote_code.modeling_mos import MoSForCausalLM, model_class_for
 from .remote_code.mos_checkpoint import CONFIG_FILE, STAGING_PREFIX
 from .remote_code.mos_head import MoSLMHead, change_class
 from .remote_code.mos_matmul import is_plain
-
-ROWS_AT_A_TIME = 8192
 
 
 def from_causal_lm(cls: Any, model: str | os.PathLike | PreTrainedModel, **kwargs: Any) -> MoSForCausalLM:
@@ -88,10 +87,7 @@ def from_causal_lm(cls: Any, model: str | os.PathLike | PreTrainedModel, **kwarg
         module._is_hf_initialized = True  # nothing may draw its weights again
     result.describe_head()
     if not config.tie_word_embeddings:
-        if (bias := result.mos_head.bias) is not None:
-            result.mos_head.bias = copy.deepcopy(bias)  # BERT ties it too
-        own = f"{result.head_path()}."
-        result.all_tied_weights_keys = {k: v for k, v in result.all_tied_weights_keys.items() if not k.startswith(own)}
+        untie(result)
     # PEFT would name it as the base of an adapter, and then ask the class of the mixture's config for its config.
     result.name_or_path = ""
     return result
@@ -100,41 +96,36 @@ def from_causal_lm(cls: Any, model: str | os.PathLike | PreTrainedModel, **kwarg
 MoSForCausalLM.from_causal_lm = classmethod(from_causal_lm)  # type: ignore[assignment, method-assign]
 
 
-@torch.no_grad()
 def to_softmax(model: MoSForCausalLM) -> PreTrainedModel:
-    """Equivalent to: the softmax model of the same layers, with the decoder `W (I + latent_scale * mean shift)`.
+    """Equivalent to: the softmax model with the layers and the decoder of a mixture, whose shifts and prior are left.
 
-    Its class and config are the softmax model's own, so that tools which know no mixture can read what it saves. The
-    weights are not copied, but for a decoder that takes up a shift: it is no longer tied to the input embedding.
+    Its class and config are the softmax model's own, so that tools which know no mixture read what it saves. The
+    weights are not copied. Before training it predicts what the mixture does. Of a trained mixture it is what
+    `hf-mos inspect` calls the old softmax, `log_softmax(h @ W.T)`, and less good than the mixture.
 
-    The result predicts what the mixture does before the shifts are trained, and where `num_mixtures` is 1. Otherwise
-    the shifts' differences and the prior are lost. The mean of the shifts is kept, as it is linear in h: outside its
-    shortlist a mixture has these logits. Without it the perplexity is several times as high (`hf-mos export` in
-    `hf_mos/tools/README.md` has figures).
+    A decoder `W (I + latent_scale * mean shift)` could keep the mean of the shifts: outside the shortlist the mixture
+    has its logits. It was worse on four of four trained mixtures, by 0.16 to 0.36 nats (`tests/export_latents.py`), as
+    the mean counts components that the prior hardly uses. It would also untie the decoder.
 
     Raises:
         ValueError: the head is no mixture's, computes other latents, or has an adapter; or a weight is quantized,
             sharded or offloaded.
     """
     head: Any = model.mos_head
+    path = model.head_path()
     if head is None or type(head).latents is not MoSLMHead.latents:
         given = type(model.get_output_embeddings() if head is None else head).__name__
-        raise ValueError(f"{model.head_path()}: expected a MoSLMHead, whose shifts are linear, given {given}")
+        raise ValueError(f"{path}: expected a MoSLMHead, whose latents are h and shifts, given {given}")
     refuse_changed_weights(model)
     parted = next((name for name, weight in model.named_parameters() if weight.is_meta or not is_plain(weight)), None)
     if parted is not None:
         raise ValueError(f"model: expected whole weights in memory, given {parted}, sharded or offloaded")
+    mixture = tuple(f"{path}.{name}." for name in ("prior", "shift", "widening"))
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(mixture)}
     backbone: Any = model.backbone_class
-    state, decoder = model.state_dict(), f"{model.head_path()}."
-    state = {k: v for k, v in state.items() if not re.match(rf"{re.escape(decoder)}(prior|shift|widening)\.", k)}
-    config = softmax_config(model.config, backbone)
-    if head.shift.weight.any():
-        own = {name: tensor.clone() for name, tensor in state.items() if name == f"{decoder}bias"}  # BERT ties it too
-        state |= own | {f"{decoder}weight": with_mean_shift(head)}
-        config.tie_word_embeddings = False
     with head.weight.device, init.no_init_weights():
-        softmax = backbone(config)
-    softmax.load_state_dict(state, assign=True)
+        softmax = backbone(softmax_config(model.config, backbone))
+    softmax.load_state_dict(weights, assign=True)
     softmax.tie_weights()
     softmax.generation_config = copy.deepcopy(model.generation_config)
     return softmax.train(model.training)
@@ -143,30 +134,29 @@ def to_softmax(model: MoSForCausalLM) -> PreTrainedModel:
 MoSForCausalLM.to_softmax = to_softmax  # type: ignore[attr-defined]
 
 
-def with_mean_shift(head: MoSLMHead) -> Tensor:
-    """The decoder's weight (V, D) whose logits for h are those of the head for the mean of its latents."""
-    dtype = torch.promote_types(head.weight.dtype, torch.float32)
-    mean_shift = head.shift.weight.to(dtype).unflatten(0, (head.num_mixtures, -1)).mean(0)  # (r, D)
-    if head.widening is not None:
-        mean_shift = head.widening.weight.to(dtype) @ mean_shift
-    mean_shift *= head.latent_scale  # (D, D)
-    folded = torch.empty_like(head.weight)
-    for ours, theirs in zip(folded.split(ROWS_AT_A_TIME), head.weight.split(ROWS_AT_A_TIME), strict=True):
-        ours.copy_(torch.addmm(theirs.to(dtype), theirs.to(dtype), mean_shift))
-    return folded
-
-
 def softmax_config(config: Any, backbone: type[PreTrainedModel]) -> PreTrainedConfig:
-    """A mixture's config without the fields of the mixture, and the softcap under its own name."""
+    """A mixture's config without the fields of the mixture and its file, and the softcap under its own name."""
     plain = copy.deepcopy(config)
     if config.softcap is not None and (found := find_softcap_field(plain)) is not None:
         setattr(*found, config.softcap)
     for name in (*option_defaults(), "softcap"):
         delattr(plain, name)
+    vars(plain).pop("auto_map", None)
     plain.__class__ = config.backbone_config_class
     plain.architectures = [backbone.__name__]
     plain.name_or_path = ""
     return plain
+
+
+def untie(model: Any) -> None:
+    """Gives its own values to each weight that `tie_word_embeddings` tied: the decoder, in BERT its bias too."""
+    kept = model.get_expanded_tied_weights_keys(all_submodels=True)
+    for name, source in model.all_tied_weights_keys.items():
+        weight, other = attrgetter(name, source)(model)
+        if name not in kept and weight is other:
+            holder, _, last = name.rpartition(".")
+            setattr(model.get_submodule(holder), last, copy.deepcopy(weight))
+    model.all_tied_weights_keys = kept
 
 
 def load_causal_lm(model: str | os.PathLike, known_options: str, kwargs: dict[str, Any]) -> Any:

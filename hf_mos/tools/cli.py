@@ -187,6 +187,61 @@ def convert_command(
         )
 
 
+@app.command("export")
+def export_command(
+    mixture: Annotated[str, typer.Argument(help="Folder or Hub id of a mixture.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Folder for the checkpoint.", show_default=False)],
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    revision: Revision = None,
+    max_shard_size: Annotated[str, typer.Option(help="Weights in files of at most this size.")] = "50GB",
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Save the softmax model inside a mixture, for tools that know no mixture, such as llama.cpp and MLX.
+
+    Saves the layers and the decoder, config, tokenizer and generation config, as the softmax model's own class does,
+    without our code, and reloads them. The shifts and the prior are lost. Before training they change nothing. Of a
+    trained mixture the result is less good than the mixture, and than a softmax trained for as long: measure it with
+    `hf-mos evaluate`, and fine-tune it.
+
+    Example:
+
+    $ hf-mos export gpt2-mos gpt2-softmax
+    """
+    with before_work():
+        check_exists(mixture)
+    from .export import export
+
+    exported = export(
+        mixture,
+        out,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        max_shard_size=max_shard_size,
+        overwrite=force,
+    )
+    if as_json:
+        print_json(vars(exported) | {"is_same": exported.is_same, "is_written": exported.is_written})
+    else:
+        lost = "nothing" if exported.is_same else "what the shifts and the prior have learnt"
+        print_table(
+            out.name,
+            {
+                "folder": str(out),
+                "class": exported.model_class,
+                "parameters": f"{exported.num_parameters:,}",
+                "dtype": exported.dtype,
+                "lost": lost,
+                "change": f"{exported.change:.2g} nats at most, from the mixture, on random tokens",
+                "tokenizer": "saved" if exported.has_tokenizer else "none found",
+            },
+        )
+    if not exported.is_written:
+        fail(f"expected a reloaded model that differs by {exported.rounding:.2g}, given {exported.reload_change:.2g}")
+
+
 @app.command("evaluate")
 def evaluate_command(
     model: Model,

@@ -28,7 +28,7 @@ from hf_mos.tools import cli, loading
 from hf_mos.tools.evaluate import evaluate
 from hf_mos.training.callbacks import StopOnNonFiniteLoss
 
-COMMANDS = ("convert", "evaluate", "inspect", "train", "card", "push", "serve")
+COMMANDS = ("convert", "export", "evaluate", "inspect", "train", "card", "push", "serve")
 
 
 class Printed(NamedTuple):
@@ -100,6 +100,9 @@ def test_help_in_a_narrow_terminal_names_each_option_whole(command: str) -> None
         ("convert MIXTURE OUT", 2, "expected a causal LM with a softmax head"),
         ("convert ./none OUT", 2, "model: expected a folder or a Hub id, given './none', which is neither"),
         ("convert BASE TEXT", 2, "folder: expected a folder, given"),
+        ("export BASE OUT", 2, "model: expected a mixture of softmaxes, given"),
+        ("export MIXTURE BASE", 2, "which holds a checkpoint"),
+        ("export ./none OUT", 2, "model: expected a folder or a Hub id, given './none', which is neither"),
         ("evaluate BASE", 2, "expected --validation-file or --dataset-name, one of the two, given neither"),
         ("evaluate BASE --validation-file TEXT --dataset-name x", 2, "given both"),
         ("evaluate BASE --validation-file none.txt", 2, "file: expected a file, given 'none.txt', which is none"),
@@ -370,6 +373,44 @@ def test_force_replaces_the_checkpoint_and_nothing_else(
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
     assert run("convert", base, out, "--force").code == 0
     assert (out / "notes.txt").read_text() == "mine"
+
+
+# -------------------------------------------------------------------------------------------------------------- export
+
+
+def test_export_of_a_conversion_is_the_model_that_was_converted(
+    run: Callable[..., Printed], base: Path, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.generation_config = GenerationConfig(max_new_tokens=7, do_sample=True, top_k=3, bos_token_id=0)
+    model.save_pretrained(source)
+    AutoTokenizer.from_pretrained(base).save_pretrained(source)
+    assert run("convert", source, tmp_path / "mixture").code == 0
+    printed = run("export", tmp_path / "mixture", out, "--json")
+    assert printed.code == 0, printed.err
+    exported = json.loads(printed.out)
+    assert exported["is_same"]
+    assert exported["is_written"]
+    assert exported["model_class"] == "LlamaForCausalLM"
+    assert {path.name for path in out.iterdir()} == {path.name for path in source.iterdir()}
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert json.loads((out / name).read_text()) == json.loads((source / name).read_text()), name
+    ours, theirs = load_file(out / "model.safetensors"), load_file(source / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_export_of_a_trained_mixture_says_that_something_is_lost(
+    run: Callable[..., Printed], mixture: Path, tmp_path: Path
+) -> None:
+    printed = run("export", mixture, tmp_path / "out", "--dtype", "bfloat16", "--max-shard-size", "20KB")
+    assert printed.code == 0, printed.err  # in bf16 rounding alone could be as large as the change
+    assert "what the shifts and the prior have learnt" in printed.out
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
+    assert loaded.dtype == torch.bfloat16
+    softmax = AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.bfloat16).to_softmax()
+    assert log_prob_gap(loaded, softmax, input_ids=torch.arange(3, 60)[None]) == 0
 
 
 # ------------------------------------------------------------------------------------------------------------ evaluate
