@@ -55,7 +55,7 @@ PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of a causal LM.", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Commit, branch or tag of the model.", show_default=False)]
 TextColumn = Annotated[str, typer.Option(help=TEXT_COLUMN_HELP)]
-Dtype = Annotated[str, typer.Option(help="Of the weights: auto (as saved), float32, bfloat16, float16.")]
+Dtype = Annotated[str, typer.Option(help="Dtype of the weights: auto (as saved), float32, bfloat16, float16.")]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, mps, or auto to spread the model.", show_default="the fastest")
 ]
@@ -474,14 +474,19 @@ def card_command(
     results: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A file of what `hf-mos evaluate --json` printed. Several times for several.", show_default=False
+            help="Output of `hf-mos evaluate --json`, in a file; may be repeated.",
+            show_default=False,
         ),
     ] = None,
     base_model: Annotated[
         str | None, typer.Option(help="Hub id of the model with a softmax.", show_default=False)
     ] = None,
-    license: Annotated[str | None, typer.Option(help="As the Hub names it: apache-2.0.", show_default=False)] = None,
-    language: Annotated[list[str] | None, typer.Option(help="Such as en.", show_default=False)] = None,
+    license: Annotated[
+        str | None, typer.Option(help="Licence, as the Hub names it: apache-2.0.", show_default=False)
+    ] = None,
+    language: Annotated[
+        list[str] | None, typer.Option(help="Language of the model, such as en; may be repeated.", show_default=False)
+    ] = None,
     training_dataset: Annotated[
         list[str] | None, typer.Option(help="Hub id of what it was trained on.", show_default=False)
     ] = None,
@@ -491,13 +496,13 @@ def card_command(
     limit: Annotated[
         list[str] | None, typer.Option(help="A sentence for the list of limits.", show_default=False)
     ] = None,
-    prompt: Annotated[str, typer.Option(help="In the card's code.")] = "The",
+    prompt: Annotated[str, typer.Option(help="Prompt of the code in the card.")] = "The",
     model_revision: Annotated[str, typer.Option(help="The commit that the card's code loads.")] = "main",
     force: Annotated[bool, typer.Option("--force", help="Write over a card that is there.")] = False,
 ) -> None:
     """Write a model card: what the head is, what was measured, how to load it, what it cannot do.
 
-    The measurements go into the card's model-index, which the Hub reads. What CodeCarbon measured (emissions.csv)
+    The measurements go into the card's model-index, which the Hub reads. CodeCarbon's measurements (emissions.csv)
     goes in as well.
 
     Example:
@@ -542,11 +547,16 @@ def push_command(
     ] = None,
     private: Annotated[
         bool | None,
-        typer.Option("--private/--public", help="Of a new repository.", show_default="as the account has it"),
+        typer.Option(
+            "--private/--public", help="Visibility of a new repository.", show_default="as the account has it"
+        ),
     ] = None,
-    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload a mixture of softmaxes",
+    message: Annotated[str, typer.Option(help="Message of the commit.")] = "Upload a mixture of softmaxes",
     token: Annotated[
-        str | None, typer.Option(help="With the right to write.", envvar="HF_TOKEN", show_default="of `hf auth login`")
+        str | None,
+        typer.Option(
+            help="Token of the Hub with the right to write.", envvar="HF_TOKEN", show_default="of `hf auth login`"
+        ),
     ] = None,
     pin: Annotated[
         bool, typer.Option(help="Write the commit into the card's code, in a second commit of the card alone.")
