@@ -37,7 +37,7 @@ test-faults: install ## Kill saves, break checkpoints, drive losses to infinity,
 
 # The tools that people use with a model: command line, Hub, servers, evaluation, adapters, trackers.
 test-ecosystem: $(ECOSYSTEM_INSTALLED) ## Test the clients: command line, Hub, servers, evaluation, adapters, trackers
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile tests/ecosystem
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile tests/ecosystem tests/test_zero_start.py
 
 # Two processes on this machine: DDP, FSDP2, tensor parallelism, DeepSpeed, conversion of what does not fit twice.
 test-distributed: $(DISTRIBUTED_INSTALLED) ## Test two processes: DDP, FSDP2, tensor parallelism, DeepSpeed

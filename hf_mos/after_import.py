@@ -18,7 +18,7 @@ FOLLOWERS: dict[str, tuple[str, ...]] = {
     AUTO_CONFIG: (f"{REMOTE}.configuration_mos",),
     f"{REMOTE}.configuration_mos": ("hf_mos.auto_classes",),
     f"{REMOTE}.mos_loss": ("hf_mos.training.compiled_loss",),
-    f"{REMOTE}.mos_head": ("hf_mos.training.tensor_parallel",),
+    f"{REMOTE}.mos_head": ("hf_mos.training.adapters", "hf_mos.training.tensor_parallel"),
     f"{REMOTE}.modeling_mos": ("hf_mos.conversion", "hf_mos.training.fsdp", "hf_mos.training.token_scores"),
 }
 

@@ -1,6 +1,7 @@
 """MoSLMHead: the mixture of softmaxes in place of a causal LM's vocabulary projection."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import MethodType
@@ -57,7 +58,7 @@ class MoSLMHead(nn.Linear):
         in_features, out_features, bias, device, dtype: of the decoder, (V, D), as for `nn.Linear`.
         options: as in `MoSConfig`, and softcap, as in `mos_log_probs`.
 
-    Initialisation: `shift` is zero, so the mixture predicts what one softmax with its decoder does. The weights of the
+    Initialisation: rounding loses `shift`, of 1e-18, so the mixture predicts what one softmax does. The weights of the
     prior, times `latent_scale`, and of the widening are random, of standard deviation 1 / sqrt(D) and 1 / sqrt(r). So
     components get gradients of different tokens, and part; by an equal prior they stay clones (`initialisation.py`).
 
@@ -102,20 +103,17 @@ class MoSLMHead(nn.Linear):
         self.latent_scale = default_scale(D) if latent_scale is None else latent_scale
         self.init_seed = init_seed
         self.num_classes: int | None = None  # the classes that count; `None`: all rows of the weight
-        self.prior = nn.Linear(
-            D, num_mixtures, bias=False, dtype=torch.promote_types(dtype, torch.float32), device=device
-        )
-        self.shift = nn.Linear(D, num_mixtures * self.shift_rank, bias=False, dtype=dtype, device=device)
-        self.widening = None
-        if self.shift_rank < D:
-            self.widening = nn.Linear(self.shift_rank, D, bias=False, dtype=dtype, device=device)
+        layer = functools.partial(nn.Linear, bias=False, device=device)
+        self.prior = layer(D, num_mixtures, dtype=torch.promote_types(dtype, torch.float32))
+        self.shift = layer(D, num_mixtures * self.shift_rank, dtype=dtype)
+        self.widening = layer(self.shift_rank, D, dtype=dtype) if self.shift_rank < D else None
         self.reset_mixture()
 
     @torch.no_grad()
     def reset_mixture(self) -> None:
         """Initialises the prior and the shift, as the class's docstring says, and to the bit the same each time."""
         draw_(self.prior.weight, self.in_features**-0.5 / self.latent_scale, self.init_seed)
-        init.zeros_(self.shift.weight)
+        draw_(self.shift.weight, 1e-18, self.init_seed)  # not 0: DoRA divides by norms, PiSSA factors the weight
         if self.widening is not None:
             draw_(self.widening.weight, self.shift_rank**-0.5, self.init_seed)
 
@@ -312,6 +310,8 @@ class MoSLMHead(nn.Linear):
 
 def draw_(weight: Any, std: float, seed: int) -> None:
     """Fills a weight with normal numbers, the same on each device and in each process that holds a shard."""
+    if weight.is_meta or getattr(weight, "_is_hf_initialized", False):  # as `init` does
+        return
     generator = torch.Generator().manual_seed(seed)
     values = (std * torch.randn(weight.shape, generator=generator, device="cpu")).to(weight.device, weight.dtype)
     if hasattr(weight, "device_mesh"):

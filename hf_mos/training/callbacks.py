@@ -25,6 +25,7 @@ from ..remote_code.configuration_mos import option_defaults
 from ..remote_code.modeling_mos import shift
 from ..remote_code.mos_checkpoint import STAGING_PREFIX, check_files, read_header
 from ..remote_code.mos_head import MoSLMHead
+from .adapters import NOTICEABLE
 from .mixture_statistics import MixtureStatistics, StatisticsSum, predict_in_chunks
 
 logger = logging.get_logger(__name__)
@@ -98,7 +99,7 @@ class StopOnNonFiniteLoss(TrainerCallback):
 
 
 class MixtureUsage(TrainerCallback):
-    """Logs the use of the mixture beside the loss, and warns where a component starves.
+    """Logs the use of the mixture beside the loss, and warns where a component starves or none differs from another.
 
     The logs are three numbers, on a sample of the last batch before the log, of all processes together:
 
@@ -112,7 +113,8 @@ class MixtureUsage(TrainerCallback):
         max_tokens: how many tokens are looked at, a sample of the batch. `None`: one in 32, on all classes one in 64,
             at most 128, so that a log takes less than 2 % of a step. The warning looks at the mean of the last 128.
         starved_below: the mean weight under which a component starves, as a share of 1 / K.
-        starved_for: warn where a component has starved at each log of so many steps, and at three logs at least.
+        starved_for: warn where a component has starved, or all have been equal, at each log of so many steps, and at
+            three logs at least.
 
     Raises:
         ValueError: on training, the model has no mixture.
@@ -139,6 +141,7 @@ class MixtureUsage(TrainerCallback):
         self.starved: dict[
             int, list[int]
         ] = {}  # the steps of the logs at which a component has starved, without a gap
+        self.still: list[int] = []  # those at which no shift has moved
 
     def add_to(self, trainer: Trainer) -> None:
         """Inserts this callback before the tracker callbacks, so that they report its numbers."""
@@ -150,7 +153,8 @@ class MixtureUsage(TrainerCallback):
         self.head = getattr(model, "mos_head", None)
         if self.head is None:
             raise ValueError(f"model: expected a mixture of softmaxes, given {type(model).__name__}")
-        self.starved, self.mean_weights = {}, None
+        self.starved, self.still, self.mean_weights = {}, [], None
+        warn_of_small_steps(self.head, kwargs.get("optimizer"))
         self.decoder = model.get_output_embeddings()  # the head, or what is around it
         # The head itself has no hook, for which the model would compute the loss from logits.
         self.hooks = [
@@ -191,6 +195,7 @@ class MixtureUsage(TrainerCallback):
         head.eval()  # a subclass may have dropout
         if self.sample is not None:
             scaled, targets = self.sample
+            self.warn_of_still(head, scaled / head.latent_scale, state.global_step)
             for tokens, predictions in predict_in_chunks(head, scaled / head.latent_scale, decoder):
                 total.add(predictions, targets[tokens])
         head.train(was_training)
@@ -219,6 +224,18 @@ class MixtureUsage(TrainerCallback):
                     f"{mean_weights[k]:.2e}, below {threshold:.2e}"
                 )
 
+    @torch.no_grad()
+    def warn_of_still(self, head: MoSLMHead, hidden_states: Tensor, step: int) -> None:
+        """Warns where all components stay equal."""
+        is_own = type(head).latents is MoSLMHead.latents and head.num_mixtures > 1
+        is_still = is_own and float(head.shifts(hidden_states).abs().amax()) < NOTICEABLE
+        before, self.still = self.still, [*self.still, step] if is_still else []
+        if persists(self.still, self.starved_for) and not persists(before, self.starved_for):
+            logger.warning(
+                f"step {step}: the components of the mixture are all equal since step {self.still[0]}, so it is one "
+                "softmax: nothing moves the shift. Train its weight, or put a LoRA adapter on it"
+            )
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -245,6 +262,22 @@ def whole_head(head: MoSLMHead) -> MoSLMHead:
     whole = own_class.take_over(nn.Linear(D, V, bias="bias" in weights, device="meta"), **options)
     whole.load_state_dict(weights, assign=True)
     return whole
+
+
+def warn_of_small_steps(head: Any, optimizer: Any) -> None:
+    """Warns of an Adafactor that steps in proportion to a weight, where it trains a new shift."""
+    inner, weight = getattr(optimizer, "optimizer", optimizer), head.shift.weight  # out of accelerate's
+    if not type(inner).__name__.endswith("Adafactor"):
+        return
+    groups = [group for group in inner.param_groups if any(weight is each for each in group["params"])]
+    own = getattr(weight, "to_local", lambda: weight)()  # of a sharded weight
+    # torch's has no `scale_parameter`: it always steps so.
+    if any(group.get("scale_parameter", True) for group in groups) and own.numel() and own.abs().amax() < NOTICEABLE:
+        logger.warning(
+            "optimizer: Adafactor steps in proportion to a weight, and the shift of a new mixture is next to zero, so "
+            "it moves far less than the other weights. Take AdamW, or transformers' Adafactor with "
+            "scale_parameter=False, or give the shift a group of its own with a higher learning rate"
+        )
 
 
 def persists(steps: list[int], least: int) -> bool:
