@@ -19,7 +19,7 @@ HEADS = [
     {"shortlist_size": None, "shift_rank": 4},
     {"shortlist_size": 20, "shift_rank": 4},
 ]
-# A plain gain, one plus the weight and a softcap, a bias, a decoder with one too, a scale after the norm, no attention.
+# A plain gain, one plus the weight and a softcap, a bias, a decoder with one, a scale after the norm, no attention.
 NAMES = ["llama", "gemma2", "gpt2", "gpt_neox", "bert", "cohere", "mamba"]
 
 
