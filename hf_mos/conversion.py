@@ -23,6 +23,7 @@ from .remote_code.configuration_mos import (
     MoSConfig,
     adopt,
     check_options,
+    default_scale,
     find_softcap_field,
     option_defaults,
 )
@@ -66,6 +67,7 @@ def from_causal_lm(cls: Any, model: str | os.PathLike | PreTrainedModel, **kwarg
     projection = output_projection(backbone)
     if (size := options.get("shortlist_size")) is not None and size > projection.out_features:
         raise ValueError(f"shortlist_size: expected at most {projection.out_features}, all classes, given {size}")
+    options["latent_scale"] = options.get("latent_scale") or default_scale(projection.in_features)
     refuse_changed_weights(backbone)
     forget_quantizer(backbone)
     tied = is_tied(backbone, projection)

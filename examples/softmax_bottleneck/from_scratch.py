@@ -7,7 +7,8 @@
 Llamas of four layers, whose decoder is tied to the embedding, read each token once. All heads have the same backbone,
 batches, steps and schedule, and the loss of this library; each tries every learning rate. The controls are one softmax
 (`softmax`), one softmax of a trained latent (`mixture K=1`), and one softmax with all weights of a mixture
-(`contexts K=16`). `--longer 1.2` also trains the softmax on 1.2 times the tokens, for the seconds of a dearer head.
+(`contexts K=16`). The scale of a head is that of a model made from a config, unless its name says another.
+`--longer 1.2` also trains the softmax on 1.2 times the tokens, for the seconds of a dearer head.
 
 Each run is kept in `from_scratch.json` in `--out` when it ends, and runs once. `--report` only reads the file.
 """
@@ -28,6 +29,8 @@ from results import DEFAULT_OUT, Out, Quick, Results, mean, show, spread, start
 from text import SPLITS, DatasetConfigName, DatasetName, Source, Text, TrainFile, ValidationFile, load_text
 from training import Recipe
 from transformers import AutoTokenizer
+
+from hf_mos.remote_code.configuration_mos import default_scale
 
 NUM_LAYERS, HEAD_SIZE = 4, 32
 BLOCK_SIZE, BLOCKS_PER_STEP = 128, 16
@@ -83,7 +86,11 @@ def contestants_of(
     text: Text, width: int, tokens: int, heads: list[Head], longer: list[float], results: Results
 ) -> Contestants:
     """The heads, and the softmax that reads more tokens, for the seconds of a dearer head."""
-    found: Contestants = {head.name: (experiment_of(text, width, tokens, results), head) for head in heads}
+    found: Contestants = {}
+    for head in heads:
+        scale = {} if head == SOFTMAX else {"latent_scale": default_scale(width, from_scratch=True)}
+        head = replace(head, options=scale | head.options)
+        found[head.name] = (experiment_of(text, width, tokens, results), head)
     for times in longer:
         found[f"softmax, {times:g} x the tokens"] = (
             experiment_of(text, width, round(tokens * times), results),

@@ -31,6 +31,7 @@ from .configuration_mos import (
     MoSConfig,
     adopt,
     config_class_for,
+    default_scale,
     find_softcap_field,
     option_defaults,
     take_softcap,
@@ -110,10 +111,10 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         self._set_softcap(NO_SOFTCAP)
         if not config.tie_word_embeddings and linear.weight is self.get_input_embeddings().weight:
             linear.weight = copy.deepcopy(linear.weight)
-        options = {name: getattr(config, name) for name in option_defaults()}
-        head = MoSLMHead.take_over(linear, softcap=config.softcap, **options)
+        config.latent_scale = config.latent_scale or default_scale(linear.in_features, from_scratch=True)
+        head = MoSLMHead.take_over(linear, **{name: getattr(config, name) for name in (*option_defaults(), "softcap")})
         head.num_classes = getattr(config.get_text_config(), "unpadded_vocab_size", None)
-        config.latent_scale, config.shift_rank = head.latent_scale, head.shift_rank
+        config.shift_rank = head.shift_rank
 
     def _set_softcap(self, softcap: float) -> None:
         """Sets the softcap of those models that copy it; most read it from their config at each call."""

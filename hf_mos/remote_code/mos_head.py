@@ -100,8 +100,7 @@ class MoSLMHead(nn.Linear):
         D, dtype, device = self.in_features, self.weight.dtype, device_of(self)
         self.num_mixtures, self.shortlist_size, self.softcap = num_mixtures, shortlist_size, softcap
         self.shift_rank = min(shift_rank or default_rank(num_mixtures, D, self.out_features), D)
-        self.latent_scale = default_scale(D) if latent_scale is None else latent_scale
-        self.init_seed = init_seed
+        self.latent_scale, self.init_seed = latent_scale or default_scale(D), init_seed
         self.num_classes: int | None = None  # the classes that count; `None`: all rows of the weight
         layer = functools.partial(nn.Linear, bias=False, device=device)
         self.prior = layer(D, num_mixtures, dtype=torch.promote_types(dtype, torch.float32))

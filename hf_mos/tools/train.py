@@ -36,6 +36,8 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..conversion import output_projection
+from ..remote_code.configuration_mos import default_scale
 from ..remote_code.modeling_mos import MoSForCausalLM
 from ..remote_code.mos_checkpoint import CONFIG_FILE
 from ..training.callbacks import MixtureUsage, StopOnNonFiniteLoss, last_whole_checkpoint
@@ -326,7 +328,9 @@ def model_to_train(
         config.vocab_size = len(tokenizer)
         dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        model = MoSForCausalLM.from_causal_lm(model, **options.head_options) if converts else model
+        if converts:
+            scale = default_scale(output_projection(model).in_features, from_scratch=True)
+            model = MoSForCausalLM.from_causal_lm(model, **{"latent_scale": scale} | options.head_options)
     elif converts:
         model = MoSForCausalLM.from_causal_lm(options.source, **options.head_options, **loading)
     else:
