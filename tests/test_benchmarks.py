@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from fresh_processes import PROGRAMS, fork_server
-from helpers import tiny_causal_lm
+from helpers import part_components, tiny_causal_lm
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -67,16 +67,38 @@ def test_decoding():
     assert "tokens per second" in " ".join(result.stdout.split())
 
 
+def save_mixtures(folder, text):
+    """A full mixture and one on a shortlist, each with a tokenizer."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator([text], vocab_size=300)
+    for name, size in (("full", None), ("shortlist", 8)):
+        mixture = MoSForCausalLM.from_causal_lm(
+            tiny_causal_lm(vocab_size=bpe.get_vocab_size()), num_mixtures=2, shortlist_size=size
+        )
+        part_components(mixture)
+        mixture.save_pretrained(folder / name)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="a")
+        tokenizer.save_pretrained(folder / name)
+
+
+def test_steps_with_a_cache_differ_from_one_pass_by_rounding(tmp_path):
+    save_mixtures(tmp_path, "the cat sat on the mat. " * 100)
+    folders = [str(tmp_path / name) for name in ("full", "shortlist")]
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        script = str(BENCHMARKS / "step_by_step.py")
+        result = fork_server(*PROGRAMS).run(script, *folders, "--new-tokens", "8", "--dtype", dtype, kind="script")
+        assert result.returncode == 0, result.stderr
+        lines = [line.rpartition(": ") for line in result.stdout.splitlines()]
+        found[dtype] = {name: float(words.split()[0]) for name, _, words in lines}
+    assert len(found["float32"]) == 4
+    assert all(gap < 0.002 < found["bfloat16"][name] for name, gap in found["float32"].items())
+
+
 def test_row_skipping_takes_a_full_mixture_alone(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat. " * 100)
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([text.read_text()], vocab_size=300)
-    model = tiny_causal_lm(vocab_size=bpe.get_vocab_size())
-    for name, size in (("full", None), ("shortlist", 8)):
-        mixture = MoSForCausalLM.from_causal_lm(model, num_mixtures=2, shortlist_size=size)
-        mixture.save_pretrained(tmp_path / name)
-        PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer).save_pretrained(tmp_path / name)
+    save_mixtures(tmp_path, text.read_text())
     result = run("row_skipping.py", str(tmp_path / "full"), "--text-file", str(text), "--json")
     assert result.returncode == 0, result.stderr
     shares = [row["share of rows"] for row in json.loads(result.stdout)["rows"]]
