@@ -194,14 +194,14 @@ def test_the_default_follows_the_width_that_the_head_reads() -> None:
 @pytest.mark.parametrize(("width", "scale"), [(32, 10.0), (128, 2.5), (576, 320 / 576)])
 def test_the_default_falls_with_the_width(width: int, scale: float) -> None:
     assert default_scale(width) == pytest.approx(scale)
-    assert default_scale(width, from_scratch=True) == pytest.approx(scale / 32)
+    assert default_scale(width, from_scratch=True) == pytest.approx(scale / 100)
 
 
 def test_a_new_model_writes_the_default_to_its_config() -> None:
     config = MoSConfig.from_backbone_config(tiny_causal_lm().config)
     assert config.latent_scale is None
     made = MoSForCausalLM(config)
-    assert made.config.latent_scale == made.mos_head.latent_scale == 10 / 32  # from scratch
+    assert made.config.latent_scale == made.mos_head.latent_scale == 3.2 / 32  # from scratch
     assert MoSForCausalLM.from_causal_lm(tiny_causal_lm(), latent_scale=None).config.latent_scale == 320 / 32
 
 

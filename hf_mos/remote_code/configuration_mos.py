@@ -21,8 +21,8 @@ MODEL_TYPE, BACKBONE_TYPE = "mos", "backbone_model_type"  # the first is the fil
 PREFIX = "MoS"  # of the name of a made class
 
 # Adam moves every weight by the learning rate, so the change of a layer's output in a step grows with its width D. A
-# scale of 320 / D (`learning_rates.py`), from scratch 10 / D (`from_scratch.py`), gives every width the same change.
-TRAINED_SCALE, FROM_SCRATCH_SCALE = 320.0, 10.0  # times 1 / D. Source: Yang et al., arXiv 2203.03466
+# scale of 320 / D (`learning_rates.py`), from scratch 3.2 / D (`from_scratch.py`), gives every width the same change.
+TRAINED_SCALE, FROM_SCRATCH_SCALE = 320.0, 3.2  # times 1 / D. Source: Yang et al., arXiv 2203.03466
 LARGEST_RANK, SMALLEST_RANK = 64, 8  # of a shift that is not full by default
 
 # The names of a logit softcap in transformers' configs. It belongs inside each component of the mixture, so a model
@@ -65,7 +65,7 @@ class MoSConfig(PreTrainedConfig):
     )
     latent_scale: float | None = option(
         None,
-        "Multiplies the shifts and the input of the prior. None: 320 / D, and 10 / D from scratch. Beside an "
+        "Multiplies the shifts and the input of the prior. None: 320 / D, and 3.2 / D from scratch. Beside an "
         "adapter, which needs a high learning rate, set a lower scale, such as 0.1.",
     )
     init_seed: int = option(0, "Seed of the head's initial weights, which do not depend on torch.manual_seed.")
