@@ -46,9 +46,9 @@ def wide_prior(head: MoSLMHead) -> None:
 
 STARTS = {
     "one softmax": None,
-    "shift of zero, random prior (the default)": no_change,
-    "shift of zero, three times the prior's spread": wide_prior,
-    "shift of zero, equal weights": equal_weights,
+    "shift next to zero, random prior (the default)": no_change,
+    "shift next to zero, three times the prior's spread": wide_prior,
+    "shift next to zero, equal weights": equal_weights,
     "shift of noise 0.02, equal weights": noise_in_latents,
 }
 
