@@ -235,3 +235,26 @@ def test_the_mean_and_the_offsets_are_those_of_the_latents(shortlist_size):
 def test_targets_of_another_shape():
     with pytest.raises(ValueError, match=r"targets: expected \(2, 5\), given \(2, 4\)"):
         make_head()(inputs()[0], targets=torch.zeros(2, 4, dtype=torch.long))
+
+
+class Packed(nn.Module):
+    """A quantizer's layer, which has no `weight`."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.codes = linear.weight
+
+    def forward(self, hidden_states):
+        return F.linear(hidden_states, self.codes)
+
+
+@pytest.mark.parametrize("options", [{}, {"shortlist_size": 5}, {"shortlist_size": 5, "shift_rank": 4}], ids=str)
+@pytest.mark.parametrize("packed", [["shift"], ["prior", "shift", "widening"]], ids=str)
+def test_layers_of_a_quantizer_that_have_no_weight(packed, options):
+    head, (hidden_states, targets) = trained(make_head(**options)), inputs()
+    expected = head(hidden_states), head(hidden_states, targets)
+    for name in packed:
+        if getattr(head, name) is not None:
+            setattr(head, name, Packed(getattr(head, name)))
+    torch.testing.assert_close(head(hidden_states), expected[0])
+    torch.testing.assert_close(head(hidden_states, targets), expected[1])

@@ -163,7 +163,7 @@ def test_training_to_convergence_ends_with_its_best_weights():
     result = fit(model, some_text(), recipe, seed=0, name="")  # of random tokens: it can but learn them by heart
     assert result["stopped_early"]
     assert result["steps"] < 400
-    assert result["valid_nats"] == pytest.approx(min(nats for _, _, nats in result["curve"]))
+    assert result["valid_nats"] == pytest.approx(min(nats for _, _, nats, _ in result["curve"]))
 
 
 @pytest.mark.parametrize("rank", [2, 5])

@@ -1,7 +1,6 @@
 """MoSLMHead: the mixture of softmaxes in place of a causal LM's vocabulary projection."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import MethodType
@@ -102,10 +101,10 @@ class MoSLMHead(nn.Linear):
         self.shift_rank = min(shift_rank or default_rank(num_mixtures, D, self.out_features), D)
         self.latent_scale, self.init_seed = latent_scale or default_scale(D), init_seed
         self.num_classes: int | None = None  # the classes that count; `None`: all rows of the weight
-        layer = functools.partial(nn.Linear, bias=False, device=device)
-        self.prior = layer(D, num_mixtures, dtype=torch.promote_types(dtype, torch.float32))
-        self.shift = layer(D, num_mixtures * self.shift_rank, dtype=dtype)
-        self.widening = layer(self.shift_rank, D, dtype=dtype) if self.shift_rank < D else None
+        given: dict[str, Any] = {"bias": False, "device": device}
+        self.prior = nn.Linear(D, num_mixtures, dtype=torch.promote_types(dtype, torch.float32), **given)
+        self.shift = nn.Linear(D, num_mixtures * self.shift_rank, dtype=dtype, **given)
+        self.widening = nn.Linear(self.shift_rank, D, dtype=dtype, **given) if self.shift_rank < D else None
         self.reset_mixture()
 
     @torch.no_grad()
@@ -339,7 +338,7 @@ def each(function: Callable[[Tensor], Tensor], parts: Any) -> Any:
 
 def in_dtype_of(layer: nn.Module, hidden_states: Tensor) -> Tensor:
     # A quantizer's weight has the dtype of its codes, or is no tensor.
-    weight: Any = layer.weight
+    weight: Any = getattr(layer, "weight", None)
     is_float = isinstance(weight, Tensor) and weight.is_floating_point()
     return hidden_states.to(weight.dtype) if is_float else hidden_states
 

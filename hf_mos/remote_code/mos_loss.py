@@ -285,9 +285,10 @@ class MoSCrossEntropy(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None  # handed over, so that they can be scaled in place
         weights = grad_output / divisor(targets != options.ignore_index, ctx.reduction)
         with torch.autocast(targets.device.type, enabled=False):
-            if gradients is None or options.waits(ctx.reduction):  # none: a second pass through a retained graph
-                _, gradients = loss_of(options)(inputs, targets, options, wanted, weights.expand(targets.shape))
-            else:
+            if (waits := options.waits(ctx.reduction)) or gradients is None:  # None: a second pass, of the same bits
+                token_weights = weights.expand(targets.shape) if waits else None
+                _, gradients = loss_of(options)(inputs, targets, options, wanted, token_weights)
+            if not waits:
                 gradients = [None if x is None else x.mul_(weights) for x in gradients]
         return (None, None, None, *in_dtype_of(inputs, gradients))
 
