@@ -50,7 +50,10 @@ def plot_curves(path: Path, title: str, curves: dict[str, Sequence[tuple[float, 
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.subplots()
     for name, points in curves.items():
-        axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=name, color="0.35" if "soft" in name else None)
+        style = "o--" if "," in name else "o-"  # dashed: on more tokens
+        axes.plot(
+            *zip(*points, strict=True), style, markersize=3, label=name, color="0.35" if "soft" in name else None
+        )
     lowest = min(points[-1][1] for points in curves.values())
     highest = max(points[min(1, len(points) - 1)][1] for points in curves.values())
     axes.set(xlabel="seconds of the training, one thread", ylabel="validation, nats per token", title=title)
