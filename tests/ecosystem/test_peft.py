@@ -119,9 +119,9 @@ def predictions(model: Any) -> tuple[Tensor, Tensor]:
     return outputs.logits, outputs.loss
 
 
-def assert_same(model: Any, expected: tuple[Tensor, Tensor]) -> None:
+def assert_same(model: Any, expected: tuple[Tensor, Tensor], atol: float = 1e-5) -> None:
     for ours, theirs in zip(predictions(model), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours, theirs, atol=atol, rtol=1e-5)
 
 
 def trained_in_head(model: Any) -> set[str]:
@@ -159,9 +159,9 @@ def test_adapters(case: str, tmp_path: Path) -> None:
     merged = model.merge_and_unload()
     assert isinstance(merged, MoSForCausalLM)
     assert not any("lora" in name or "modules_to_save" in name for name in merged.state_dict())
-    assert_same(merged, expected)
+    assert_same(merged, expected, atol=3e-4)  # a merge rounds the sum of two weights, and the logits are up to 60
     merged.save_pretrained(tmp_path / "merged")
-    assert_same(MoSForCausalLM.from_pretrained(tmp_path / "merged"), expected)
+    assert_same(MoSForCausalLM.from_pretrained(tmp_path / "merged"), expected, atol=3e-4)
 
 
 def test_an_adapter_on_a_tied_decoder(tmp_path: Path) -> None:
