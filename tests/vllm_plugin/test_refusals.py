@@ -196,7 +196,7 @@ def test_the_plugin_may_be_called_twice(whole: Path, known_classes: None) -> Non
     config = parsers.get_config(whole, trust_remote_code=False)
     assert config.architectures == ["MoSLlamaForCausalLM", "LlamaForCausalLM"]
     assert (type(config), config.model_type) == (LlamaConfig, "llama")
-    assert (config.num_mixtures, config.shortlist_size, config.latent_scale) == (3, None, 5.0)
+    assert (config.num_mixtures, config.shortlist_size, config.latent_scale) == (3, None, 3.2 / 64)
     assert not hasattr(config, "auto_map")
 
 
