@@ -72,9 +72,9 @@ class Experiment:
 
         return self.results.run(settings, fit_and_save)
 
-    def is_kept(self, head: Head, seed: int) -> bool:
-        """Whether `train` has run with these arguments."""
-        return self.results.has(self.settings(head, seed))
+    def kept(self, head: Head, seed: int) -> dict[str, Any] | None:
+        """The result of `train` with these arguments, if it has run."""
+        return self.results.find(self.settings(head, seed))
 
     def from_checkpoint(self, seed: int = 0) -> "Experiment":
         """The experiment from a softmax model, which this recipe trains once and keeps beside the results."""

@@ -101,10 +101,10 @@ def contestants_of(
 
 def kept_runs(experiment: Experiment, head: Head, rates: list[float], seeds: int) -> dict[float, list[dict[str, Any]]]:
     """The results that the file has, by learning rate."""
-    tried = {rate: experiment.with_recipe(learning_rate=rate) for rate in rates}
-    runs = {
-        rate: [at.train(head, seed) for seed in range(seeds) if at.is_kept(head, seed)] for rate, at in tried.items()
-    }
+    runs = {}
+    for rate in rates:
+        tried = experiment.with_recipe(learning_rate=rate)
+        runs[rate] = [run for seed in range(seeds) if (run := tried.kept(head, seed)) is not None]
     return {rate: found for rate, found in runs.items() if found}
 
 

@@ -35,16 +35,17 @@ class Results:
 
     def run(self, settings: dict[str, Any], function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of the run with these settings: from the file, or by a call of the function."""
+        if (kept := self.find(settings)) is not None:
+            return kept
         settings = as_in_file(settings)
-        for run in self.runs:
-            if run["settings"] == settings:
-                return run["result"]
         self.runs.append({"settings": settings, "result": function(), "command": command(), "versions": versions()})
         self.write()
         return self.runs[-1]["result"]
 
-    def has(self, settings: dict[str, Any]) -> bool:
-        return any(run["settings"] == as_in_file(settings) for run in self.runs)
+    def find(self, settings: dict[str, Any]) -> dict[str, Any] | None:
+        """The result of the run with these settings that the file has."""
+        settings = as_in_file(settings)
+        return next((run["result"] for run in self.runs if run["settings"] == settings), None)
 
     def write(self) -> None:
         """Writes the file atomically."""
