@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from hf_mos import MoSConfig, MoSForCausalLM, mos_cross_entropy, mos_log_probs
 from hf_mos.remote_code.mos_log_probs import infer_log_probs
-from hf_mos.remote_code.mos_shortlist import BLOCK, SEARCHED_ROWS, top_classes
+from hf_mos.remote_code.mos_shortlist import GROUP, top_classes
 from hf_mos.training.mixture_statistics import mixture_statistics, predict_in_chunks
 
 N, K, D = 9, 3, 12
@@ -32,10 +32,13 @@ def whole(mean: Tensor, offsets: Tensor) -> Tensor:
     return mean.unsqueeze(1) + offsets
 
 
-@pytest.mark.parametrize("V", [1, BLOCK - 1, BLOCK, 5 * BLOCK, 40 * BLOCK + 7])
-@pytest.mark.parametrize("count", [1, 3, 10, 10**6])
+MANY = 2567  # classes
+
+
+@pytest.mark.parametrize("V", [1, GROUP - 1, GROUP, 320, MANY, 2**15 + 7])
+@pytest.mark.parametrize("count", [1, 3, 10, 64, 10**6])
 def test_top_classes_are_those_of_topk(V: int, count: int) -> None:
-    for leading in ((4,), (2, 3), (SEARCHED_ROWS + 1,)):
+    for leading in ((1,), (4,), (2, 3), (65,)):
         logits = torch.randn(*leading, V)
         chosen = logits.gather(-1, top_classes(logits, count)).sort(-1).values
         assert torch.equal(chosen, logits.topk(min(count, V)).values.sort(-1).values)
@@ -43,7 +46,7 @@ def test_top_classes_are_those_of_topk(V: int, count: int) -> None:
 
 @pytest.mark.parametrize("value", [0.0, float("-inf")])
 def test_top_classes_of_ties_are_distinct(value: float) -> None:
-    logits = torch.full((3, 10 * BLOCK + 5), value)
+    logits = torch.full((3, 2**15 + 5), value)
     for count in (1, 4, 9, 100):
         assert all(len(row.unique()) == count for row in top_classes(logits, count))
 
@@ -52,7 +55,7 @@ def test_top_classes_of_ties_are_distinct(value: float) -> None:
 @pytest.mark.parametrize("size", [1, 4, 20])
 def test_is_the_mixture_of_components_that_share_their_tails(size: int, softcap: float | None) -> None:
     """By the definition, component by component, in probability space."""
-    mean, offsets, prior_logits, weight = draw(40 * BLOCK + 7)
+    mean, offsets, prior_logits, weight = draw(MANY)
     shared = mean @ weight.T
     inside = torch.zeros_like(shared).scatter(1, shared.topk(size).indices, 1).unsqueeze(1)
     logits = shared.unsqueeze(1) + inside * (offsets @ weight.T)
@@ -64,6 +67,18 @@ def test_is_the_mixture_of_components_that_share_their_tails(size: int, softcap:
     torch.testing.assert_close(mos_log_probs(whole(mean, offsets), prior_logits, weight, **options), expected)
     for latents in ((mean, offsets), whole(mean, offsets)):
         torch.testing.assert_close(infer_log_probs(latents, prior_logits, weight, **options), expected)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_with_its_log_partition_it_is_the_logits_of_one_softmax(softcap: float | None) -> None:
+    mean, offsets, prior_logits, weight = draw(MANY)
+    options: dict[str, Any] = {"shortlist_size": 9, "softcap": softcap, "add_log_partition": True}
+    given = infer_log_probs((mean, offsets), prior_logits, weight, **options)
+    torch.testing.assert_close(given, mos_log_probs((mean, offsets), prior_logits, weight, **options))
+    shared = mean @ weight.T
+    shared = shared if softcap is None else softcap * torch.tanh(shared / softcap)
+    outside = torch.ones_like(shared).scatter(1, (mean @ weight.T).topk(9).indices, 0).bool()
+    torch.testing.assert_close(given[outside], shared[outside])
 
 
 @pytest.mark.parametrize("more", [0, 1])
@@ -82,7 +97,7 @@ def test_a_shortlist_of_all_classes_is_the_full_mixture(more: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_losses_of_all_labels_are_one_distribution(dtype: torch.dtype) -> None:
     """The label has no part in the choice of the shortlist."""
-    V = 40 * BLOCK + 7
+    V = MANY
     mean, offsets, prior_logits, weight = draw(V, dtype)
     part = slice(0, 2)
     latents = (mean[part].repeat(V, 1), offsets[part].repeat(V, 1, 1))
@@ -93,7 +108,7 @@ def test_the_losses_of_all_labels_are_one_distribution(dtype: torch.dtype) -> No
 
 
 def test_a_confident_token_whose_shortlist_holds_all_the_mass() -> None:
-    mean, offsets, prior_logits, weight = draw(40 * BLOCK + 7, torch.float32, scale=60.0)
+    mean, offsets, prior_logits, weight = draw(MANY, torch.float32, scale=60.0)
     leaves = [x.requires_grad_() for x in (mean, offsets, prior_logits, weight)]
     targets = torch.arange(N)
     loss = mos_cross_entropy((mean, offsets), prior_logits, weight, targets, shortlist_size=4)
@@ -111,10 +126,10 @@ def test_a_confident_token_whose_shortlist_holds_all_the_mass() -> None:
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_blocks_of_classes_and_chunks_of_tokens(reduction: str, softcap: float | None) -> None:
-    leaves = [x.clone().requires_grad_() for x in draw(40 * BLOCK + 7)]
+    leaves = [x.clone().requires_grad_() for x in draw(MANY)]
     mean, offsets, prior_logits, weight = leaves
     offsets = offsets - offsets.mean(1, keepdim=True)
-    targets = torch.randint(0, 40 * BLOCK + 7, (N,))
+    targets = torch.randint(0, MANY, (N,))
     targets[::4] = -100
     options: dict[str, Any] = {"softcap": softcap, "shortlist_size": 6}
     log_probs = mos_log_probs(whole(mean, offsets), prior_logits, weight, **options)

@@ -7,6 +7,7 @@ The controls are heads of the same class, so that nothing but the maths differs,
                 and one softmax, whose rank is bounded as any softmax's is
     mixture     log(sum_k prior_k(h) softmax(decoder(latent_k(h)))); with one component a softmax of a latent
     paper       the mixture of the paper's latents, `tanh(shift_k(h))`
+    layers      the mixture of latents that also read the middle layer
 
 A head is on all classes unless it has a `shortlist_size`.
 """
@@ -57,6 +58,33 @@ class DropoutHead(MoSLMHead):
 
     def shifts(self, hidden_states: Tensor) -> Tensor:
         return F.dropout(super().shifts(hidden_states), DROPOUT, self.training)
+
+
+class LayersHead(MoSLMHead):
+    """Equivalent to: MoSLMHead whose shifts add a linear layer of the state after the middle layer of a Llama.
+
+    Source: Takase et al. 2018, arXiv 1808.10143, section 3, where each component reads one layer.
+    """
+
+    @classmethod
+    def take_over(cls, linear: nn.Linear, **options: Any) -> "LayersHead":
+        head: Any = super().take_over(linear, **options)
+        head.middle_shift = nn.Linear(head.in_features, head.num_mixtures * head.in_features, bias=False)
+        nn.init.normal_(head.middle_shift.weight, std=1e-18)  # as the shift
+        return head
+
+    def read(self, model: PreTrainedModel) -> None:
+        """Reads the middle layer of this model from now on."""
+        layers: Any = model.model.layers
+        layers[len(layers) // 2 - 1].register_forward_hook(self.keep)
+
+    def keep(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+        self.middle = output if isinstance(output, Tensor) else output[0]  # (..., D), not normalised
+
+    def shifts(self, hidden_states: Tensor) -> Tensor:
+        middle = F.rms_norm(self.middle, self.middle.shape[-1:])
+        more = self.latent_scale * self.middle_shift(middle).unflatten(-1, (self.num_mixtures, -1))
+        return super().shifts(hidden_states) + more
 
 
 class RescoredHead(MoSLMHead):
@@ -121,6 +149,7 @@ HEAD_CLASSES = {
     "contexts": ContextsHead,
     "paper": PaperHead,
     "dropout": DropoutHead,
+    "layers": LayersHead,
     "rescored": RescoredHead,
     "own tokens too": OwnTokensHead,
     f"classes above {LIKELY:g}": LikelyClassesHead,
@@ -258,7 +287,9 @@ def with_head(model: PreTrainedModel, head: Head, seed: int) -> MoSForCausalLM:
     torch.manual_seed(seed)
     result = MoSForCausalLM.from_causal_lm(model, init_seed=seed, **{"shortlist_size": None} | head.options)
     if head.kind != "mixture":
-        head.take_over(result.mos_head, result.mos_head.softcap, seed)
+        taken = head.take_over(result.mos_head, result.mos_head.softcap, seed)
+        if isinstance(taken, LayersHead):
+            taken.read(result)
     if head.prior_spread != 1:
         result.mos_head.prior.weight.data *= head.prior_spread
     return result

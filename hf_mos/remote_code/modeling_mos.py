@@ -428,18 +428,15 @@ def model_class_for(backbone: Any) -> type[MoSForCausalLM]:
     parameters = inspect.signature(backbone.forward).parameters.values()
     named = tuple(each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD))
     members: dict[str, Any] = {"__module__": __name__, "__qualname__": name, "__doc__": MoSForCausalLM.__doc__}
-    members["forward"] = sign_as(backbone.forward, forward)
-    prepare = sign_as(backbone.prepare_inputs_for_generation, prepare_inputs_for_generation)
-    members["prepare_inputs_for_generation"] = prepare
-    # These read the source of the class's module.
+    for ours in (forward, prepare_inputs_for_generation):
+        members[ours.__name__] = sign_as(getattr(backbone, ours.__name__), ours)
     asked = ("_can_set_attn_implementation", "_can_set_experts_implementation")
-    members |= {name: getattr(backbone, name) for name in asked}
+    members |= {name: getattr(backbone, name) for name in asked}  # they read the source of the class's module
     members |= {"backbone_class": backbone, "config_class": config_class_for(backbone.config_class)}
     members |= {"argument_names": named[1:]}
     made: Any = type(name, (MoSForCausalLM, backbone), members)
     globals().setdefault(name, made)
-    # transformers looks up some things by the name of a class.
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] = name
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] = name  # transformers looks up some things by the name of a class
     if (conversions := get_checkpoint_conversion_mapping(backbone.__name__)) is not None:
         register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
     return made
@@ -469,8 +466,7 @@ def backbone_class_of(config: Any) -> Any:
         raise ValueError(f"config: expected MoSConfig.from_backbone_config(config, num_mixtures=...), given {given}")
     mapping: Any = AutoModelForCausalLM._model_mapping  # type: ignore[attr-defined]
     name = (config.architectures or [""])[0].removeprefix(PREFIX)
-    mapped = mapping.get(config.backbone_config_class, None)
-    if (found := mapped if mapped is not None else getattr(transformers, name, None)) is None:
+    if (found := mapping.get(config.backbone_config_class, None) or getattr(transformers, name, None)) is None:
         raise ValueError(f"architectures: expected a causal LM of transformers, given {config.architectures}")
     return found
 

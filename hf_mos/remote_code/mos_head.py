@@ -227,9 +227,8 @@ class MoSLMHead(nn.Linear):
                 log_probs = infer_log_probs(latents, prior_logits, weight, **given)
                 return log_probs if shard is None else shard.gather_classes(log_probs)
             if shard is None and M is not None:
-                mean, offsets = latents
-                logits = shortlist_logits(weight, bias, mean, offsets, prior_logits, self.softcap, M).unsqueeze(-2)
-                return mix_log_probs(logits, torch.zeros_like(logits[..., 0]), add_log_partition)
+                logits = shortlist_logits(weight, bias, latents, prior_logits, self.softcap, M)  # type: ignore[arg-type]
+                return logits if add_log_partition else F.log_softmax(logits, dim=-1)  # of one softmax
         log_weights, logits = components(self.as_decoder(decoder), latents, prior_logits, self.softcap, M)
         return mix_log_probs(logits, log_weights, add_log_partition)
 

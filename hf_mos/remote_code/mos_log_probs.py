@@ -150,27 +150,30 @@ def infer_log_probs(
     dtype = widen(decoder_weight[:0]).dtype
     decoder = Decoder(decoder_weight, decoder_bias, softcap, vocabulary, dtype, matmul)
     log_gate = F.log_softmax(widen(prior_logits), dim=-1)
-    log_weights = log_gate if offsets is None else torch.zeros_like(log_gate[:, :1])  # on a shortlist of one softmax
-    log_probs = torch.empty(N, V_r, dtype=dtype, device=device)
+    rows_per_token = log_gate.shape[1] if offsets is None else 1
     bytes_per_logit = dtype.itemsize + (decoder_weight.itemsize if decoder_weight.dtype != dtype else 0)
-    size = even(N, tokens_per_chunk(log_weights.shape[1], vocabulary.num_classes, bytes_per_logit, device))
+    size = even(N, tokens_per_chunk(rows_per_token, vocabulary.num_classes, bytes_per_logit, device))
+
+    def of_chunk(tokens: slice) -> Tensor:
+        gate = log_gate[tokens]  # (n, K)
+        logits = decoder.logits(latents[tokens].flatten(0, -2))
+        if offsets is not None and shortlist_size is not None:
+            mix_on_shortlist_(logits, offsets[tokens], gate, decoder, shortlist_size)
+            return logits if add_log_partition else vocabulary.log_softmax_(logits)  # of one softmax
+        cap_(logits, softcap)
+        component_logits = logits.unflatten(0, gate.shape)
+        largest_logit = component_logits.amax(dim=-1) if add_log_partition and V_r else None  # a shard may be empty
+        component_log_probs = vocabulary.log_softmax_(component_logits)
+        if largest_logit is None:
+            return mix_(component_log_probs, gate)
+        log_partition = mean_log_partition(gate, largest_logit, component_log_probs.amax(dim=-1))
+        return mix_(component_log_probs, gate).add_(log_partition.unsqueeze(-1))
+
+    if size >= N:
+        return of_chunk(slice(N))
+    log_probs = torch.empty(N, V_r, dtype=dtype, device=device)
     for start in range(0, N, size):
-        tokens = slice(start, start + size)
-        chunk = latents[tokens]
-        if offsets is None or shortlist_size is None:
-            component_logits = decoder.logits(chunk.flatten(0, 1)).unflatten(0, chunk.shape[:2])
-            cap_(component_logits, softcap)
-        else:
-            component_logits = decoder.logits(chunk)
-            mix_on_shortlist_(component_logits, offsets[tokens], log_gate[tokens], decoder, shortlist_size)
-            component_logits = component_logits.unsqueeze(1)
-        if add_log_partition and V_r:  # a process of many may hold no class
-            largest_logit = component_logits.amax(dim=-1)
-            component_log_probs = vocabulary.log_softmax_(component_logits)
-            log_partition = mean_log_partition(log_weights[tokens], largest_logit, component_log_probs.amax(dim=-1))
-            log_probs[tokens] = mix_(component_log_probs, log_weights[tokens]).add_(log_partition.unsqueeze(-1))
-        else:
-            log_probs[tokens] = mix_(vocabulary.log_softmax_(component_logits), log_weights[tokens])
+        log_probs[start : start + size] = of_chunk(slice(start, start + size))
     return log_probs
 
 

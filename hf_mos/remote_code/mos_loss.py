@@ -149,8 +149,8 @@ def shortlist_loss(
     mean_latents, decoder, log_gate, kept, weights = _prepare(inputs, targets, options, token_weights)
     offsets = inputs.offsets.to(options.work_dtype)
     widening = None if inputs.widening is None else inputs.widening.to(options.work_dtype)
-    narrow = decoder.weight if widening is None else multiply(decoder.weight, widening.t())  # (V, D or r)
-    decoder = decoder._replace(narrow=narrow)
+    if widening is not None:
+        decoder = decoder._replace(narrow=multiply(decoder.weight, widening.t()))
     wants_any = any(wanted)
     nll = log_gate.new_zeros(mean_latents.shape[0])
     d_mean = torch.zeros_like(mean_latents) if wanted.latents else None
@@ -158,7 +158,7 @@ def shortlist_loss(
     d_prior = torch.zeros_like(log_gate) if wanted.prior_logits else None
     d_weight = Accumulator(decoder.weight, wanted.decoder_weight, decoder.sum_dtype)
     wants_rows = wanted.decoder_weight or wanted.widening
-    d_narrow = d_weight if widening is None else Accumulator(narrow, wants_rows, decoder.sum_dtype)
+    d_narrow = d_weight if decoder.narrow is None else Accumulator(decoder.narrow, wants_rows, decoder.sum_dtype)
     d_bias = log_gate.new_zeros(decoder.weight.shape[0]) if wanted.decoder_bias else None
     buffers = ChunkBuffers.allocate(kept.shape[0], 1, decoder, wants_any, wanted.decoder_weight)
     for tokens in split(kept, buffers.size, of=nll.shape[0]):
@@ -173,7 +173,7 @@ def shortlist_loss(
             continue
         token_weight = weights[tokens]  # (n, 1)
         error = decoder.vocabulary.subtract_targets_(logits, target_rows)
-        d_logits = on_list.shares.mul_(error.gather(1, on_list.shortlist).unsqueeze(1))  # (n, K, M)
+        d_logits = on_list.shares_().mul_(error.gather(1, on_list.shortlist).unsqueeze(1))  # (n, K, M)
         if d_prior is not None:
             d_log_gate = d_logits.sum(-1)
             decoder.vocabulary.sum_(d_log_gate)

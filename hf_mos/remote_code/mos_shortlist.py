@@ -29,39 +29,37 @@ from torch import Tensor
 
 from .mos_decoder import Decoder, cap_, cap_logits, widen
 
-BLOCK = 64  # classes whose maximum is compared first
-SEARCHED_ROWS = 64  # tokens that are searched at a time
+GROUP = 8  # classes whose maximum is searched in their place
 
 
 def top_classes(logits: Tensor, count: int) -> Tensor:
     """Equivalent to: `logits.topk(count).indices`, in any order; logits (..., V), result (..., min(count, V)).
 
-    The `count` largest numbers lie in the `count` blocks of largest maxima. So two small searches replace a large one.
+    The `count` largest logits lie in the `count` groups of largest maxima. A group has every G-th class, so maxima are
+    those of whole rows. At V = 8192, count = 64 it takes 0.55 of the time of topk (32 rows, an EPYC of family 25).
     """
-    V, num_blocks = logits.shape[-1], logits.shape[-1] // BLOCK
-    if count >= num_blocks / 4:  # the search takes 1.6 of the time of topk at V = 8192, count = 64
+    V, G = logits.shape[-1], logits.shape[-1] // GROUP
+    is_small = not torch.compiler.is_compiling() and logits.numel() < 2**15  # topk alone is as fast
+    if is_small or 2 * count > G:
         return logits.topk(min(count, V), sorted=False).indices
-    if logits.dim() == 2 and logits.shape[0] > SEARCHED_ROWS and not torch.compiler.is_compiling():
-        return torch.cat([top_classes(part, count) for part in logits.split(SEARCHED_ROWS)])
-    blocks = logits[..., : num_blocks * BLOCK].unflatten(-1, (num_blocks, BLOCK))
-    best = blocks.amax(dim=-1).topk(count, sorted=False).indices  # (..., M)
-    members = best.unsqueeze(-1) * BLOCK + torch.arange(BLOCK, device=logits.device)
-    rest = torch.arange(num_blocks * BLOCK, V, device=logits.device).expand(*members.shape[:-2], -1)
-    members = torch.cat([members.flatten(-2), rest], dim=-1)
-    places = logits.gather(-1, members).topk(count, sorted=False).indices
-    return members.gather(-1, places)
+    maxima = logits[..., : GROUP * G].unflatten(-1, (GROUP, G)).amax(dim=-2)
+    best = top_classes(maxima, count).unsqueeze(-2)  # (..., 1, count)
+    members = (best + G * torch.arange(GROUP, device=logits.device).unsqueeze(-1)).flatten(-2)
+    rest = torch.arange(GROUP * G, V, device=logits.device).expand(*members.shape[:-1], -1)
+    members = torch.cat([members, rest], dim=-1)
+    return members.gather(-1, logits.gather(-1, members).topk(count, sorted=False).indices)
 
 
 def shortlist_logits(
     weight: Tensor,
     bias: Tensor | None,
-    mean_latent: Tensor,
-    offsets: Tensor,
+    latents: tuple[Tensor, Tensor],
     prior_logits: Tensor,
     softcap: float | None,
     shortlist_size: int,
 ) -> Tensor:
     """The logits (..., V) of the one softmax that the mixture equals, in fp32 or wider. Differentiable."""
+    mean_latent, offsets = latents
     z = widen(F.linear(mean_latent, weight, bias))  # (..., V)
     shortlist = top_classes(z.detach(), shortlist_size)  # (..., M)
     # Many tokens share a row: in fp32 its gradient is the exact sum.
@@ -79,8 +77,14 @@ class OnShortlist(NamedTuple):
     shortlist: Tensor  # (n, M)
     rows: Tensor  # (n, M, D), of the decoder
     is_in: Tensor | None  # (n, M), which of this process's candidates count; `None`: all
-    shares: Tensor  # (n, K, M)
+    joint: Tensor  # (n, K, M), log_gate plus the component logits
+    mixed: Tensor  # (n, M), its logsumexp over K
     slope: Tensor | None  # (n, K, M), the derivative of the softcap
+
+    def shares_(self) -> Tensor:
+        """Each component's share of the logits (n, K, M), in place of `joint`."""
+        # A class at -inf has no share; -inf - -inf would be NaN, and stay it times an error of zero.
+        return self.joint.sub_(self.mixed.clamp(min=torch.finfo(self.mixed.dtype).min).unsqueeze(1)).exp_()
 
 
 def mix_on_shortlist_(
@@ -100,7 +104,5 @@ def mix_on_shortlist_(
     cap_(z, decoder.softcap, slope)
     joint = logits.add_(log_gate.unsqueeze(-1))
     mixed = torch.logsumexp(joint, dim=1)
-    # A class at -inf has no share; -inf - -inf would be NaN, and stay it times an error of zero.
-    shares = joint.sub_(mixed.clamp(min=torch.finfo(mixed.dtype).min).unsqueeze(1)).exp_()
     z.scatter_(1, shortlist, mixed)
-    return OnShortlist(shortlist, rows, is_in, shares, component_slope)
+    return OnShortlist(shortlist, rows, is_in, joint, mixed, component_slope)
