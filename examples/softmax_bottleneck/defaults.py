@@ -14,17 +14,7 @@ import typer
 from experiment import Experiment
 from models import SOFTMAX, Head, Size, mixture, paper
 from results import DEFAULT_OUT, Out, Quick, Results, Seeds, perplexities, show, spread, start
-from text import (
-    DataDir,
-    DatasetConfigName,
-    DatasetName,
-    Source,
-    TrainFile,
-    ValidationFile,
-    VocabSize,
-    Words,
-    load_text,
-)
+from text import Source, VocabSize, Words, load_text, with_source
 from training import checkpoint_recipe
 
 VARIANTS: dict[str, Head] = {
@@ -44,12 +34,9 @@ VARIANTS: dict[str, Head] = {
 QUICK = ["one softmax", "num_mixtures=4", "num_mixtures=2", "the paper's latents, with tanh"]
 
 
+@with_source
 def main(
-    data_dir: DataDir = None,
-    train_file: TrainFile = None,
-    validation_file: ValidationFile = None,
-    dataset_name: DatasetName = None,
-    dataset_config_name: DatasetConfigName = None,
+    source: Source,
     vocab_size: VocabSize = 2048,
     words: Words = False,
     hidden_size: int = 32,
@@ -66,9 +53,7 @@ def main(
     start()
     if quick:
         vocab_size, hidden_size, num_layers, checkpoint_steps, steps, seeds = 512, 16, 1, 600, 60, 1
-    text = load_text(
-        Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size, words
-    )
+    text = load_text(source, vocab_size, words)
     results = Results(out, "defaults", quick)
     recipe = checkpoint_recipe(checkpoint_steps)
     start_of_all = Experiment(text, Size(hidden_size, num_layers), recipe, results).from_checkpoint()

@@ -26,7 +26,7 @@ from experiment import Experiment
 from models import SOFTMAX, Head, LlamaSize
 from plots import plot_curves
 from results import DEFAULT_OUT, Out, Quick, Results, mean, show, spread, start
-from text import SPLITS, DatasetConfigName, DatasetName, Source, Text, TrainFile, ValidationFile, load_text
+from text import SPLITS, Source, Text, load_text, with_source
 from training import Recipe
 from transformers import AutoTokenizer
 
@@ -144,11 +144,9 @@ def train(contestants: Contestants, rates: list[float], seeds: int) -> None:
                 experiment.with_recipe(learning_rate=rate).train(head, seed)
 
 
+@with_source
 def main(
-    train_file: TrainFile = None,
-    validation_file: ValidationFile = None,
-    dataset_name: DatasetName = None,
-    dataset_config_name: DatasetConfigName = None,
+    source: Source,
     vocab_size: Annotated[int, typer.Option(help="V, of the byte-level BPE tokenizer of the text.")] = 8192,
     hidden_size: Annotated[int, typer.Option(help="D of the Llama.")] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens to train on, each once.")] = 20_000_000,
@@ -171,7 +169,6 @@ def main(
     except ValueError as error:
         raise typer.BadParameter(f"--heads: {error}") from error
     results = Results(out, "from_scratch", quick)
-    source = Source(None, train_file, validation_file, dataset_name, dataset_config_name)
     text = kept_text(source, vocab_size, 32 if quick else VALID_BLOCKS, out)
     contestants = contestants_of(text, hidden_size, tokens, chosen, longer or [], results)
     if not reports:

@@ -22,7 +22,7 @@ from experiment import Experiment
 from models import SOFTMAX, Head, Size, mixture
 from plots import plot_learning_rates
 from results import DEFAULT_OUT, Out, Quick, Results, perplexities, show, start
-from text import DataDir, DatasetConfigName, DatasetName, Source, TrainFile, ValidationFile, VocabSize, load_text
+from text import Source, VocabSize, load_text, with_source
 from training import Recipe, checkpoint_recipe
 from transformers import AutoConfig, AutoTokenizer
 
@@ -52,12 +52,9 @@ def perplexity(experiment: Experiment, head: Head, rate: float) -> float:
         return float("inf")
 
 
+@with_source
 def main(
-    data_dir: DataDir = None,
-    train_file: TrainFile = None,
-    validation_file: ValidationFile = None,
-    dataset_name: DatasetName = None,
-    dataset_config_name: DatasetConfigName = None,
+    source: Source,
     vocab_size: VocabSize = 2048,
     widths: Annotated[
         str, typer.Option(help="Hidden sizes of the small models, with commas between them.")
@@ -78,7 +75,6 @@ def main(
     start(threads)
     if quick:
         vocab_size, widths, steps, checkpoint_steps = 512, "16", steps or 40, 400
-    source = Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name)
     results = Results(out, "learning_rates", quick)
     rates = REAL_RATES if model else RATES[3:] if quick else RATES
     starts = {}

@@ -20,7 +20,7 @@ import typer
 from experiment import Experiment
 from models import SOFTMAX, Size, mixture
 from results import DEFAULT_OUT, Out, Quick, Results, Seeds, perplexities, show, spread, start
-from text import DataDir, DatasetConfigName, DatasetName, Source, Text, TrainFile, ValidationFile, VocabSize, load_text
+from text import Source, Text, VocabSize, load_text, with_source
 from torch import nn
 from training import checkpoint_recipe
 from transformers import Adafactor, PreTrainedModel
@@ -98,12 +98,9 @@ def train(
     return {"valid_nats": text.nats(model, "valid")}
 
 
+@with_source
 def main(
-    data_dir: DataDir = None,
-    train_file: TrainFile = None,
-    validation_file: ValidationFile = None,
-    dataset_name: DatasetName = None,
-    dataset_config_name: DatasetConfigName = None,
+    source: Source,
     vocab_size: VocabSize = 2048,
     hidden_size: int = 32,
     checkpoint_steps: Annotated[int, typer.Option(help="Steps of the softmax model, at most.")] = 40000,
@@ -115,7 +112,6 @@ def main(
     start()
     if quick:
         vocab_size, hidden_size, checkpoint_steps, steps, seeds = 512, 16, 400, 30, 1
-    source = Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name)
     text, results = load_text(source, vocab_size), Results(out, "optimizers", quick)
     base = Experiment(text, Size(hidden_size, 2), checkpoint_recipe(checkpoint_steps), results).from_checkpoint()
     batch_size = base.recipe.batch_size

@@ -17,17 +17,7 @@ from experiment import Experiment
 from models import SOFTMAX, Head, Size, contexts, mixture
 from plots import plot_spectra
 from results import DEFAULT_OUT, Out, Quick, Results, show, start
-from text import (
-    DataDir,
-    DatasetConfigName,
-    DatasetName,
-    Source,
-    TrainFile,
-    ValidationFile,
-    VocabSize,
-    Words,
-    load_text,
-)
+from text import Source, VocabSize, Words, load_text, with_source
 from training import fit, from_scratch_recipe
 
 from hf_mos.tools.rank import log_prob_matrix, log_prob_rank
@@ -55,12 +45,9 @@ def measure(experiment: Experiment, head: Head, seed: int, num_contexts: int) ->
     }
 
 
+@with_source
 def main(
-    data_dir: DataDir = None,
-    train_file: TrainFile = None,
-    validation_file: ValidationFile = None,
-    dataset_name: DatasetName = None,
-    dataset_config_name: DatasetConfigName = None,
+    source: Source,
     vocab_size: VocabSize = 2048,
     words: Words = False,
     hidden_size: int = 32,
@@ -74,9 +61,7 @@ def main(
     start()
     if quick:
         vocab_size, hidden_size, num_layers, steps, num_contexts = 512, 16, 1, 200, 1024
-    text = load_text(
-        Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size, words
-    )
+    text = load_text(source, vocab_size, words)
     recipe = from_scratch_recipe(steps, learning_rate=5e-3, head_learning_rate=5e-4)
     experiment = Experiment(text, Size(hidden_size, num_layers), recipe, Results(out, "rank", quick))
     measured = {}

@@ -28,7 +28,7 @@ from corpus import BLOCK_SIZE, Corpus, KeptCorpus
 from models import SOFTMAX, ContextsHead, Head, contexts, mixture, rescored, with_head
 from plots import plot_costs
 from results import DEFAULT_OUT, Out, Quick, Results, Seeds, mean, perplexities, show, spread, start
-from text import DataDir, DatasetConfigName, DatasetName, Source, TrainFile, ValidationFile
+from text import Source, with_source
 from training import Recipe, fit
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -165,13 +165,10 @@ def adapter_table(study: Study, rates: tuple[float, ...], seeds: int) -> None:
     show(f"{study.model.name}, with an adapter, on {study.corpus.name}", rows)
 
 
+@with_source
 def main(
     model: Annotated[Path, typer.Option(help="Folder of a pretrained causal LM.")],
-    data_dir: DataDir = None,
-    train_file: TrainFile = None,
-    validation_file: ValidationFile = None,
-    dataset_name: DatasetName = None,
-    dataset_config_name: DatasetConfigName = None,
+    source: Source,
     train_tokens: Annotated[int, typer.Option(help="Tokens to train on, at most.")] = 300_000,
     valid_tokens: Annotated[int, typer.Option(help="Tokens to validate on, at most.")] = 30_000,
     steps: Annotated[int, typer.Option(help="Steps of each training, of 512 tokens; at most, with --converge.")] = 200,
@@ -193,7 +190,6 @@ def main(
         chosen = QUICK_HEADS if heads is None else chosen
         rates, seeds, steps, train_tokens, valid_tokens = rates[:2], 1, 20, 12_000, 3_000
     tokenizer = AutoTokenizer.from_pretrained(model)
-    source = Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name)
     corpus = Corpus.read(source, tokenizer, train_tokens, valid_tokens)
     print(f"{corpus.blocks.numel():,} tokens to train on, {corpus.num_targets:,} to validate", file=sys.stderr)
     results = Results(out, "real_model", quick)

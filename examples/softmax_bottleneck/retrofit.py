@@ -26,17 +26,7 @@ from experiment import Configurations, Experiment, train_all
 from models import LIKELY, SOFTMAX, Head, Size, contexts, mixture, rescored
 from plots import plot_costs
 from results import DEFAULT_OUT, Out, Quick, Results, Seeds, mean, perplexities, show, spread, start
-from text import (
-    DataDir,
-    DatasetConfigName,
-    DatasetName,
-    Source,
-    TrainFile,
-    ValidationFile,
-    VocabSize,
-    Words,
-    load_text,
-)
+from text import Source, VocabSize, Words, load_text, with_source
 from training import checkpoint_recipe
 
 FULL = mixture(4)
@@ -115,12 +105,9 @@ def compare_shortlists(base: Experiment, heads: list[Head], tries: slice, rounds
     print(f"\nOf {base.text.vocab_size} classes, {likely.sum(-1).float().mean():.0f} are likelier than {LIKELY:g}.")
 
 
+@with_source
 def main(
-    data_dir: DataDir = None,
-    train_file: TrainFile = None,
-    validation_file: ValidationFile = None,
-    dataset_name: DatasetName = None,
-    dataset_config_name: DatasetConfigName = None,
+    source: Source,
     vocab_size: VocabSize = 2048,
     words: Words = False,
     hidden_size: int = 32,
@@ -137,9 +124,7 @@ def main(
     if quick:
         vocab_size, hidden_size, num_layers, steps, checkpoint_steps, seeds = 512, 16, 1, 60, 400, 1
         tries, on_shortlist, rounds = slice(1, 2), [*CHOSEN, SHORTLISTS[2]], 2
-    text = load_text(
-        Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size, words
-    )
+    text = load_text(source, vocab_size, words)
     recipe = checkpoint_recipe(checkpoint_steps)
     results = Results(out, "retrofit_shortlists" if shortlists else "retrofit", quick)
     base = Experiment(text, Size(hidden_size, num_layers), recipe, results).from_checkpoint()

@@ -1,9 +1,11 @@
 """The text of the questions: blocks of tokens for training, validation and test."""
 
+import functools
+import inspect
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,21 +22,24 @@ END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<unk>"
 SPLITS = ("train", "valid", "test")
 MODEL_BATCH = 64  # blocks in an evaluation
 
-# The flags by which each script chooses its text. Without them it is the documentation that ships inside Python.
-DataDir = Annotated[Path | None, typer.Option(help="A folder of train.txt, valid.txt and test.txt: Penn Treebank.")]
-TrainFile = Annotated[Path | None, typer.Option(help="A text file to train on.")]
-ValidationFile = Annotated[Path | None, typer.Option(help="A text file, half to validate and half to test.")]
-DatasetName = Annotated[str | None, typer.Option(help="A dataset of the Hub, or a folder that load_dataset reads.")]
-DatasetConfigName = Annotated[str | None, typer.Option(help="Configuration of the dataset.")]
 VocabSize = Annotated[
     int, typer.Option(help="Vocabulary of the byte-level BPE tokenizer that is trained on the text.")
 ]
 Words = Annotated[bool, typer.Option("--words", help="Use words as tokens, as in the literature.")]
 
 
+HELP = {
+    "data_dir": "A folder of train.txt, valid.txt and test.txt: Penn Treebank.",
+    "train_file": "A text file to train on.",
+    "validation_file": "A text file, half to validate and half to test.",
+    "dataset_name": "A dataset of the Hub, or a folder that load_dataset reads.",
+    "dataset_config_name": "Configuration of the dataset.",
+}
+
+
 @dataclass(frozen=True)
 class Source:
-    """The source of the text: one of the three, or none for Python's own documentation."""
+    """The source of the text: one of the three, or none for the documentation that ships inside Python."""
 
     data_dir: Path | None = None
     train_file: Path | None = None
@@ -86,6 +91,24 @@ class Source:
             half = len(found["valid"]) // 2
             found["valid"], found["test"] = found["valid"][:half], found["valid"][half:]
         return found
+
+
+def with_source(main: Callable[..., None]) -> Callable[..., None]:
+    """Gives a script the flags that choose its text, in place of its parameter `source`."""
+    own, keyword = inspect.signature(main), inspect.Parameter.KEYWORD_ONLY
+    flags = []
+    for each in fields(Source):
+        annotation = Annotated[each.type, typer.Option(help=HELP[each.name])]  # type: ignore[valid-type]
+        flags.append(inspect.Parameter(each.name, keyword, default=None, annotation=annotation))
+    others = [each.replace(kind=keyword) for each in own.parameters.values() if each.name != "source"]
+
+    @functools.wraps(main)
+    def with_flags(**given: Any) -> None:
+        main(source=Source(**{each.name: given.pop(each.name, None) for each in flags}), **given)
+
+    with_flags.__signature__ = own.replace(parameters=[*flags, *others])  # type: ignore[attr-defined]
+    with_flags.__annotations__ = {each.name: each.annotation for each in (*flags, *others)}
+    return with_flags
 
 
 @dataclass(frozen=True)

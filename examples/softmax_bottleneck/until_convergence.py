@@ -18,17 +18,7 @@ from experiment import Configurations, Experiment, train_all
 from models import SOFTMAX, Head, Size, contexts, mixture, paper
 from plots import plot_costs
 from results import DEFAULT_OUT, Out, Quick, Results, mean, perplexities, show, spread, start
-from text import (
-    DataDir,
-    DatasetConfigName,
-    DatasetName,
-    Source,
-    TrainFile,
-    ValidationFile,
-    VocabSize,
-    Words,
-    load_text,
-)
+from text import Source, VocabSize, Words, load_text, with_source
 from training import convergence_recipe, from_scratch_recipe, new_latents_rate
 
 MIXTURE = mixture(4)  # whose cost the controls spend
@@ -134,12 +124,9 @@ def row(
     }
 
 
+@with_source
 def main(
-    data_dir: DataDir = None,
-    train_file: TrainFile = None,
-    validation_file: ValidationFile = None,
-    dataset_name: DatasetName = None,
-    dataset_config_name: DatasetConfigName = None,
+    source: Source,
     vocab_size: VocabSize = 2048,
     words: Words = False,
     hidden_size: int = 32,
@@ -162,9 +149,7 @@ def main(
     if quick:
         vocab_size, hidden_size, num_layers, steps, max_steps = 512, 16, 1, 100, 800
         seeds, convergence_seeds = min(seeds, 1), min(convergence_seeds, 1)
-    text = load_text(
-        Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size, words
-    )
+    text = load_text(source, vocab_size, words)
     size, only, rounds = Size(hidden_size, num_layers), heads or [], 2 if quick else 7
     if seeds:
         base = Experiment(text, size, from_scratch_recipe(steps, 1e-2), Results(out, "fixed_steps", quick))

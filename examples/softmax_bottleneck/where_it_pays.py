@@ -25,17 +25,7 @@ from experiment import Experiment
 from models import SOFTMAX, Size, mixture
 from plots import plot_gain
 from results import DEFAULT_OUT, Out, Quick, Results, Seeds, mean, perplexities, show, spread, start
-from text import (
-    DataDir,
-    DatasetConfigName,
-    DatasetName,
-    Source,
-    TrainFile,
-    ValidationFile,
-    VocabSize,
-    Words,
-    load_text,
-)
+from text import Source, VocabSize, Words, load_text, with_source
 from training import convergence_recipe, from_scratch_recipe, new_latents_rate
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
@@ -116,12 +106,9 @@ def costs_in_use() -> list[dict[str, Any]]:
     return rows
 
 
+@with_source
 def main(
-    data_dir: DataDir = None,
-    train_file: TrainFile = None,
-    validation_file: ValidationFile = None,
-    dataset_name: DatasetName = None,
-    dataset_config_name: DatasetConfigName = None,
+    source: Source,
     vocab_size: VocabSize = 2048,
     words: Words = False,
     hidden_sizes: Annotated[list[int] | None, typer.Option(help="D; give it several times.")] = None,
@@ -141,9 +128,7 @@ def main(
     sizes = hidden_sizes or HIDDEN_SIZES
     if quick:
         vocab_size, sizes, num_layers, steps = 512, [8, 16, 32], 1, 400 if to_convergence else 60
-    text = load_text(
-        Source(data_dir, train_file, validation_file, dataset_name, dataset_config_name), vocab_size, words
-    )
+    text = load_text(source, vocab_size, words)
     question = "where_it_pays_to_convergence" if to_convergence else "where_it_pays"
     results, rows = Results(out, question, quick), []
     for hidden_size in sizes:

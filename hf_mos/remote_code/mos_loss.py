@@ -290,14 +290,14 @@ class MoSCrossEntropy(torch.autograd.Function):
                 _, gradients = loss_of(options)(inputs, targets, options, wanted, token_weights)
             if not waits:
                 gradients = [None if x is None else x.mul_(weights) for x in gradients]
-        return (None, None, None, *in_dtype_of(inputs, gradients))
+        return (None, None, None, *gradients_for(inputs, gradients))
 
 
 # A graph break; `hf_mos.training.compiled_loss` puts an operator in its place, which torch.compile does not open.
 apply_when_compiling: Callable[..., Tensor] = torch.compiler.disable(MoSCrossEntropy.apply)
 
 
-def in_dtype_of(inputs: LossInputs, gradients: Any) -> tuple[Tensor | None, ...]:
+def gradients_for(inputs: LossInputs, gradients: Any) -> tuple[Tensor | None, ...]:
     """The gradients, each in the dtype of its input."""
     pairs = zip(inputs, gradients, strict=True)
     return tuple(None if x is None or gradient is None else gradient.to(x.dtype) for x, gradient in pairs)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..remote_code import mos_loss
 from ..remote_code.mos_log_probs import divisor, reduce
-from ..remote_code.mos_loss import NOTHING, LossInputs, LossOptions, differentiable_once, in_dtype_of, loss_of
+from ..remote_code.mos_loss import NOTHING, LossInputs, LossOptions, differentiable_once, gradients_for, loss_of
 
 
 def apply_when_compiling(options: LossOptions, reduction: str, targets: Tensor, *inputs: Tensor | None) -> Tensor:
@@ -77,7 +77,7 @@ def _backward_of_operator(ctx: Any, grad_output: Tensor, _: list[Tensor]) -> tup
     else:
         gradients = [gradient * weights for gradient in gradients]
     wanted = [gradient if want else None for gradient, want in zip(gradients, ctx.wanted, strict=True)]
-    return (*in_dtype_of(LossInputs(*inputs), wanted), *(None,) * 8)
+    return (*gradients_for(LossInputs(*inputs), wanted), *(None,) * 8)
 
 
 cross_entropy_operator.register_autograd(_backward_of_operator, setup_context=_save_for_operator)

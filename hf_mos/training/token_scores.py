@@ -28,7 +28,7 @@ from ..remote_code.modeling_mos import MoSForCausalLM
 from ..remote_code.mos_decoder import AUTOGRAD_BYTES_PER_LOGIT, tokens_per_chunk, widen
 from ..remote_code.mos_head import MoSLMHead
 from ..remote_code.mos_log_probs import Latents, count_items, infer_log_probs, mos_log_probs, split_latents
-from ..remote_code.mos_loss import LossInputs, LossOptions, differentiable_once, in_dtype_of, loss_of, work_dtype_of
+from ..remote_code.mos_loss import LossInputs, LossOptions, differentiable_once, gradients_for, loss_of, work_dtype_of
 
 Scores = tuple[Tensor | None, ...]  # (N,) each, in the order of SCORES; None where not wanted
 SCORES = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -130,7 +130,7 @@ class TokenScoring(torch.autograd.Function):
         else:
             d_scores = (d_log_probs, d_entropy)
             gradients = gradients_by_autograd(inputs, targets, ctx.options, work, wanted, d_scores)
-        return (None, None, None, *in_dtype_of(inputs, gradients))
+        return (None, None, None, *gradients_for(inputs, gradients))
 
 
 def gradients_by_autograd(
