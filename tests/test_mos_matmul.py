@@ -20,7 +20,7 @@ def onednn(request, monkeypatch):
     if is_available and not torch.backends.mkldnn.is_available():
         pytest.skip("torch is built without oneDNN")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: is_available)
-    monkeypatch.setattr(mos_matmul, "_mkl_is_slow", lambda: mkl_is_slow)
+    monkeypatch.setattr(mos_matmul, "_mkl_is_slow", lambda adds=False: mkl_is_slow)
 
 
 @pytest.mark.usefixtures("onednn")

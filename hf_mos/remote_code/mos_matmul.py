@@ -1,6 +1,7 @@
 """Matrix products by the library that is the fastest for them."""
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +54,15 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> 
     """Equivalent to: `total.addmm_(left, right, beta=0 if is_first else 1)`.
 
     Shapes: total (V, D), left (V, n), right (n, D), all of one dtype. Tile by tile oneDNN takes 0.7 of MKL's time, in
-    one call 1.0 to 1.4 (256 rows, an AMD EPYC of family 26). Up to 128 columns MKL is level or faster.
+    one call 1.0 to 1.4 (256 rows, family 26). Up to 128 columns, and on family 25 (0.55 to 0.95), MKL is faster.
     """
-    if right.shape[1] > NARROW and _suits_onednn(left, right):
+    if right.shape[1] > NARROW and _mkl_is_slow(adds=True) and _suits_onednn(left, right):
         for start in range(0, left.shape[0], TILE):
             tile = slice(start, start + TILE)
             product = _onednn(left[tile], right.t(), None)
             total[tile].copy_(product) if is_first else total[tile].add_(product)
     else:
-        # As addmm_, which FlopCounterMode does not know.
-        torch.addmm(total, left, right, beta=0 if is_first else 1, out=total)
+        torch.addmm(total, left, right, beta=0 if is_first else 1, out=total)  # FlopCounterMode knows no addmm_
 
 
 class Accumulator:
@@ -155,16 +155,16 @@ def _suits_onednn(*matrices: Tensor) -> bool:
         and (_mkl_is_slow() or matrices[0].shape[0] <= FEW_ROWS)
         and not torch.is_autocast_enabled("cpu")
         and not is_transformed()
-        # FlopCounterMode knows torch's own matmul alone.
-        and (torch.compiler.is_compiling() or _get_current_dispatch_mode() is None)
+        and (torch.compiler.is_compiling() or _get_current_dispatch_mode() is None)  # FlopCounterMode knows torch's
         and all(matrix.device.type == "cpu" and matrix.dtype == torch.float32 for matrix in matrices)
         and all(matrix.is_contiguous() or matrix.t().is_contiguous() for matrix in matrices)
     )
 
 
 @functools.cache
-def _mkl_is_slow() -> bool:
-    """Whether torch's BLAS is MKL on a processor that is not Intel's."""
+def _mkl_is_slow(adds: bool = False) -> bool:
+    """Whether torch's BLAS is MKL on a processor that is not Intel's, for a product that it adds up or for others."""
     cpuinfo = Path("/proc/cpuinfo")
-    vendor = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else ""
-    return torch.backends.mkl.is_available() and "AuthenticAMD" in vendor
+    text = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else ""
+    is_slow = torch.backends.mkl.is_available() and "AuthenticAMD" in text
+    return is_slow and not (adds and re.search(r"cpu family\s*: 25\b", text))
