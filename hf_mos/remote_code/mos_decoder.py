@@ -3,6 +3,7 @@
 n tokens of a chunk, R rows of logits (n of them, or n K), V classes
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -35,8 +36,7 @@ class WholeVocabulary(NamedTuple):
 
         The logarithm of their sum is read back from the largest probability, which cannot underflow: three passes.
         """
-        target_logits = logits.gather(1, target_rows)
-        largest = logits.amax(dim=-1, keepdim=True)
+        target_logits, largest = logits.gather(1, target_rows), logits.amax(dim=-1, keepdim=True)
         torch.softmax(logits, dim=-1, out=logits)
         return (largest - target_logits) - logits.amax(dim=-1, keepdim=True).log()
 
@@ -147,6 +147,11 @@ def tokens_per_chunk(
 def widen(x: Tensor) -> Tensor:
     """Equivalent to: `x.float()`, or `x` itself in fp64."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def exp_(x: Tensor) -> Tensor:
+    """Equivalent to: `x.exp_()`, which takes MKL 9 times as long as `exp2_` on AMD (family 25)."""
+    return x.mul_(math.log2(math.e)).exp2_()
 
 
 def cap_logits(logits: Tensor, softcap: float | None) -> Tensor:

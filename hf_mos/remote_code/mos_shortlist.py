@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mos_decoder import Decoder, cap_, cap_logits, widen
+from .mos_decoder import Decoder, cap_, cap_logits, exp_, widen
 
 GROUP = 8  # classes whose maximum is searched in their place
 
@@ -77,14 +77,13 @@ class OnShortlist(NamedTuple):
     shortlist: Tensor  # (n, M)
     rows: Tensor  # (n, M, D), of the decoder
     is_in: Tensor | None  # (n, M), which of this process's candidates count; `None`: all
-    joint: Tensor  # (n, K, M), log_gate plus the component logits
-    mixed: Tensor  # (n, M), its logsumexp over K
+    weights: Tensor  # (n, K, M), the gate times exp(component logits), by the largest component's
+    total: Tensor  # (n, 1, M), the sum of the weights, at least 1; 0 for a class at -inf
     slope: Tensor | None  # (n, K, M), the derivative of the softcap
 
     def shares_(self) -> Tensor:
-        """Each component's share of the logits (n, K, M), in place of `joint`."""
-        # A class at -inf has no share; -inf - -inf would be NaN, and stay it times an error of zero.
-        return self.joint.sub_(self.mixed.clamp(min=torch.finfo(self.mixed.dtype).min).unsqueeze(1)).exp_()
+        """Each component's share of the logits (n, K, M), in place of the weights; 0 for a class at -inf."""
+        return self.weights.div_(self.total.clamp(min=1))
 
 
 def mix_on_shortlist_(
@@ -103,6 +102,8 @@ def mix_on_shortlist_(
     cap_(logits, decoder.softcap, component_slope)
     cap_(z, decoder.softcap, slope)
     joint = logits.add_(log_gate.unsqueeze(-1))
-    mixed = torch.logsumexp(joint, dim=1)
-    z.scatter_(1, shortlist, mixed)
-    return OnShortlist(shortlist, rows, is_in, joint, mixed, component_slope)
+    largest = joint.amax(dim=1, keepdim=True).clamp_(min=torch.finfo(joint.dtype).min)  # -inf - -inf would be NaN
+    weights = exp_(joint.sub_(largest))
+    total = weights.sum(dim=1, keepdim=True)
+    z.scatter_(1, shortlist, (total.log() + largest).squeeze(1))
+    return OnShortlist(shortlist, rows, is_in, weights, total, component_slope)
