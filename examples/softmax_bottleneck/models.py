@@ -8,6 +8,8 @@ The controls are heads of the same class, so that nothing but the maths differs,
     mixture     log(sum_k prior_k(h) softmax(decoder(latent_k(h)))); with one component a softmax of a latent
     paper       the mixture of the paper's latents, `tanh(shift_k(h))`
     layers      the mixture of latents that also read the middle layer
+    warmed      the mixture whose shifts grow to their scale in the first half of the training
+    late        the mixture that is one softmax in the first half of the training
 
 A head is on all classes unless it has a `shortlist_size`.
 """
@@ -87,6 +89,22 @@ class LayersHead(MoSLMHead):
         return super().shifts(hidden_states) + more
 
 
+class WarmedHead(MoSLMHead):
+    """Equivalent to: MoSLMHead whose shifts are multiplied by a share that grows from 0 to 1."""
+
+    progress = 1.0  # of the training; `fit` sets it before each step
+    share = staticmethod(lambda progress: min(1.0, 2 * progress))
+
+    def shifts(self, hidden_states: Tensor) -> Tensor:
+        return self.share(self.progress) * super().shifts(hidden_states)
+
+
+class LateHead(WarmedHead):
+    """Equivalent to: MoSLMHead without shifts in the first half; so a trained z chooses the first shortlist."""
+
+    share = staticmethod(lambda progress: float(progress >= 0.5))
+
+
 class RescoredHead(MoSLMHead):
     """Equivalent to: one softmax of a trained latent, whose M likeliest classes a second latent scores again."""
 
@@ -150,6 +168,8 @@ HEAD_CLASSES = {
     "paper": PaperHead,
     "dropout": DropoutHead,
     "layers": LayersHead,
+    "warmed": WarmedHead,
+    "late": LateHead,
     "rescored": RescoredHead,
     "own tokens too": OwnTokensHead,
     f"classes above {LIKELY:g}": LikelyClassesHead,

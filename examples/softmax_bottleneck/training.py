@@ -104,6 +104,8 @@ def fit(model: PreTrainedModel, data: Data, recipe: Recipe, seed: int, name: str
         while step < recipe.steps and not stopped_early:
             scale = min(1.0, (step + 1) / (recipe.steps * recipe.warmup))
             scale *= stop.scale if stop else 1 - step / recipe.steps
+            if hasattr(head := getattr(model, "mos_head", None), "progress"):
+                head.progress = step / recipe.steps
             started = time.process_time()
             losses.append(take_step(model, next(batches), optimizer, scale))
             seconds += time.process_time() - started
