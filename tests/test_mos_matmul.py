@@ -91,3 +91,21 @@ def test_a_tile_of_a_transposed_weight_takes_no_slow_path():
 def test_autocast_decides_the_dtype():
     with torch.autocast("cpu", torch.bfloat16):
         assert multiply(torch.randn(3, 8), torch.randn(5, 8)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "slow", "slow_to_add"),
+    [
+        ("GenuineIntel", 6, False, False),
+        ("AuthenticAMD", 23, True, True),
+        ("AuthenticAMD", 25, True, False),
+        ("AuthenticAMD", 26, True, True),
+    ],
+)
+def test_the_processor_decides(vendor, family, slow, slow_to_add, monkeypatch):
+    text = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 1\n"
+    monkeypatch.setattr(mos_matmul.Path, "exists", lambda self: True)
+    monkeypatch.setattr(mos_matmul.Path, "read_text", lambda self, **options: text)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    chosen = mos_matmul._mkl_is_slow.__wrapped__
+    assert (bool(chosen()), bool(chosen(adds=True))) == (slow, slow_to_add)
