@@ -48,13 +48,17 @@ HEADS = [
 
 
 def kept_text(source: Source, vocab_size: int, valid_blocks: int, out: Path) -> Text:
-    """The text in tokens, which are made once and kept in `out`, by the bytes of the text."""
+    """The text in tokens, which are made once and kept in `out`, by the bytes of the text.
+
+    The digest of these is a part of the name: Debian updates its packages, and a run on one text says little of another.
+    """
     texts = source.texts()
     digest = hashlib.sha256()
     for split in SPLITS:
         for text in texts[split]:
             digest.update(text.encode() + b"\0")
-    folder = out / "tokens" / f"{source.name}-{vocab_size}-{digest.hexdigest()[:8]}"
+    name = f"{source.name} {digest.hexdigest()[:8]}"
+    folder = out / "tokens" / f"{name.replace(' ', '-')}-{vocab_size}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         made = load_text(source, vocab_size, block_size=BLOCK_SIZE, max_valid_blocks=valid_blocks)
@@ -65,7 +69,7 @@ def kept_text(source: Source, vocab_size: int, valid_blocks: int, out: Path) -> 
             torch.save({split: getattr(made, split) for split in SPLITS}, staged / "blocks.pt")
             os.rename(staged, folder)
     blocks = torch.load(folder / "blocks.pt", mmap=True)
-    return Text(source.name, vocab_size, **blocks, tokenizer=AutoTokenizer.from_pretrained(folder))
+    return Text(name, vocab_size, **blocks, tokenizer=AutoTokenizer.from_pretrained(folder))
 
 
 def experiment_of(text: Text, width: int, tokens: int, results: Results) -> Experiment:
