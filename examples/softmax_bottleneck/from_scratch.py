@@ -50,7 +50,7 @@ HEADS = [
 def kept_text(source: Source, vocab_size: int, valid_blocks: int, out: Path) -> Text:
     """The text in tokens, which are made once and kept in `out`, by the bytes of the text.
 
-    The digest of these is a part of the name: Debian updates its packages, and a run on one text says little of another.
+    The digest is a part of the name, as Debian updates its packages, and runs on two texts cannot be compared.
     """
     texts = source.texts()
     digest = hashlib.sha256()
