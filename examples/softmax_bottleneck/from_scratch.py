@@ -96,7 +96,7 @@ def contestants_of(
         head = replace(head, options=scale | head.options)
         found[head.name] = (experiment_of(text, width, tokens, results), head)
     for times in longer:
-        found[f"softmax, {times:g} x the tokens"] = (
+        found[f"softmax, {tokens * times / 1e6:.1f} million tokens"] = (
             experiment_of(text, width, round(tokens * times), results),
             SOFTMAX,
         )
