@@ -154,8 +154,9 @@ def comparison(card: Card) -> str:
 
 
 def command_of(card: Card) -> str:
-    """The command that trained the model, with today's path and the default output folder."""
-    words = shlex.split(card.runs[0]["command"].replace("examples/bottleneck/", "examples/softmax_bottleneck/"))
+    """The command that trained the model, with today's paths and the default output folder."""
+    today = card.runs[0]["command"].replace("bottleneck/from_scratch.py", "bottleneck/until_convergence.py")
+    words = shlex.split(today.replace("examples/bottleneck/", "examples/softmax_bottleneck/"))
     if "--out" in words:
         place = words.index("--out")
         del words[place : place + 2]
