@@ -53,6 +53,28 @@ def some_text():
     return Text("random", V, blocks[:20], blocks[20:30], blocks[30:])
 
 
+@pytest.mark.parametrize("kind", ["layers", "warmed", "late"])
+def test_heads_of_the_study_from_scratch(kind):
+    """At first they are the softmax, and train as a mixture; the schedules read the progress that `fit` sets."""
+    from models import Head, LlamaSize, new_softmax_model, with_head
+
+    backbone, tokens = new_softmax_model(LlamaSize(D, 2), V, LENGTH, seed=0), torch.randint(V, (3, LENGTH))
+    model = with_head(backbone, Head.from_name(f"{kind} K=3 M=4"), seed=0)
+    torch.testing.assert_close(model(tokens, labels=tokens).loss, backbone(tokens, labels=tokens).loss)
+    hidden_states = model.head_inputs(tokens)
+    nonzero = {}
+    for progress in (0.0, 0.25, 0.5):
+        model.mos_head.progress = progress
+        loss = model.mos_head(hidden_states, tokens)
+        (gradient,) = torch.autograd.grad(loss, model.mos_head.shift.weight, retain_graph=True)
+        assert gradient.isfinite().all()
+        nonzero[progress] = bool(gradient.any())
+    assert nonzero == {0.0: kind == "layers", 0.25: kind != "late", 0.5: True}
+    if kind == "layers":
+        model.mos_head(hidden_states, tokens).backward()
+        assert model.mos_head.middle_shift.weight.grad.any()
+
+
 def test_the_softmax_control_is_the_softmax():
     from models import SOFTMAX, Size, new_softmax_model, with_head
 

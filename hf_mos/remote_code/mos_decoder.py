@@ -149,9 +149,14 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def exp_(x: Tensor) -> Tensor:
-    """Equivalent to: `x.exp_()`, which takes MKL 9 times as long as `exp2_` on AMD (family 25)."""
-    return x.mul_(math.log2(math.e)).exp2_()
+def logsumexp_(joint: Tensor) -> tuple[Tensor, Tensor]:
+    """Equivalent to: `torch.logsumexp(joint, dim=1, keepdim=True)`, and the sum that it takes the logarithm of.
+
+    Leaves `exp(joint - largest)` in `joint` (n, K, V). MKL takes 9 times as long for exp_ as for exp2_ (family 25).
+    """
+    largest = joint.amax(dim=1, keepdim=True).clamp_(min=torch.finfo(joint.dtype).min)  # -inf - -inf would be NaN
+    total = joint.sub_(largest).mul_(math.log2(math.e)).exp2_().sum(dim=1, keepdim=True)
+    return total.log().add_(largest), total
 
 
 def cap_logits(logits: Tensor, softcap: float | None) -> Tensor:

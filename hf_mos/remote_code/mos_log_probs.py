@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mos_decoder import Decoder, WholeVocabulary, cap_, cap_logits, even, exp_, tokens_per_chunk, widen
+from .mos_decoder import Decoder, WholeVocabulary, cap_, cap_logits, even, logsumexp_, tokens_per_chunk, widen
 from .mos_shortlist import mix_on_shortlist_, top_classes
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -176,10 +176,7 @@ def infer_log_probs(
 
 def mix_(component_log_probs: Tensor, log_weights: Tensor) -> Tensor:
     """Equivalent to: `logsumexp(log_weights.unsqueeze(-1) + component_log_probs, dim=1)` (n, V), in place."""
-    joint = component_log_probs.add_(log_weights.unsqueeze(-1))
-    # Finite for a class that no component gives a probability, so that its log-probability is -inf and not NaN.
-    largest = joint.amax(dim=1).clamp_(min=torch.finfo(joint.dtype).min)
-    return exp_(joint.sub_(largest.unsqueeze(1))).sum(dim=1).log_().add_(largest)
+    return logsumexp_(component_log_probs.add_(log_weights.unsqueeze(-1)))[0].squeeze(1)
 
 
 def reduce(nll: Tensor, counts: Tensor, reduction: str) -> Tensor:

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mos_decoder import Decoder, cap_, cap_logits, exp_, widen
+from .mos_decoder import Decoder, cap_, cap_logits, logsumexp_, widen
 
 GROUP = 8  # classes whose maximum is searched in their place
 
@@ -101,9 +101,7 @@ def mix_on_shortlist_(
     component_slope = None if slope is None else torch.empty_like(logits)
     cap_(logits, decoder.softcap, component_slope)
     cap_(z, decoder.softcap, slope)
-    joint = logits.add_(log_gate.unsqueeze(-1))
-    largest = joint.amax(dim=1, keepdim=True).clamp_(min=torch.finfo(joint.dtype).min)  # -inf - -inf would be NaN
-    weights = exp_(joint.sub_(largest))
-    total = weights.sum(dim=1, keepdim=True)
-    z.scatter_(1, shortlist, (total.log() + largest).squeeze(1))
+    weights = logits.add_(log_gate.unsqueeze(-1))
+    mixed, total = logsumexp_(weights)
+    z.scatter_(1, shortlist, mixed.squeeze(1))
     return OnShortlist(shortlist, rows, is_in, weights, total, component_slope)
