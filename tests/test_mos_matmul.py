@@ -21,6 +21,7 @@ def onednn(request, monkeypatch):
         pytest.skip("torch is built without oneDNN")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: is_available)
     monkeypatch.setattr(mos_matmul, "_mkl_is_slow", lambda adds=False: mkl_is_slow)
+    monkeypatch.setattr(mos_matmul, "SMALL", 0)
 
 
 @pytest.mark.usefixtures("onednn")
@@ -66,12 +67,14 @@ def test_layouts():
 
 
 class GivenToOneDNN(TorchDispatchMode):
-    """Whether every matrix that oneDNN is given is without gaps between its rows or columns."""
+    """How many products oneDNN is given, and whether no matrix of them has gaps between its rows or columns."""
 
+    products = 0
     all_dense = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "mkldnn":
+            self.products += 1
             self.all_dense &= all(matrix.is_contiguous() or matrix.t().is_contiguous() for matrix in args[:2])
         return func(*args, **(kwargs or {}))
 
@@ -85,6 +88,24 @@ def test_a_tile_of_a_transposed_weight_takes_no_slow_path():
         out = multiply_into(torch.empty(6, TILE + 5), rows, weight)
     assert given.all_dense
     torch.testing.assert_close(out, F.linear(rows, weight))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
+@pytest.mark.parametrize("is_slow", [True, False])
+@torch.no_grad()
+def test_a_small_product_and_a_single_row_stay_with_the_blas(is_slow, monkeypatch):
+    """oneDNN takes longer to begin than they take."""
+    monkeypatch.setattr(mos_matmul, "_mkl_is_slow", lambda adds=False: is_slow)
+    weight = torch.randn(2**11, 2**10)
+
+    def products(rows: int, classes: int) -> int:
+        with GivenToOneDNN() as given:
+            multiply(torch.randn(rows, 2**10), weight[:classes])
+        return given.products
+
+    assert products(8, 2**11) == 1
+    assert products(8, 2**9) == products(1, 2**11) == 0
+    assert products(32, 2**11) == is_slow  # MKL is the faster one for many rows on Intel
 
 
 @torch.no_grad()

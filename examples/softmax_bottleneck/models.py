@@ -58,8 +58,8 @@ class ContextsHead(MoSLMHead):
 class DropoutHead(MoSLMHead):
     """Equivalent to: MoSLMHead with dropout on its shifts in training."""
 
-    def shifts(self, hidden_states: Tensor) -> Tensor:
-        return F.dropout(super().shifts(hidden_states), DROPOUT, self.training)
+    def latents(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states.unsqueeze(-2) + F.dropout(self.shifts(hidden_states), DROPOUT, self.training)
 
 
 class LayersHead(MoSLMHead):
@@ -83,10 +83,10 @@ class LayersHead(MoSLMHead):
     def keep(self, layer: nn.Module, inputs: Any, output: Any) -> None:
         self.middle = output if isinstance(output, Tensor) else output[0]  # (..., D), not normalised
 
-    def shifts(self, hidden_states: Tensor) -> Tensor:
+    def latents(self, hidden_states: Tensor) -> Tensor:
         middle = F.rms_norm(self.middle, self.middle.shape[-1:])
         more = self.latent_scale * self.middle_shift(middle).unflatten(-1, (self.num_mixtures, -1))
-        return super().shifts(hidden_states) + more
+        return super().latents(hidden_states) + more
 
 
 class WarmedHead(MoSLMHead):
@@ -95,8 +95,8 @@ class WarmedHead(MoSLMHead):
     progress = 1.0  # of the training; `fit` sets it before each step
     share = staticmethod(lambda progress: min(1.0, 2 * progress))
 
-    def shifts(self, hidden_states: Tensor) -> Tensor:
-        return self.share(self.progress) * super().shifts(hidden_states)
+    def latents(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states.unsqueeze(-2) + self.share(self.progress) * self.shifts(hidden_states)
 
 
 class LateHead(WarmedHead):
@@ -222,7 +222,6 @@ class Head:
     def take_over(self, linear: nn.Linear, softcap: float | None = None, init_seed: int = 0) -> MoSLMHead:
         """Makes a projection, or another head, this head; it keeps its weights."""
         options = {"shortlist_size": None, "latent_scale": 1.0 if self.kind == "paper" else None} | self.options
-        options["shift_rank"] = linear.in_features  # with a lower rank the loss would not call their methods
         return HEAD_CLASSES[self.kind].take_over(linear, softcap=softcap, init_seed=init_seed, **options)
 
 

@@ -260,11 +260,10 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         headers = {}
         if pretrained_model_name_or_path is not None and folder.is_dir() and kwargs.get("gguf_file") is None:
             headers = check_files(folder, kwargs.get("variant"), getattr(config, "transformers_weights", None))
-        kwargs |= {"config": config, "use_safetensors": True, "output_loading_info": True}
-        kwargs["ignore_mismatched_sizes"] = True  # refused below, in words
+        kwargs.update(config=config, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
         loaded: Any = super(MoSForCausalLM, made).from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model, info = loaded
-        check_loaded(model, info, pretrained_model_name_or_path, headers, ignore_mismatched_sizes)
+        check_loaded(model, info, pretrained_model_name_or_path, headers, ignore_mismatched_sizes)  # refuses in words
         if model.config.tie_word_embeddings:
             model._no_split_modules.discard(MoSLMHead.__name__)
         staged = vars(model.config).pop("transformers_weights", None)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .mos_matmul import multiply, multiply_into
@@ -15,11 +16,12 @@ from .mos_matmul import multiply, multiply_into
 Tokens = slice | Tensor  # the tokens of a chunk, as an index
 
 # Working memory of the loss; on an accelerator its memory decides. With a trained decoder 30 MiB took 0.81 of the time
-# of 12 MiB (D = 768, V = 50257, an AMD EPYC of family 26). glibc keeps no larger buffer than 32 MiB for the next step.
-CPU_BUDGET_BYTES = 30 * 2**20
+# of 12 MiB (D = 768, V = 50257, an EPYC of family 26). glibc keeps no buffer of 32 MiB or more for the next step.
+CPU_BUDGET_BYTES = 63 * 2**19
 # With a trained decoder at least 128 rows of logits in fp32, as each chunk reads and writes the decoder's gradient; at
-# most 120 MiB. They took 0.86 of the time of 30 MiB at D = 256, V = 128000, and 0.69 at V = 262144.
+# most 126 MiB: 0.86 of the time of 30 MiB at D = 256, V = 128000, and 0.69 at V = 262144.
 TRAINED_DECODER_ROWS, TRAINED_DECODER_BUDGETS = 128, 4
+ROW_PARTS = 16  # of the budget: 2 MiB of rows took 0.89 of the time of all (decoding 32 tokens, D = 4096, a Xeon)
 MIN_ROWS = 32  # at least so many rows of logits, however many bytes each needs
 MIN_BUDGET_BYTES = 256 * 2**20
 DEVICE_MEMORY_SHARE = 1 / 64
@@ -70,6 +72,13 @@ class Decoder(NamedTuple):
     def logits(self, rows: Tensor) -> Tensor:
         """Equivalent to: `F.linear(rows, weight, bias)` (R, V), widened, without gradients."""
         return widen(multiply(rows, self.weight, self.bias) if self.matmul is None else self.matmul(rows))
+
+    def rows_of(self, classes: Tensor) -> Iterator[tuple[Tokens, Tensor]]:
+        """The rows (n, M, D or r) that offsets are multiplied with, of classes (n, M), as many as a cache holds."""
+        weight = self.weight if self.narrow is None else self.narrow
+        size = budget_bytes(weight.device) // (ROW_PARTS * classes.shape[1] * weight.shape[1] * weight.itemsize)
+        for part in split(classes, max(1, size), of=len(classes)):
+            yield part, F.embedding(classes[part], weight)
 
     def write_logits(self, rows: Tensor, out: Tensor, half: Tensor | None) -> None:
         """Equivalent to: `out.copy_(logits(rows))`, by way of `half` where `rows` are half precision."""

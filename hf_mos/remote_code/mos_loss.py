@@ -53,8 +53,7 @@ def mos_cross_entropy(
             as a loss scale must multiply the gradients before they are rounded.
         shard: the vocabulary shard whose rows `decoder_weight` and `decoder_bias` hold (`VocabularyShard`). Each
             process gets the whole loss, and the whole gradient of all inputs but the decoder's.
-        widening: (D, r) for offsets (N, K, r) in place of `offsets @ widening.T`. These cost r numbers for each class
-            of a shortlist, and V r numbers once.
+        widening: (D, r), for offsets (N, K, r) in place of `offsets @ widening.T`; the loss widens none of them.
 
     Returns:
         The negative log-likelihood in nats, in fp32 (fp64 for fp64): a scalar, or (N,) for `"none"`, zero where
@@ -133,7 +132,9 @@ def full_loss(
             error.mul_(slope)
         if d_prior is not None:
             d_prior[tokens] = (log_gate[tokens].exp() - responsibilities) * token_weight
-        d_rows = _backward_of_decoder(error, row_weights, half, rows, decoder, d_latents is not None, d_weight, d_bias)
+        if d_bias is not None:
+            d_bias.addmv_(error.t(), row_weights.squeeze(1))
+        d_rows = _backward_of_decoder(error, row_weights, half, rows, decoder, d_latents is not None, d_weight)
         if d_latents is not None:
             d_latents[tokens] = d_rows.view(-1, *latents.shape[1:])
     decoder.vocabulary.sum_(d_latents)
@@ -185,19 +186,24 @@ def shortlist_loss(
         if on_list.is_in is not None:
             d_differences.mul_(on_list.is_in.unsqueeze(1))
         d_differences = d_differences.to(options.work_dtype)
-        d_rows = _backward_of_decoder(error, token_weight, half, rows, decoder, d_mean is not None, d_weight, d_bias)
+        if d_bias is not None:
+            d_bias.addmv_(error.t(), token_weight.squeeze(1))
+        d_rows = _backward_of_decoder(error, token_weight, half, rows, decoder, d_mean is not None, d_weight)
         if d_mean is not None:
             d_mean[tokens] = d_rows
+        d_chunk = torch.empty_like(chunk_offsets)
+        for part, rows_of_list in decoder.rows_of(on_list.shortlist):
+            torch.bmm(d_differences[part], rows_of_list, out=d_chunk[part])
+            if wants_rows:
+                torch.bmm(d_differences[part].transpose(1, 2), chunk_offsets[part], out=rows_of_list)
+                d_narrow.add_rows(on_list.shortlist[part].flatten(), rows_of_list.flatten(0, 1))
         if d_offsets is not None:
-            d_offsets[tokens] = torch.bmm(d_differences, on_list.rows)
-        if wants_rows:
-            d_rows_of_list = torch.bmm(d_differences.transpose(1, 2), chunk_offsets)  # (n, M, D)
-            d_narrow.add_rows(on_list.shortlist.flatten(), d_rows_of_list.flatten(0, 1))
+            d_offsets[tokens] = d_chunk
     d_widening = None
     if widening is not None and (of_narrow := d_narrow.result()) is not None:
         of_narrow = of_narrow.to(options.work_dtype)
         d_weight.add_product(of_narrow, widening.t())
-        d_widening = torch.mm(decoder.weight.t(), of_narrow).to(decoder.sum_dtype) if wanted.widening else None
+        d_widening = multiply(of_narrow.t(), decoder.weight.t()).t().to(decoder.sum_dtype) if wanted.widening else None
     for gradient in (d_mean, d_offsets, d_widening):
         decoder.vocabulary.sum_(gradient)
     return nll, LossInputs(d_mean, d_offsets, d_prior, d_weight.result(), d_bias, d_widening)
@@ -222,28 +228,19 @@ def _prepare(
 
 
 def _backward_of_decoder(
-    error: Tensor,
-    row_weights: Tensor,
-    half: Tensor | None,
-    rows: Tensor,
-    decoder: Decoder,
-    wants_rows: bool,
-    d_weight: Accumulator,
-    d_bias: Tensor | None,
+    error: Tensor, weights: Tensor, half: Any, rows: Tensor, decoder: Decoder, wants_rows: bool, d_weight: Accumulator
 ) -> Any:
-    """The gradient of the rows (R, D), of that of their logits, `row_weights * error`; adds the decoder's.
+    """The gradient of the rows (R, D), of that of their logits, `weights * error`; adds the decoder's.
 
     In fp32 and wider that product (R, V) is never made: the row weights (R, 1) go on the narrow side of each matmul.
     In half precision they join the error when it is rounded.
     """
-    if d_bias is not None:
-        d_bias.addmv_(error.t(), row_weights.squeeze(1))
     if half is not None:
-        error, left = torch.mul(error, row_weights, out=half), rows
+        error, left = torch.mul(error, weights, out=half), rows
         d_rows = multiply(error, decoder.weight.t()) if wants_rows else None
     else:
-        left = rows * row_weights
-        d_rows = multiply(error, decoder.weight.t()) * row_weights if wants_rows else None
+        left = rows * weights
+        d_rows = multiply(error, decoder.weight.t()) * weights if wants_rows else None
     d_weight.add_product(error.t(), left)
     return d_rows
 

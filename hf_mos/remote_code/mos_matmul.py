@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 ENGINES = ("torch.distributed.fsdp.", "deepspeed.")  # modules whose hooks gather a weight
 MODULE_TRACKER = "torch.utils.module_tracker"  # FlopCounterMode's: it notes which module runs, and reads no tensor
-FEW_ROWS = 16
+FEW_ROWS, SMALL = range(4, 17), 2**23  # multiplications; oneDNN takes 30 to 100 microseconds before it begins
 COLUMNS, COLUMN_HEIGHT = 4, 1024  # rows, and their width, at most that MKL multiplies faster as columns
 NARROW = 128  # columns of a product
 TILE = 1024  # classes at a time, so that a tile of logits stays in the cache until it is copied to its place
@@ -28,8 +28,8 @@ def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     Shapes: rows (n, D), weight (V, D), bias (V,), result (n, V), all of one dtype. On the CPU torch hands fp32
     products to its BLAS and has oneDNN too. The vendor of the processor decides, so that a run can be repeated to the
     bit. On AMD MKL refuses its fast paths: oneDNN reaches 230 to 430 GFLOP/s and MKL 110 to 200 (40 to 512 rows, 2
-    threads of an EPYC). But 2 to 4 rows are faster as columns in MKL up to D = 1024 (4 rows, V = 50257: 3.6 ms against
-    5.9 at D = 768, 25 against 13 at D = 2048; family 26). On Intel MKL is faster for many rows, oneDNN for 2 to 16.
+    threads of an EPYC). But 2 to 4 rows are faster as columns in MKL up to D = 1024 (4 rows, V = 50257, D = 768: 3.6
+    ms against 5.9; family 26). On Intel oneDNN takes 0.4 to 0.9 of MKL's time for 4 to 16 rows, more for others.
     """
     if not _suits_onednn(rows, weight):
         return F.linear(rows, weight, bias)
@@ -42,8 +42,7 @@ def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 def multiply_into(out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Equivalent to: `out.copy_(multiply(rows, weight, bias))`, without memory of the size of `out`; returns `out`."""
     if weight.is_contiguous() and _suits_onednn(rows, weight):  # contiguous, so that a tile has no gaps either
-        # oneDNN returns a tensor of its own.
-        for start in range(0, weight.shape[0], TILE):
+        for start in range(0, weight.shape[0], TILE):  # oneDNN returns a tensor of its own
             tile = slice(start, start + TILE)
             out[:, tile] = _onednn(rows, weight[tile], None if bias is None else bias[tile])
         return out
@@ -148,16 +147,17 @@ def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
-def _suits_onednn(*matrices: Tensor) -> bool:
+def _suits_onednn(rows: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN is there, the faster one, and takes the matrices on a fast path: fp32, and no gaps in them."""
     return (
         torch.backends.mkldnn.is_available()
-        and (_mkl_is_slow() or matrices[0].shape[0] <= FEW_ROWS)
+        and (_mkl_is_slow() or rows.shape[0] in FEW_ROWS)
+        and rows.shape[0] * weight.numel() >= SMALL
         and not torch.is_autocast_enabled("cpu")
         and not is_transformed()
         and (torch.compiler.is_compiling() or _get_current_dispatch_mode() is None)  # FlopCounterMode knows torch's
-        and all(matrix.device.type == "cpu" and matrix.dtype == torch.float32 for matrix in matrices)
-        and all(matrix.is_contiguous() or matrix.t().is_contiguous() for matrix in matrices)
+        and all(matrix.device.type == "cpu" and matrix.dtype == torch.float32 for matrix in (rows, weight))
+        and all(matrix.is_contiguous() or matrix.t().is_contiguous() for matrix in (rows, weight))
     )
 
 
