@@ -1,11 +1,8 @@
 """Checks the matmuls against F.linear, with oneDNN and without."""
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_mos.remote_code import mos_matmul
 from hf_mos.remote_code.mos_matmul import COLUMNS, NARROW, TILE, add_product_, multiply, multiply_into
@@ -66,42 +63,44 @@ def test_layouts():
     assert multiply_into(torch.empty(0, 40), rows[:0], weight).shape == (0, 40)
 
 
-class GivenToOneDNN(TorchDispatchMode):
-    """How many products oneDNN is given, and whether no matrix of them has gaps between its rows or columns."""
-
-    products = 0
-    all_dense = True
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "mkldnn":
-            self.products += 1
-            self.all_dense &= all(matrix.is_contiguous() or matrix.t().is_contiguous() for matrix in args[:2])
-        return func(*args, **(kwargs or {}))
+@pytest.fixture
+def given_to_onednn(monkeypatch):
+    """The matrices of each product that oneDNN is given."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch is built without oneDNN")
+    given: list[tuple[torch.Tensor, torch.Tensor]] = []
+    product = mos_matmul._onednn
+    monkeypatch.setattr(mos_matmul, "_onednn", lambda *args: given.append(args[:2]) or product(*args))
+    return given
 
 
-@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("transposed", [False, True])
 @torch.no_grad()
-def test_a_tile_of_a_transposed_weight_takes_no_slow_path():
-    """oneDNN takes a thousand times as long for a matrix with gaps."""
+def test_onednn_is_given_no_matrix_with_gaps(transposed, given_to_onednn, monkeypatch):
+    """It takes a thousand times as long for one, such as a tile of a transposed weight."""
+    monkeypatch.setattr(mos_matmul, "_mkl_is_slow", lambda adds=False: True)
+    monkeypatch.setattr(mos_matmul, "SMALL", 0)
     rows, weight = torch.randn(6, 12), torch.randn(12, TILE + 5).t()
-    with GivenToOneDNN() as given:
-        out = multiply_into(torch.empty(6, TILE + 5), rows, weight)
-    assert given.all_dense
+    weight = weight if transposed else weight.contiguous()
+    out = multiply_into(torch.empty(6, TILE + 5), rows, weight)
     torch.testing.assert_close(out, F.linear(rows, weight))
+    torch.testing.assert_close(multiply(rows, weight), out)
+    assert len(given_to_onednn) == (1 if transposed else 3)
+    for matrix in (matrix for pair in given_to_onednn for matrix in pair):
+        assert matrix.is_contiguous() or matrix.t().is_contiguous()
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
 @pytest.mark.parametrize("is_slow", [True, False])
 @torch.no_grad()
-def test_a_small_product_and_a_single_row_stay_with_the_blas(is_slow, monkeypatch):
+def test_a_small_product_and_a_single_row_stay_with_the_blas(is_slow, given_to_onednn, monkeypatch):
     """oneDNN takes longer to begin than they take."""
     monkeypatch.setattr(mos_matmul, "_mkl_is_slow", lambda adds=False: is_slow)
     weight = torch.randn(2**11, 2**10)
 
     def products(rows: int, classes: int) -> int:
-        with GivenToOneDNN() as given:
-            multiply(torch.randn(rows, 2**10), weight[:classes])
-        return given.products
+        given_to_onednn.clear()
+        multiply(torch.randn(rows, 2**10), weight[:classes])
+        return len(given_to_onednn)
 
     assert products(8, 2**11) == 1
     assert products(8, 2**9) == products(1, 2**11) == 0
