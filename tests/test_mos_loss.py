@@ -366,7 +366,7 @@ def test_inference_keeps_to_its_budget(dtype, bytes_per_logit):
     ],
 )
 def test_training_keeps_to_its_budget(V, trains_decoder, rows):
-    """Each chunk adds to the whole gradient of a trained decoder, so it has more rows there, in 120 MiB at most."""
+    """Each chunk adds to the whole gradient of a trained decoder, so it has more rows there, in 126 MiB at most."""
     N, K = 312, 2
     latents, prior_logits = torch.randn(N, K, 2, requires_grad=True), torch.randn(N, K, requires_grad=True)
     weight = torch.randn(V, 2, requires_grad=trains_decoder)
