@@ -218,6 +218,7 @@ def test_an_interrupted_question_is_taken_up_where_it_was(tmp_path):
     assert again.run({"seed": 0}, lambda: pytest.fail("run twice")) == {"nats": 1.0}
     assert again.run({"seed": 1}, lambda: {"nats": 2.0}) == {"nats": 2.0}
     assert [file.name for file in tmp_path.iterdir()] == ["question.json"]
+    assert all(run["versions"]["processor"] for run in again.runs)  # whose seconds they are
 
 
 def test_rank_by_its_command(tmp_path, data_dir):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import statistics
@@ -68,8 +69,9 @@ def command() -> str:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python, libraries and, in a repository, the commit."""
+    """The versions of Python, libraries and, in a repository, the commit; the processor, as seconds depend on it."""
     found = {
+        "processor": processor(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -78,6 +80,14 @@ def versions() -> dict[str, str]:
     if shutil.which("git") and not (commit := subprocess.run(git, capture_output=True, text=True)).returncode:
         found["commit"] = commit.stdout.strip()
     return found
+
+
+def processor() -> str:
+    """The vendor, family and model where Linux tells them, such as "AuthenticAMD 25 17"."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else ""
+    found = re.findall(r"^(?:vendor_id|cpu family|model)\s*: (.+)$", text, re.MULTILINE)[:3]
+    return " ".join(found) or platform.machine()
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
