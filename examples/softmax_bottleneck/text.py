@@ -1,7 +1,5 @@
 """The text of the questions: blocks of tokens for training, validation and test."""
 
-import functools
-import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +15,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from training import shuffled
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from hf_mos.tools.flags import new_flag, with_flags
 
 END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<unk>"
 SPLITS = ("train", "valid", "test")
@@ -95,20 +95,9 @@ class Source:
 
 def with_source(main: Callable[..., None]) -> Callable[..., None]:
     """Gives a script the flags that choose its text, in place of its parameter `source`."""
-    own, keyword = inspect.signature(main), inspect.Parameter.KEYWORD_ONLY
-    flags = []
-    for each in fields(Source):
-        annotation = Annotated[each.type, typer.Option(help=HELP[each.name])]  # type: ignore[valid-type]
-        flags.append(inspect.Parameter(each.name, keyword, default=None, annotation=annotation))
-    others = [each.replace(kind=keyword) for each in own.parameters.values() if each.name != "source"]
-
-    @functools.wraps(main)
-    def with_flags(**given: Any) -> None:
-        main(source=Source(**{each.name: given.pop(each.name, None) for each in flags}), **given)
-
-    with_flags.__signature__ = own.replace(parameters=[*flags, *others])  # type: ignore[attr-defined]
-    with_flags.__annotations__ = {each.name: each.annotation for each in (*flags, *others)}
-    return with_flags
+    options = ((each, typer.Option(help=HELP[each.name])) for each in fields(Source))
+    flags = [new_flag(each.name, Annotated[each.type, option]) for each, option in options]  # type: ignore[valid-type]
+    return with_flags(main, "source", flags, lambda given: Source(**given))
 
 
 @dataclass(frozen=True)

@@ -97,8 +97,8 @@ class MoSConfig(PreTrainedConfig):
         model_type, backbone_type = config_dict.get("model_type"), config_dict.get(BACKBONE_TYPE)
         if model_type == MODEL_TYPE and backbone_type is None:
             raise ValueError(
-                f"{BACKBONE_TYPE}: expected the type of the backbone, given none, as an earlier version saved it. "
-                "Convert its softmax model again with MoSForCausalLM.from_causal_lm and train the mixture anew."
+                f"{BACKBONE_TYPE}: expected the type of the backbone, given none: an earlier version saved this "
+                "mixture. Convert its softmax model again with MoSForCausalLM.from_causal_lm and train it anew."
             )
         own = model_type == MODEL_TYPE or (cls is not MoSConfig and model_type == cls.model_type)
         if not own and "num_mixtures" not in config_dict:

@@ -7,10 +7,11 @@ from the text of the class, whose module imports torch: `--help` needs no torch.
 import argparse
 import ast
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
+
+from .flags import new_flag, with_flags
 
 CONFIGURATION = Path(__file__).parents[1] / "remote_code" / "configuration_mos.py"
 TYPES: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
@@ -135,40 +136,12 @@ def with_head_options(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a typer command the flags, in place of its parameter `head_options`, a dict of those given."""
     import typer  # a card needs none
 
-    own = inspect.signature(command, eval_str=True)
-    flags = [
-        inspect.Parameter(
-            flag.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[
-                flag.type | None,
-                typer.Option(
-                    help=flag.help,
-                    metavar=flag.metavar,
-                    show_default=False if flag.default is None else str(flag.default),
-                ),
-            ],
-        )
-        for flag in head_flags()
-    ]
-    parameters = []
-    for parameter in own.parameters.values():
-        parameters += flags if parameter.name == "head_options" else [parameter]
+    def option(known: Flag) -> Any:
+        default = False if known.default is None else str(known.default)
+        return typer.Option(help=known.help, metavar=known.metavar, show_default=default)
 
-    @functools.wraps(command)
-    def with_flags(*args: Any, **kwargs: Any) -> None:
-        given = {flag.name: kwargs.pop(flag.name) for flag in flags}
-        try:
-            options = read_head_options({name: value for name, value in given.items() if value is not None})
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from error
-        command(*args, head_options=options, **kwargs)
-
-    keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
-    with_flags.__signature__ = own.replace(parameters=keyword)  # type: ignore[attr-defined]
-    with_flags.__annotations__ = {parameter.name: parameter.annotation for parameter in keyword}
-    return with_flags
+    flags = [new_flag(known.name, Annotated[known.type | None, option(known)]) for known in head_flags()]
+    return with_flags(command, "head_options", flags, read_head_options)
 
 
 def add_head_options(parser: argparse.ArgumentParser) -> None:
