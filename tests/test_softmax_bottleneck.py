@@ -75,10 +75,11 @@ def test_heads_of_the_study_from_scratch(kind):
         assert model.mos_head.middle_shift.weight.grad.any()
 
 
-def test_the_softmax_control_is_the_softmax():
+@pytest.mark.parametrize("width", [D, 72])  # at the second the default rank is not full
+def test_the_softmax_control_is_the_softmax(width):
     from models import SOFTMAX, Size, new_softmax_model, with_head
 
-    model, tokens = new_softmax_model(Size(D, 1), V, LENGTH, seed=0).eval(), torch.randint(V, (3, LENGTH))
+    model, tokens = new_softmax_model(Size(width, 1), V, LENGTH, seed=0).eval(), torch.randint(V, (3, LENGTH))
     control = with_head(model, SOFTMAX, seed=0).eval()
     with torch.no_grad():
         logits = model(input_ids=tokens).logits

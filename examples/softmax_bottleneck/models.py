@@ -222,6 +222,7 @@ class Head:
     def take_over(self, linear: nn.Linear, softcap: float | None = None, init_seed: int = 0) -> MoSLMHead:
         """Makes a projection, or another head, this head; it keeps its weights."""
         options = {"shortlist_size": None, "latent_scale": 1.0 if self.kind == "paper" else None} | self.options
+        options["shift_rank"] = linear.in_features  # as in the kept runs; the softmax and the paper widen nothing
         return HEAD_CLASSES[self.kind].take_over(linear, softcap=softcap, init_seed=init_seed, **options)
 
 

@@ -29,7 +29,7 @@ def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     products to its BLAS and has oneDNN too. The vendor of the processor decides, so that a run can be repeated to the
     bit. On AMD MKL refuses its fast paths: oneDNN reaches 230 to 430 GFLOP/s and MKL 110 to 200 (40 to 512 rows, 2
     threads of an EPYC). But 2 to 4 rows are faster as columns in MKL up to D = 1024 (4 rows, V = 50257, D = 768: 3.6
-    ms against 5.9; family 26). On Intel oneDNN takes 0.4 to 0.9 of MKL's time for 4 to 16 rows, more for others.
+    ms against 5.9; family 26). On Intel oneDNN takes 0.4 to 0.9 of MKL's time for 4 to 16 rows (D >= 576), else more.
     """
     if not _suits_onednn(rows, weight):
         return F.linear(rows, weight, bias)
