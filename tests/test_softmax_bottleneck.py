@@ -189,6 +189,41 @@ def test_training_to_convergence_ends_with_its_best_weights():
     assert result["valid_nats"] == pytest.approx(min(nats for _, _, nats, _ in result["curve"]))
 
 
+@pytest.mark.parametrize("to_convergence", [False, True])
+def test_an_interrupted_training_goes_on_to_the_same_end(to_convergence, monkeypatch, tmp_path):
+    """Dropout, the order of the batches, the optimizer and the cuts of the rate are as if nothing had happened."""
+    import training
+    from models import Size, mixture, new_softmax_model, with_head
+
+    recipe = training.Recipe(23, 3e-2, batch_size=8, to_convergence=to_convergence, evaluate_every=5, measure_every=5)
+    file = tmp_path / "kept" / "run.pt"
+
+    def train():
+        model = with_head(new_softmax_model(Size(D, 1, dropout=0.1), V, LENGTH, 0), mixture(2), 0)
+        result = training.fit(model, some_text(), recipe, seed=0, name="", unfinished=file)
+        del result["seconds"]
+        return result | {"curve": [(step, *nats) for step, _, *nats in result["curve"]]}
+
+    whole = train()
+    assert not file.exists()
+    take_step, taken = training.take_step, []
+
+    def interrupted(*arguments):
+        if len(taken) == 17:
+            raise KeyboardInterrupt
+        taken.append(arguments)
+        return take_step(*arguments)
+
+    monkeypatch.setattr(training, "take_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    steps = []
+    monkeypatch.setattr(training, "take_step", lambda *arguments: steps.append(0) or take_step(*arguments))
+    assert train() == whole
+    assert len(steps) == whole["steps"] - 15  # from the last point of the curve
+    assert [path.name for path in file.parent.iterdir()] == []
+
+
 @pytest.mark.parametrize("rank", [2, 5])
 def test_the_synthetic_language_has_its_rank(rank):
     from synthetic import language

@@ -1,6 +1,5 @@
 """Trains one backbone on one text by one recipe, with different heads. Each training runs once; its result is kept."""
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import torch
 from corpus import Corpus
 from cost import operations, seconds_in_turn
 from models import SOFTMAX, Head, Size, new_softmax_model, with_head
-from results import Results
+from results import Results, digest
 from search import best_rate
 from text import Text
 from torch import Tensor
@@ -63,7 +62,7 @@ class Experiment:
         def fit_and_save() -> dict[str, Any]:
             model = self.model(head, seed)
             name = f"{head.name}, hidden size {self.size.hidden_size}, seed {seed}"
-            result = fit(model, self.text, self.recipe, seed, name)
+            result = fit(model, self.text, self.recipe, seed, name, self.results.unfinished(settings))
             if seed == 0 and head.kind == "mixture" and self.text.tokenizer is not None:
                 folder = self.results.path.parent / "models" / folder_name(head.name, settings)
                 model.save_pretrained(folder)
@@ -83,7 +82,8 @@ class Experiment:
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             backbone = new_softmax_model(self.size, self.text.vocab_size, self.text.train.shape[1], seed)
-            result = fit(with_head(backbone, SOFTMAX, seed), self.text, self.recipe, seed, "the checkpoint")
+            model, unfinished = with_head(backbone, SOFTMAX, seed), self.results.unfinished(settings)
+            result = fit(model, self.text, self.recipe, seed, "the checkpoint", unfinished)
             with tempfile.TemporaryDirectory(dir=folder.parent) as work:
                 staged = Path(work, "checkpoint")
                 backbone.save_pretrained(staged)
@@ -143,5 +143,4 @@ def train_all(found: Configurations, seeds: int) -> dict[str, list[dict[str, Any
 
 def folder_name(name: str, settings: dict[str, Any]) -> str:
     """A name that is unique to the settings."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{name.replace(' ', '-').replace('=', '')}-{digest}"
+    return f"{name.replace(' ', '-').replace('=', '')}-{digest(settings)}"

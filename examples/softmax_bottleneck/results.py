@@ -1,5 +1,6 @@
 """Keeps the runs of a question in one JSON file. Each run is written when it ends, and runs once."""
 
+import hashlib
 import json
 import math
 import os
@@ -48,6 +49,10 @@ class Results:
         settings = as_in_file(settings)
         return next((run["result"] for run in self.runs if run["settings"] == settings), None)
 
+    def unfinished(self, settings: dict[str, Any]) -> Path:
+        """The file for the state of the run with these settings while it is under way."""
+        return self.path.parent / "unfinished" / f"{digest(settings)}.pt"
+
     def write(self) -> None:
         """Writes the file atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +65,11 @@ class Results:
 def as_in_file(settings: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(json.dumps(settings))
     return found
+
+
+def digest(settings: dict[str, Any]) -> str:
+    """Eight digits that tell settings apart."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def command() -> str:

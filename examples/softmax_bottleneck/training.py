@@ -4,10 +4,13 @@ Seconds are those that the processor spent on the steps, of one thread (`time.pr
 hardly changes them. Evaluation is not counted.
 """
 
+import itertools
 import math
+import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -84,8 +87,14 @@ def checkpoint_recipe(steps: int, learning_rate: float = 2e-2) -> Recipe:
     return Recipe(steps, learning_rate, to_convergence=True, evaluate_every=max(50, steps // 80))
 
 
-def fit(model: PreTrainedModel, data: Data, recipe: Recipe, seed: int, name: str) -> dict[str, Any]:
+def fit(
+    model: PreTrainedModel, data: Data, recipe: Recipe, seed: int, name: str, unfinished: Path | None = None
+) -> dict[str, Any]:
     """Trains the model and measures it, in nats per token.
+
+    Args:
+        unfinished: a file that keeps the state of the training at each point of the curve, and is gone at the end. A
+            training that finds the file goes on from there, to the same weights.
 
     Returns:
         `valid_nats`, and `test_nats` if there is a test split, of the weights that the training ends with (on
@@ -93,48 +102,90 @@ def fit(model: PreTrainedModel, data: Data, recipe: Recipe, seed: int, name: str
         seconds, validation nats, nats of the batches since the point before).
     """
     optimizer = make_optimizer(model, recipe)
-    batches = data.batches(recipe.batch_size, seed)
     torch.manual_seed(seed)  # of dropout
     stop = Plateau(recipe) if recipe.to_convergence else None
-    curve: list[tuple[int, float, float, float]] = []
+    at = State()
+    if unfinished is not None and unfinished.exists():
+        at = restore(unfinished, model, optimizer, stop)
+    batches = itertools.islice(data.batches(recipe.batch_size, seed), at.step, None)
     every, losses = recipe.evaluate_every if stop else recipe.measure_every or recipe.steps, []
-    seconds, step, stopped_early, best = 0.0, 0, False, None
+    stopped_early = False
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(name, total=recipe.steps)
-        while step < recipe.steps and not stopped_early:
-            scale = min(1.0, (step + 1) / (recipe.steps * recipe.warmup))
-            scale *= stop.scale if stop else 1 - step / recipe.steps
+        task = progress.add_task(name, total=recipe.steps, completed=at.step)
+        while at.step < recipe.steps and not stopped_early:
+            scale = min(1.0, (at.step + 1) / (recipe.steps * recipe.warmup))
+            scale *= stop.scale if stop else 1 - at.step / recipe.steps
             if hasattr(head := getattr(model, "mos_head", None), "progress"):
-                head.progress = step / recipe.steps
+                head.progress = at.step / recipe.steps
             started = time.process_time()
             losses.append(take_step(model, next(batches), optimizer, scale))
-            seconds += time.process_time() - started
-            step += 1
+            at.seconds += time.process_time() - started
+            at.step += 1
             progress.advance(task)
-            if step % every == 0 and (stop or step < recipe.steps):
-                since = float(torch.stack(losses).mean())
-                curve.append((step, round(seconds, 3), data.nats(model, "valid"), since))
-                losses.clear()
-            if stop and step % every == 0:
-                is_best, is_over = stop.judge(curve[-1][2])
+            if at.step % every or (at.step == recipe.steps and not stop):
+                continue
+            since = float(torch.stack(losses).mean())
+            at.curve.append((at.step, round(at.seconds, 3), data.nats(model, "valid"), since))
+            losses.clear()
+            if stop:
+                is_best, is_over = stop.judge(at.curve[-1][2])
                 if is_best:
-                    best = {name: weight.detach().clone() for name, weight in trained_parameters(model)}
-                elif is_over and best is not None:
-                    model.load_state_dict(best, strict=False)
+                    at.best = {name: weight.detach().clone() for name, weight in trained_parameters(model)}
+                elif is_over and at.best is not None:
+                    model.load_state_dict(at.best, strict=False)
                 stopped_early = is_over and stop.cuts > recipe.cuts
-    if best is not None:
-        model.load_state_dict(best, strict=False)
+            if not progress.console.is_terminal:  # a bar is drawn on a terminal alone
+                progress.console.print(
+                    f"{name}: step {at.step} of {recipe.steps}, validation {at.curve[-1][2]:.3f} nats"
+                )
+            if unfinished is not None:
+                keep(unfinished, at, model, optimizer, stop)
+    if at.best is not None:
+        model.load_state_dict(at.best, strict=False)
     nats = {f"{split}_nats": data.nats(model, split) for split in data.measured}
     if not math.isfinite(nats["valid_nats"]):
         raise FloatingPointError(f"{name}: the validation loss is {nats['valid_nats']}")
+    if unfinished is not None:
+        unfinished.unlink(missing_ok=True)
     return {
         **nats,
-        "seconds": round(seconds, 3),
-        "steps": step,
+        "seconds": round(at.seconds, 3),
+        "steps": at.step,
         "stopped_early": stopped_early,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "curve": curve,
+        "curve": at.curve,
     }
+
+
+@dataclass
+class State:
+    """How far a training is."""
+
+    step: int = 0
+    seconds: float = 0.0
+    curve: list[tuple[int, float, float, float]] = field(default_factory=list)
+    best: dict[str, Tensor] | None = None  # the weights of the lowest validation loss, on convergence
+
+
+def keep(
+    path: Path, at: State, model: PreTrainedModel, optimizer: torch.optim.Optimizer, stop: "Plateau | None"
+) -> None:
+    """Writes atomically all that the rest of the training depends on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_suffix(".partial")
+    kept = {"at": vars(at), "weights": dict(trained_parameters(model)), "optimizer": optimizer.state_dict()}
+    torch.save(kept | {"stop": stop and stop.state, "random": torch.get_rng_state()}, staged)
+    os.replace(staged, path)
+
+
+def restore(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, stop: "Plateau | None") -> State:
+    kept = torch.load(path, weights_only=True)
+    model.load_state_dict(kept["weights"], strict=False)
+    optimizer.load_state_dict(kept["optimizer"])
+    torch.set_rng_state(kept["random"])
+    if stop is not None:
+        stop.state = kept["stop"]
+    return State(**kept["at"])
 
 
 class Plateau:
@@ -143,6 +194,14 @@ class Plateau:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.scale, self.lowest, self.waited, self.cuts = 1.0, math.inf, 0, 0
+
+    @property
+    def state(self) -> tuple[float, float, int, int]:
+        return self.scale, self.lowest, self.waited, self.cuts
+
+    @state.setter
+    def state(self, kept: tuple[float, float, int, int]) -> None:
+        self.scale, self.lowest, self.waited, self.cuts = kept
 
     def judge(self, nats: float) -> tuple[bool, bool]:
         """Whether this validation loss is the lowest, and whether the learning rate must be cut."""
