@@ -90,6 +90,22 @@ def test_onednn_is_given_no_matrix_with_gaps(transposed, given_to_onednn, monkey
         assert matrix.is_contiguous() or matrix.t().is_contiguous()
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@torch.no_grad()
+def test_a_sum_gives_onednn_no_matrix_with_gaps(transposed, given_to_onednn, monkeypatch):
+    """It copies a tile of a transposed matrix element by element, which took longer than the product."""
+    monkeypatch.setattr(mos_matmul, "_mkl_is_slow", lambda adds=False: True)
+    monkeypatch.setattr(mos_matmul, "SMALL", 0)
+    left, right = torch.randn(6, TILE + 5).t(), torch.randn(6, NARROW + 1)
+    left = left if transposed else left.contiguous()
+    total = torch.zeros(TILE + 5, NARROW + 1)
+    add_product_(total, left, right, is_first=False)
+    torch.testing.assert_close(total, left @ right)
+    assert len(given_to_onednn) == 2
+    for matrix in (matrix for pair in given_to_onednn for matrix in pair):
+        assert matrix.is_contiguous() or matrix.t().is_contiguous()
+
+
 @pytest.mark.parametrize("is_slow", [True, False])
 @torch.no_grad()
 def test_a_small_product_and_a_single_row_stay_with_the_blas(is_slow, given_to_onednn, monkeypatch):

@@ -18,8 +18,7 @@ ENGINES = ("torch.distributed.fsdp.", "deepspeed.")  # modules whose hooks gathe
 MODULE_TRACKER = "torch.utils.module_tracker"  # FlopCounterMode's: it notes which module runs, and reads no tensor
 FEW_ROWS, SMALL = range(4, 17), 2**23  # multiplications; oneDNN takes 30 to 100 microseconds before it begins
 COLUMNS, COLUMN_HEIGHT = 4, 1024  # rows, and their width, at most that MKL multiplies faster as columns
-NARROW = 128  # columns of a product
-TILE = 1024  # classes at a time, so that a tile of logits stays in the cache until it is copied to its place
+NARROW, TILE = 32, 1024  # columns of a product; classes at a time, so that a tile of logits stays in the cache
 
 
 def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -27,9 +26,8 @@ def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
     Shapes: rows (n, D), weight (V, D), bias (V,), result (n, V), all of one dtype. On the CPU torch hands fp32
     products to its BLAS and has oneDNN too. The vendor of the processor decides, so that a run can be repeated to the
-    bit. On AMD MKL refuses its fast paths: oneDNN reaches 230 to 430 GFLOP/s and MKL 110 to 200 (40 to 512 rows, 2
-    threads of an EPYC). But 2 to 4 rows are faster as columns in MKL up to D = 1024 (4 rows, V = 50257, D = 768: 3.6
-    ms against 5.9; family 26). On Intel oneDNN takes 0.4 to 0.9 of MKL's time for 4 to 16 rows (D >= 576), else more.
+    bit. On AMD MKL refuses its fast paths: oneDNN reaches 230 to 430 GFLOP/s and MKL 110 to 200 (2 threads). But 2 to
+    4 rows are faster as columns in MKL up to D = 1024. On Intel oneDNN takes 0.4 to 0.9 of MKL's time at 4 to 16 rows.
     """
     if not _suits_onednn(rows, weight):
         return F.linear(rows, weight, bias)
@@ -52,13 +50,15 @@ def multiply_into(out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None
 def add_product_(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
     """Equivalent to: `total.addmm_(left, right, beta=0 if is_first else 1)`.
 
-    Shapes: total (V, D), left (V, n), right (n, D), all of one dtype. Tile by tile oneDNN takes 0.7 of MKL's time, in
-    one call 1.0 to 1.4 (256 rows, family 26). Up to 128 columns, and on family 25 (0.55 to 0.95), MKL is faster.
+    Shapes: total (V, D), left (V, n), right (n, D), all of one dtype. Tile by tile oneDNN takes 0.55 to 0.9 of MKL's
+    time (D of 64 to 4096, family 26). For 32 columns and fewer, and on family 25 (0.55 to 0.95), MKL is faster.
     """
     if right.shape[1] > NARROW and _mkl_is_slow(adds=True) and _suits_onednn(left, right):
         for start in range(0, left.shape[0], TILE):
             tile = slice(start, start + TILE)
-            product = _onednn(left[tile], right.t(), None)
+            # oneDNN copies a transposed tile with gaps in 40 ms, one without in 7 (n = 1008, V = 8192).
+            rows = left[tile] if left.is_contiguous() else left[tile].t().contiguous().t()
+            product = _onednn(rows, right.t(), None)
             total[tile].copy_(product) if is_first else total[tile].add_(product)
     else:
         torch.addmm(total, left, right, beta=0 if is_first else 1, out=total)  # FlopCounterMode knows no addmm_
