@@ -12,6 +12,9 @@ WITH_THE_SAME_LAYERS = (
     "AutoModelForTokenClassification",
 )
 
+# These load models that also read images or sound, whose head may be a mixture.
+OF_MANY_INPUTS = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+
 
 def register(config_class: type[MoSConfig]) -> None:
     """Lets the Auto classes load mixtures with this config class, and models that have their layers."""
@@ -26,6 +29,10 @@ def register(config_class: type[MoSConfig]) -> None:
         mapping = getattr(modeling_auto, name)._model_mapping
         if (other := mapping.get(config_class.backbone_config_class, None)) is not None:
             mapping.register(config_class, other, exist_ok=True)
+    for name in OF_MANY_INPUTS:
+        mapping = getattr(modeling_auto, name)._model_mapping
+        if config_class.backbone_config_class in mapping:
+            mapping.register(config_class, MoSForCausalLM, exist_ok=True)
 
 
 AutoConfig.register(MODEL_TYPE, MoSConfig)

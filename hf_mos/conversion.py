@@ -15,8 +15,9 @@ from typing import Any, NoReturn
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from .remote_code.configuration_mos import (
     MODEL_TYPE,
@@ -31,6 +32,8 @@ from .remote_code.modeling_mos import MoSForCausalLM, model_class_for
 from .remote_code.mos_checkpoint import CONFIG_FILE, STAGING_PREFIX
 from .remote_code.mos_head import MoSLMHead, change_class
 from .remote_code.mos_matmul import is_plain
+
+WRITES_LOGITS = ("chameleon",)  # model types whose forward sets the logits of some classes itself
 
 
 def from_causal_lm(cls: Any, model: str | os.PathLike | PreTrainedModel, **kwargs: Any) -> MoSForCausalLM:
@@ -165,7 +168,15 @@ def load_causal_lm(model: str | os.PathLike, known_options: str, kwargs: dict[st
     """Loads a softmax model by the arguments of `from_pretrained`."""
     if kwargs.get("output_loading_info"):
         raise ValueError("output_loading_info: expected False, as a model alone is returned, given True")
-    refuse_unfinished_save(Path(model, kwargs.get("subfolder", "")))
+    folder = Path(model, kwargs.get("subfolder", ""))
+    refuse_unfinished_save(folder)
+    if (folder / ADAPTER_CONFIG_NAME).is_file() and not (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"model: expected the folder of a causal LM, given {str(folder)!r}, which holds an adapter alone. Load it "
+            "with AutoModelForCausalLM or PeftModel; merge it before you convert a softmax model"
+        )
+    if isinstance(kwargs.get("config"), (str, os.PathLike)):  # AutoModelForCausalLM would pass over a path
+        kwargs["config"] = AutoConfig.from_pretrained(kwargs["config"])
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model, **kwargs)
     except TypeError as error:  # from_pretrained hands unknown arguments to the model's constructor
@@ -284,6 +295,8 @@ def output_projection(model: PreTrainedModel) -> nn.Linear:
         refuse("without an encoder", "that has one")
     if "labels" not in inspect.signature(model.forward).parameters:
         refuse("whose forward takes labels", "that is no language model by itself")
+    if model.config.model_type in WRITES_LOGITS:
+        refuse("whose forward returns the head's logits as they are", "that writes some classes' logits itself")
     projection = model.get_output_embeddings()
     if not isinstance(projection, nn.Linear):
         found = "none" if projection is None else type(projection).__name__

@@ -10,6 +10,8 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
@@ -197,10 +199,11 @@ def test_images_pass_through_and_the_class_survives(llava: LlavaForConditionalGe
     assert torch.equal(model.generate(**batch, **options), llava.generate(**batch, **options))
 
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(loaded) is type(model)
-    assert isinstance(loaded, LlavaForConditionalGeneration)
-    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        loaded = auto_class.from_pretrained(tmp_path)
+        assert type(loaded) is type(model)
+        assert isinstance(loaded, LlavaForConditionalGeneration)
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
 
 @torch.no_grad()

@@ -2,7 +2,9 @@
 
 import copy
 import gc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,14 @@ from helpers import (
     tiny_causal_lm,
 )
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    ChameleonConfig,
+    ChameleonForConditionalGeneration,
+    GenerationConfig,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from hf_mos import MoSForCausalLM
@@ -300,3 +309,39 @@ def test_the_code_beside_a_checkpoint_does_not_convert(tmp_path: Path) -> None:
     remote = get_class_from_dynamic_module("modeling_mos.MoSForCausalLM", tmp_path)
     with pytest.raises(ImportError, match="from_causal_lm: expected `import hf_mos`"):
         remote.from_causal_lm(tiny_causal_lm("llama"))
+
+
+def test_from_pretrained_hands_on_all_arguments_for_a_softmax_model(tmp_path: Path) -> None:
+    original = tiny_causal_lm("llama")
+    original.save_pretrained(tmp_path / "model")
+    config = copy.deepcopy(original.config)
+    config.num_hidden_layers = 1
+    config.save_pretrained(tmp_path / "config")
+    softmax = type(original).from_pretrained(tmp_path / "model", config=config)
+    for given in (config, str(tmp_path / "config"), tmp_path / "config"):
+        model = MoSForCausalLM.from_pretrained(tmp_path / "model", config=given)
+        assert log_prob_gap(model, softmax, input_ids=random_tokens()) <= 1e-5
+    wider = {"vocab_size": VOCAB_SIZE + 8, "ignore_mismatched_sizes": True}
+    assert MoSForCausalLM.from_pretrained(tmp_path / "model", **wider).lm_head.out_features == VOCAB_SIZE + 8
+    with pytest.raises(ValueError, match="output_loading_info: expected False"):
+        MoSForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    model.save_pretrained(tmp_path / "mixture")
+    with pytest.raises(ValueError, match=r"config: expected MoSConfig.from_backbone_config.*given LlamaConfig"):
+        MoSForCausalLM.from_pretrained(tmp_path / "mixture", config=config)
+
+
+def test_a_model_that_writes_logits_itself_is_refused() -> None:
+    """It would write into the hidden states: NaN in every prediction."""
+    config = ChameleonConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config.vocabulary_map = {"<image>": 4, "IMGIMGAZ": 5}
+    with torch.device("meta"):
+        model = ChameleonForConditionalGeneration(config)
+    with pytest.raises(ValueError, match="expected a causal LM whose forward returns the head's logits as they are"):
+        MoSForCausalLM.from_causal_lm(model)
+
+
+@pytest.mark.parametrize("load", [MoSForCausalLM.from_pretrained, MoSForCausalLM.from_causal_lm])
+def test_the_folder_of_an_adapter_is_named(load: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError, match=r"expected the folder of a causal LM.*which holds an adapter alone"):
+        load(str(tmp_path))

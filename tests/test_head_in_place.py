@@ -7,6 +7,7 @@ predicts what the softmax predicts.
 import copy
 import functools
 import inspect
+import logging
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -425,6 +426,34 @@ def test_resizing(name: str, head: dict[str, Any], tmp_path: Path) -> None:
         torch.testing.assert_close(losses[1], losses[0], **CLOSE)
         model.save_pretrained(tmp_path)
         assert log_prob_gap(AutoModelForCausalLM.from_pretrained(tmp_path), model, input_ids=tokens) == 0
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("prior.weight", "shift.weight"), ("weight", "shift.weight")])
+@pytest.mark.parametrize("tied", [False, True])
+def test_resizing_keeps_what_is_frozen(tied: bool, frozen: tuple[str, ...]) -> None:
+    """transformers gives all weights of a resized head the flag of one, and would train what was frozen."""
+    model = MoSForCausalLM.from_causal_lm(tiny_causal_lm("llama", tie_word_embeddings=tied))
+    for name in frozen:
+        model.lm_head.get_parameter(name).requires_grad_(False)
+    before = {name: weight.requires_grad for name, weight in model.named_parameters()}
+    for size in (VOCAB_SIZE + 6, 60):
+        model.resize_token_embeddings(size, mean_resizing=False)
+        assert {name: weight.requires_grad for name, weight in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize("way", ["set_output_embeddings", "new nn.Linear"])
+def test_a_head_that_is_replaced_by_a_softmax_is_named(way: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Tools that swap each `nn.Linear`, for a quantized one or one in fp8, would drop the mixture in silence."""
+    model = tiny_mos("llama")
+    model(TOKENS)
+    assert not caplog.records
+    WAYS[way](model)
+    logging.getLogger("hf_mos.remote_code.modeling_mos").warning_once.cache_clear()
+    for _ in range(2):
+        model(TOKENS)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"lm_head: expected a MoSLMHead, given {model.lm_head}: this is one softmax"
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch's compiler on itself

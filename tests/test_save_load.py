@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +93,7 @@ def test_files_of_a_checkpoint(name: str, tmp_path: Path) -> None:
 WITHOUT_HF_MOS = """
 import torch
 from pathlib import Path
+from typing import Any
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoConfig
 
@@ -185,6 +187,7 @@ def test_package_and_remote_code_live_in_one_process(tmp_path: Path) -> None:
     code = """
 import torch
 from pathlib import Path
+from typing import Any
 import hf_mos
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -287,6 +290,19 @@ def test_options_can_be_changed_at_loading(tmp_path: Path) -> None:
     model = MoSForCausalLM.from_pretrained(tmp_path, shortlist_size=7, latent_scale=2.0)
     for owner in (model.config, model.lm_head):
         assert (owner.num_mixtures, owner.shortlist_size, owner.latent_scale) == (3, 7, 2.0)
+
+
+@pytest.mark.parametrize(("name", "value"), [("shortlist_size", None), ("latent_scale", 0.5)])
+@pytest.mark.parametrize("place", ["head", "config"])
+def test_an_option_that_the_head_does_not_have_is_not_saved(place: str, name: str, value: Any, tmp_path: Path) -> None:
+    """The checkpoint would be loaded as another mixture than the one in memory."""
+    model = tiny_mos(shortlist_size=7)
+    setattr(model.lm_head if place == "head" else model.config, name, value)
+    with pytest.raises(ValueError, match=f"{name}: expected .* in the config, as in the head, given"):
+        model.save_pretrained(tmp_path)
+    setattr(model.config if place == "head" else model.lm_head, name, value)
+    model.save_pretrained(tmp_path)
+    assert log_prob_gap(AutoModelForCausalLM.from_pretrained(tmp_path), model, input_ids=random_tokens()) == 0
 
 
 def test_a_config_survives_its_file(tmp_path: Path) -> None:

@@ -20,8 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 MODEL_TYPE, BACKBONE_TYPE = "mos", "backbone_model_type"  # the first is the file's `model_type`
 PREFIX = "MoS"  # of the name of a made class
 
-# Adam moves every weight by the learning rate, so the change of a layer's output in a step grows with its width D. A
-# scale of 320 / D (`learning_rates.py`), from scratch 3.2 / D (`from_scratch.py`), gives every width the same change.
+# 320 / D (`learning_rates.py`), from scratch 3.2 / D (`from_scratch.py`): in a step of Adam all widths change alike.
 TRAINED_SCALE, FROM_SCRATCH_SCALE = 320.0, 3.2  # times 1 / D. Source: Yang et al., arXiv 2203.03466
 LARGEST_RANK, SMALLEST_RANK = 64, 8  # of a shift that is not full by default
 
@@ -96,10 +95,8 @@ class MoSConfig(PreTrainedConfig):
         """Like `PreTrainedConfig.from_dict`; the class of the result is the one that the dict names."""
         model_type, backbone_type = config_dict.get("model_type"), config_dict.get(BACKBONE_TYPE)
         if model_type == MODEL_TYPE and backbone_type is None:
-            raise ValueError(
-                f"{BACKBONE_TYPE}: expected the type of the backbone, given none: an earlier version saved this "
-                "mixture. Convert its softmax model again with MoSForCausalLM.from_causal_lm and train it anew."
-            )
+            advice = "Convert its softmax model again with MoSForCausalLM.from_causal_lm and train it anew."
+            raise ValueError(f"{BACKBONE_TYPE}: expected a type, given none: an earlier version saved it. {advice}")
         own = model_type == MODEL_TYPE or (cls is not MoSConfig and model_type == cls.model_type)
         if not own and "num_mixtures" not in config_dict:
             raise ValueError(

@@ -196,11 +196,12 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         """
         head: Any = self.mos_head
         if head is None or type(head).latents is not MoSLMHead.latents:
+            expected = f"{self.head_path()}: expected a MoSLMHead, which the files beside the weights define"
             given = type(self.get_output_embeddings() if head is None else head).__name__
-            raise ValueError(
-                f"{self.head_path()}: expected a MoSLMHead, which the files beside the weights define, given {given}. "
-                "Save model.state_dict() instead."
-            )
+            raise ValueError(f"{expected}, given {given}. Save model.state_dict() and the config instead.")
+        for name in (*option_defaults(), "softcap"):
+            if (made := getattr(head, name)) != (written := getattr(self.config, name)):
+                raise ValueError(f"{name}: expected {made} in the config, as in the head, given {written}")
         is_native = getattr(self.config, "distributed_config", None) is not None  # transformers gathers the weights
         is_sharded = any(hasattr(parameter, "device_mesh") for parameter in self.parameters())
         gathers = is_sharded and (is_native or state_dict is None)
@@ -246,12 +247,16 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if use_safetensors is False:
             raise ValueError("use_safetensors: expected True or None, as pickled weights are not read, given False")
-        if not isinstance(config, PreTrainedConfig):
-            place = pretrained_model_name_or_path if config is None else config
+        if not hasattr(config, "num_mixtures"):
+            place = config if isinstance(config, str | os.PathLike) else pretrained_model_name_or_path
             files = {name: kwargs[name] for name in FILE_ARGUMENTS if name in kwargs}
             content, _ = PreTrainedConfig.get_config_dict(place, **files)
             if content.get("model_type") != MoSConfig.model_type:
+                kwargs |= {"config": config, "output_loading_info": output_loading_info}
+                kwargs |= {"ignore_mismatched_sizes": ignore_mismatched_sizes}
                 return cls.from_causal_lm(pretrained_model_name_or_path, *args, **kwargs)
+            if isinstance(config, PreTrainedConfig):
+                backbone_class_of(config)  # refuses a softmax model's config in words
             models = {name: kwargs.pop(name) for name in MODEL_ARGUMENTS if name in kwargs}
             config, unused = MoSConfig.from_pretrained(place, return_unused_kwargs=True, **kwargs)
             kwargs = unused | files | models
@@ -277,6 +282,13 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
     def mos_head(self) -> MoSLMHead | None:
         """The mixture's head, also inside a wrapper such as an adapter; `None` where another head took its place."""
         return find_head(self.get_output_embeddings())
+
+    def _resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        trains = {} if self.mos_head is None else {n: p.requires_grad for n, p in self.mos_head.named_parameters()}
+        resized = super()._resize_token_embeddings(*args, **kwargs)
+        for name, flag in trains.items():  # transformers gives the whole head the flag of its new weight
+            self.mos_head.get_parameter(name).requires_grad_(flag)  # type: ignore[union-attr]
+        return resized
 
     def _get_resized_lm_head(self, old_lm_head: nn.Linear, *args: Any, **kwargs: Any) -> nn.Linear:
         resized = super()._get_resized_lm_head(old_lm_head, *args, **kwargs)
@@ -413,6 +425,9 @@ def model_class_for(backbone: Any) -> type[MoSForCausalLM]:
         module = self.get_output_embeddings()
         if find_head(module) is None:  # another head took its place: this is a softmax model
             self.return_softcap()
+            if not torch.compiler.is_compiling():
+                expected = f"{self.head_path()}: expected a MoSLMHead, given {module}: this is one softmax"
+                transformers.logging.get_logger(__name__).warning_once(expected)
         elif is_transparent(module) or self.holds(module):
             return self.mix(**self._by_name(args, kwargs))
         elif hasattr(module, "base_layer"):
@@ -477,7 +492,10 @@ def find_head(module: Any) -> MoSLMHead | None:
     if hasattr(module, "modules_to_save"):  # PEFT's copies of a module, one for each adapter
         active = [] if module.disable_adapters else module.active_adapters
         copies = (module.modules_to_save[name] for name in active if name in module.modules_to_save)
-        return find_head(next(copies, module.original_module))
+        found = find_head(next(copies, module.original_module))
+        if found is None and find_head(module.original_module) is not None:
+            raise ValueError("ensure_weight_tying: expected False, as its copy of a head is one softmax, given True")
+        return found
     return next((each for each in module.modules() if isinstance(each, MoSLMHead)), None)
 
 

@@ -170,16 +170,18 @@ def check_files(folder: Path, variant: str | None, weights: str | None = None) -
         weights = _read_json(folder / CONFIG_FILE).get("transformers_weights")
     if any(DISTRIBUTED_SHARD.fullmatch(path.name) for path in folder.iterdir()):
         if weights is not None:
-            raise OSError(
-                f"{folder}: expected one checkpoint, given a distributed one and the unfinished save of another, "
-                f"{weights}. Delete the shard-*.safetensors files to load the latter."
+            given = (
+                f"a distributed one and an unfinished save, {weights}. To load this one, delete shard-*.safetensors"
             )
+            raise OSError(f"{folder}: expected one checkpoint, given {given}")
         return {}
     v = "" if variant is None else f".{variant}"
     usual = [f"model{v}.safetensors", f"model.safetensors.index{v}.json"]
     found = [name for name in ([weights] if weights else usual) if _inside(folder, name, CONFIG_FILE).is_file()]
+    if pickles := [] if found else sorted(path.name for path in folder.glob("pytorch_model*.bin")):
+        advice = "torch.load(file, weights_only=True) reads what you trust, for MoSForCausalLM(config).load_state_dict"
+        raise ValueError(f"{folder}: expected safetensors, given {', '.join(pickles)}, pickled. {advice}")
     if not found:
-        _refuse_pickles(folder)
         return {}
     if not _is_index(found[0]):
         return {found[0]: read_header(folder / found[0])}
@@ -208,15 +210,6 @@ def _inside(folder: Path, name: Any, source: str) -> Path:
     if not isinstance(name, str) or PurePosixPath(name).is_absolute() or re.search(r"\\|:|(^|/)\.\.(/|$)", name):
         raise ValueError(f"{folder / source}: expected the name of a file in this folder, given {name!r}")
     return folder / name
-
-
-def _refuse_pickles(folder: Path) -> None:
-    pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
-    if pickles:
-        raise ValueError(
-            f"{folder}: expected safetensors, given {', '.join(pickles)}, pickled. If you trust where it is from, "
-            "load the files by torch.load(file, weights_only=True) into MoSForCausalLM(config), and save that model"
-        )
 
 
 def read_header(path: Path) -> Header:
@@ -258,9 +251,7 @@ def check_loaded(
     path = model.head_path()
     own = re.compile(rf"{re.escape(path)}\.(?!weight$)(.+\.)?(weight|bias)")
     if unread := sorted(key for key in info["unexpected_keys"] if own.fullmatch(key)):
-        raise ValueError(
-            f"{where}: expected the weights of the head that the config names, given {', '.join(unread)} too"
-        )
+        raise ValueError(f"{where}: expected the weights of the head in the config, given {', '.join(unread)} too")
     mismatched = sorted(info["mismatched_keys"])
     if mismatched and not allow_mismatched:
         lines = [

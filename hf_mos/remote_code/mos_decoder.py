@@ -15,8 +15,7 @@ from .mos_matmul import multiply, multiply_into
 
 Tokens = slice | Tensor  # the tokens of a chunk, as an index
 
-# Working memory of the loss; on an accelerator its memory decides. With a trained decoder 30 MiB took 0.81 of the time
-# of 12 MiB (D = 768, V = 50257, an EPYC of family 26). glibc keeps no buffer of 32 MiB or more for the next step.
+# Working memory of the loss; on an accelerator its memory decides. glibc keeps no buffer of 32 MiB for the next step.
 CPU_BUDGET_BYTES = 63 * 2**19  # 31.5 MiB, 256 rows at V = 32000; MKL takes 1.6 times as long a row for 171 (a Xeon)
 # With a trained decoder at least 128 rows of logits in fp32, as each chunk reads and writes the decoder's gradient; at
 # most 126 MiB: 0.86 of the time of 30 MiB at D = 256, V = 128000, and 0.69 at V = 262144.

@@ -199,6 +199,11 @@ def read_score_options(function: Any) -> ScoreOptions:
             "outputs.logits instead."
         )
     given = inspect.getclosurevars(function).nonlocals
+    if given.get("cast_lm_head_to_fp32"):
+        raise ValueError(
+            "cast_lm_head_to_fp32: expected False, as it replaces the forward of the head by one softmax, given True. "
+            "The mixture's log-probabilities are in float32 anyway."
+        )
     if not {"temperature", "outputs"} <= given.keys() or not set(given["outputs"]) <= set(SCORES):
         raise ValueError(
             f"forward: expected the fused head of TRL 1.16, whose options are temperature and outputs of {SCORES}, "

@@ -164,6 +164,16 @@ def test_adapters(case: str, tmp_path: Path) -> None:
     assert_same(MoSForCausalLM.from_pretrained(tmp_path / "merged"), expected, atol=3e-4)
 
 
+@pytest.mark.parametrize("names", [["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_a_copy_of_a_tied_head_that_is_a_softmax_is_refused(names: list[str]) -> None:
+    """PEFT puts a plain projection in the place of a head that is tied to a saved embedding."""
+    model = get_peft_model(
+        tied_mos(), lora(target_modules=["q_proj"], modules_to_save=names, ensure_weight_tying=True)
+    )
+    with pytest.raises(ValueError, match="ensure_weight_tying: expected False"):
+        model(TOKENS, labels=TOKENS)
+
+
 def test_an_adapter_on_a_tied_decoder(tmp_path: Path) -> None:
     """It trains and is loaded again. PEFT warns that merging it would change the embedding, as for a softmax model."""
     with pytest.warns(

@@ -460,6 +460,19 @@ def test_reinforcement(kind: Any, config: Any, options: dict, tokenizer: Any, tm
     assert changed(model, before) >= HEAD
 
 
+def test_a_head_that_trl_casts_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    """The forward that TRL gives the head is that of one softmax."""
+    tiny_mos().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="cast_lm_head_to_fp32: expected False"):
+        GRPOTrainer(
+            model=MoSForCausalLM.from_pretrained(tmp_path / "model"),
+            reward_funcs=lambda completions, **kwargs: [0.0 for _ in completions],
+            args=arguments(GRPOConfig, tmp_path / "out", num_generations=4, cast_lm_head_to_fp32=True),
+            train_dataset=Dataset.from_list([{"prompt": text(seed, 4)} for seed in range(8)]),
+            processing_class=tokenizer,
+        )
+
+
 def test_distillation_stops_instead_of_training_one_softmax(tokenizer: Any, tmp_path: Path) -> None:
     trainer = DistillationTrainer(
         model=tiny_mos(),
