@@ -203,6 +203,10 @@ class MixtureUsage(TrainerCallback):
         if torch.distributed.is_initialized():
             total.add_up_over_processes(args.device)
         if total.count == 0:
+            logger.warning_once(
+                "MixtureUsage: expected labels in a call of the model since the last log, given none that counts, so "
+                "the mixture is not logged. With label_smoothing_factor the Trainer keeps the labels to itself."
+            )
             return
         statistics = total.result()
         entries = usage_logs(statistics, self.components)

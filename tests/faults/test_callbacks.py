@@ -227,6 +227,15 @@ def test_usage_is_that_of_the_batch_and_the_loss_makes_no_logits(
     assert entry["divergence_0_1"] == pytest.approx(float(expected.divergence[0, 1]), rel=1e-5)
 
 
+def test_a_mixture_that_is_not_logged_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With label smoothing the Trainer takes the labels out of the call of the model."""
+    run = trainer(tmp_path, tiny_mos(), [], max_steps=3, label_smoothing_factor=0.1)
+    MixtureUsage().add_to(run)
+    run.train()
+    assert not any("mixture_entropy" in entry for entry in run.state.log_history)
+    assert caplog.text.count("With label_smoothing_factor the Trainer keeps the labels to itself.") == 1
+
+
 def test_a_component_that_starves_for_long_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = trainer(tmp_path, starve(tiny_mos("gpt2")), [], max_steps=9, learning_rate=1e-5)
     MixtureUsage(starved_for=4).add_to(run)
