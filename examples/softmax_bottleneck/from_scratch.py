@@ -10,8 +10,8 @@ batches, steps and schedule, and the loss of this library; each tries every lear
 (`contexts K=16`). The scale of a head is that of a model made from a config, unless its name says another.
 `--longer 1.2` also trains the softmax on 1.2 times the tokens, for the seconds of a dearer head.
 
-Each run is kept in `from_scratch.json` in `--out` when it ends, and runs once. An interrupted run goes on from the last
-point of its curve. `--report` only reads the file.
+Each run is kept in `from_scratch.json` in `--out` when it ends, and runs once. An interrupted run goes on from the
+last point of its curve. `--report` only reads the file.
 """
 
 import hashlib
