@@ -68,7 +68,7 @@ class MixtureOfSoftmaxes(nn.Module):
 
     def loss(self, x: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
         """Equivalent to: `F.nll_loss(log_prob(x), targets)`, in nats, for `targets` (...) of class indices."""
-        log_probs = self.log_prob(x).flatten(0, -2)
+        log_probs = self.log_prob(x).view(-1, self.num_classes)
         if targets.shape != x.shape[:-1]:
             raise ValueError(f"targets: expected {tuple(x.shape[:-1])}, given {tuple(targets.shape)}")
         if reduction not in REDUCTIONS:

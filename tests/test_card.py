@@ -1,5 +1,6 @@
 """Checks that a model card describes the model, its measurements, and how to load it."""
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,19 @@ def test_a_command_holds_no_folder_of_this_machine(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("sys.argv", words)
     assert own_command().endswith("evaluate out --validation-file=book.txt gpt2 a/b")
     assert str(tmp_path / "out") in own_command(keep_folders=True)
+
+
+@pytest.mark.parametrize("word", ["--hub-token", "--hub_token", "--token", "--push-to-hub-token"])
+def test_a_command_holds_no_token(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["hf-mos", "train", word, "hf_a", f"{word}=hf_b", "--output-dir", "out"])
+    assert own_command().endswith("train --output-dir out")
+
+
+def test_a_prompt_with_quotes_is_code() -> None:
+    prompt = 'He said "hi"\n'
+    code = model_card(tiny_mos(), model_id="plain", prompt=prompt).text
+    (line,) = (line for line in code.splitlines() if line.startswith("inputs = tokenizer("))
+    assert ast.literal_eval(line.removeprefix("inputs = tokenizer(").rpartition(", return_tensors")[0]) == prompt
 
 
 def test_a_card_without_measurements_says_so() -> None:

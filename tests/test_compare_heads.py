@@ -89,6 +89,24 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_new_result_leaves_the_files_of_the_user(tmp_path: Path) -> None:
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        from report import put_in_place
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
+    (out := tmp_path / "out").mkdir()
+    (out / "results.json").write_text("old")
+    (out / "thesis.tex").write_text("years of work")
+    (result := tmp_path / "work" / "result").mkdir(parents=True)
+    (result / "results.json").write_text("new")
+    put_in_place(result, out)
+    assert {path.name: path.read_text() for path in out.iterdir()} == {
+        "results.json": "new",
+        "thesis.tex": "years of work",
+    }
+
+
 @pytest.mark.parametrize("how", ["interrupt", pytest.param("terminate", marks=pytest.mark.slow)])
 def test_a_stopped_run_leaves_nothing(tmp_path: Path, how: str) -> None:
     process = start(tmp_path / "out", "--steps", "100000")

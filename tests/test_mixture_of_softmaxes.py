@@ -45,6 +45,12 @@ def test_loss(reduction):
     assert not mos.prior.weight.grad.any()
 
 
+def test_loss_of_one_input_without_a_batch():
+    mos, x = MixtureOfSoftmaxes(3, 8, 5), torch.randn(8)
+    for reduction in ("mean", "none"):
+        torch.testing.assert_close(mos.loss(x, torch.tensor(2), reduction=reduction), -mos.log_prob(x)[2])
+
+
 def test_a_classifier_learns():
     torch.manual_seed(0)
     x = torch.randn(256, 4)

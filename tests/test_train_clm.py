@@ -20,7 +20,7 @@ from fresh_processes import PROGRAMS, fork_server
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, SentencePieceBPETokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -33,8 +33,8 @@ from transformers import (
 )
 
 from hf_mos import MoSForCausalLM
-from hf_mos.tools import train
-from hf_mos.tools.blocks import load_text, pack
+from hf_mos.tools import blocks, train
+from hf_mos.tools.blocks import PIECE, cut_windows, load_text, pack
 from hf_mos.tools.evaluate import evaluate
 from hf_mos.tools.exit_codes import OptionError
 from hf_mos.tools.train_options import DataOptions, parse_options
@@ -160,6 +160,99 @@ def test_resumes_bit_for_bit(tmp_path: Path, base: Path, text_file: Path, run: C
     assert not all(torch.equal(expected[name], start[name]) for name in expected)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--latent-scale", 0.5], "--latent-scale: the checkpoint to resume from has 2.0, given 0.5"),
+        (["--latent-scale", 2.0, "--shortlist-size", "all"], "--shortlist-size: .* has 64, given all"),
+        (["--head", "softmax"], "--head softmax: the checkpoint to resume from has a mixture"),
+    ],
+)
+def test_a_resumed_run_has_the_head_of_its_checkpoint(
+    changed: list[Any], message: str, tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None]
+) -> None:
+    """The weights fit other options too, and would then be those of another model."""
+    options = ["--model", base, "--train-file", text_file, "--save-steps", 1, "--output-dir", tmp_path]
+    run(*options, "--latent-scale", 2.0, "--max-steps", 1)
+    with pytest.raises(OptionError, match=message):
+        run(*options, *changed, "--max-steps", 2, "--resume-from-checkpoint", "last")
+    run(*options, "--latent-scale", 2.0, "--max-steps", 2, "--resume-from-checkpoint", "last")
+
+
+def test_no_file_of_a_run_holds_the_token(
+    tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The card and the file of the arguments are pushed."""
+    options = ["--model", base, "--train-file", text_file, "--max-steps", 2, "--save-steps", 1]
+    for index, words in enumerate((["--hub-token", "hf_Secret"], ["--hub_token=hf_Secret"])):
+        run(*options, *words, "--output-dir", tmp_path / str(index))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"README.md", "training_args.bin"} <= {path.name for path in files}
+    assert not [path for path in files if b"hf_Secret" in path.read_bytes()]
+    assert "hf_Secret" not in capsys.readouterr().out
+
+
+def test_the_best_checkpoint_has_the_lowest_perplexity(
+    tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None]
+) -> None:
+    data = ["--model", base, "--train-file", text_file, "--max-steps", 3, "--save-steps", 1, "--output-dir", tmp_path]
+    best = ["--eval-strategy", "steps", "--eval-steps", 1, "--load-best-model-at-end"]
+    run(*data, *best, "--metric-for-best-model", "perplexity")
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    measured = [entry["eval_perplexity"] for entry in state["log_history"] if "eval_perplexity" in entry]
+    assert state["best_metric"] == min(measured) < max(measured)
+
+
+def test_every_window_is_measured(tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None]) -> None:
+    """Also in a last batch that is not full; and the model is saved before it is measured."""
+    options = ["--model", base, "--train-file", text_file, "--max-steps", 1]
+    losses = []
+    for more in ([], ["--dataloader-drop-last", "--per-device-eval-batch-size", 512]):
+        out = tmp_path / str(len(losses))
+        run(*options, *more, "--output-dir", out)
+        losses.append(json.loads((out / "eval_results.json").read_text())["eval_loss"])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_a_failing_evaluation_leaves_the_trained_model(
+    tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the disk is full")
+
+    monkeypatch.setattr(train.CardTrainer, "evaluate", fail)
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        run("--model", base, "--train-file", text_file, "--max-steps", 1, "--output-dir", tmp_path)
+    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path), MoSForCausalLM)
+
+
+def test_force_keeps_the_model_that_the_run_starts_from(
+    tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None]
+) -> None:
+    data = ["--train-file", text_file, "--max-steps", 1, "--save-steps", 1, "--output-dir", tmp_path]
+    run("--model", base, *data)
+    for source in (tmp_path, tmp_path / "checkpoint-1"):
+        with pytest.raises(OptionError, match="--output-dir: expected another folder than that of --model"):
+            run("--model", source, *data, "--force")
+    assert (tmp_path / "checkpoint-1").is_dir()
+
+
+def test_force_leaves_no_file_of_the_former_model(
+    tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None]
+) -> None:
+    """A chat template or an adapter would be loaded with the new model, and results be shown with it."""
+    data = ["--model", base, "--train-file", text_file, "--max-steps", 1, "--output-dir", tmp_path]
+    run(*data)
+    names = ["chat_template.jinja", "adapter_config.json", "adapter_model.safetensors"]
+    for name in [*names, "notes.md"]:
+        (tmp_path / name).write_text("{}")
+    run(*data, "--force", "--validation-share", 0)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert not left & {*names, "eval_results.json"}
+    assert "notes.md" in left
+    assert "eval_loss" not in json.loads((tmp_path / "all_results.json").read_text())
+
+
 def test_a_short_run_prints_its_loss(
     tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -260,6 +353,12 @@ def test_rows_of_a_dataset_end_with_the_end_token(tmp_path: Path, base: Path, ru
             "--model BASE --train-file TEXT --freeze-backbone --fsdp-size 2",
             "--freeze-backbone: expected no --streaming",
         ),
+        (
+            "--model BASE --train-file TEXT --freeze-backbone --neftune-noise-alpha 5",
+            "--neftune-noise-alpha: expected none",
+        ),
+        ("--model BASE --train-file TEXT --batch-eval-metrics", "--batch-eval-metrics: expected False"),
+        ("--model BASE --train-file TEXT --eval-do-concat-batches false", "--eval-do-concat-batches: expected True"),
         ("--from-scratch BASE --train-file TEXT", "--tokenizer: expected a folder or Hub id with --from-scratch"),
         ("--model BASE --train-file TEXT --resume-from-checkpoint last", "expected a whole checkpoint in .*, found"),
     ],
@@ -291,6 +390,121 @@ def test_a_column_that_is_not_there_is_named(
         run(*options)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["data[1].jsonl", "data*.jsonl", "data?.jsonl", "book[1].txt", "book*.txt"])
+def test_the_name_of_a_file_is_no_pattern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, streaming: bool
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    folder = tmp_path / "run[1]"
+    folder.mkdir()
+    for file, word in ((name, "right"), ("data1.jsonl", "wrong"), ("book1.txt", "wrong")):
+        (folder / file).write_text(json.dumps({"text": word}) if file.endswith("jsonl") else word)
+    monkeypatch.chdir(folder)
+    for file in (name, str(folder / name)):
+        options = DataOptions(train_file=file, validation_file=file, validation_share=0.0, streaming=streaming)
+        rows, validation = load_text(options)
+        assert [row["text"] for row in rows] == validation.rows == ["right"]
+
+
+PARAGRAPHS = "".join(f"{sentence}\n\n    {sentence}\n" for sentence in SENTENCES[:60])
+
+
+def spanning_tokenizer(kind: str, text: str) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens span line ends, or one that puts a space before a text."""
+    tokenizer: Any = {"byte level": ByteLevelBPETokenizer, "metaspace": SentencePieceBPETokenizer}[kind]()
+    tokenizer.train_from_iterator([text], vocab_size=400, special_tokens=["<unk>"], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("kind", ["byte level", "metaspace"])
+@pytest.mark.parametrize(("share", "streaming"), [(0.0, False), (0.1, False), (0.0, True)])
+def test_a_text_file_is_tokenized_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line_end: str, kind: str, share: float, streaming: bool
+) -> None:
+    """Training and validation read the same characters and make the same tokens of them."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    text = PARAGRAPHS.replace("\n", line_end)
+    tokenizer = spanning_tokenizer(kind, text)
+    file = tmp_path / "book.md"
+    file.write_bytes(text.encode())
+    held_out = None if share else str(file)
+    options = DataOptions(
+        train_file=str(file), validation_file=held_out, validation_share=share, streaming=streaming, block_size=2
+    )
+    rows, validation = load_text(options)
+    (validated,) = validation.rows
+    assert validated == ("".join(text.splitlines(keepends=True)[-18:]) if share else text)
+    expected = tokenizer(text.removesuffix(validated) if share else text, add_special_tokens=False).input_ids
+    tokens = [token for block in pack(rows, tokenizer, 2, options) for token in block["input_ids"]]
+    assert tokens == expected[: len(expected) // 2 * 2]
+    if kind == "byte level":
+        by_line = [tokenizer(line).input_ids for line in text.splitlines(keepends=True)]
+        assert sum(map(len, by_line)) > len(tokenizer(text).input_ids)  # some tokens do span line ends
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_long_text_file_is_read_in_pieces(
+    tmp_path: Path, base: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    """Only there are tokens cut apart or dropped."""
+    assert PIECE > 1_000_000
+    monkeypatch.setattr(blocks, "PIECE", 1000)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    options = DataOptions(train_file=str(text_file), validation_share=0.0, streaming=streaming)
+    rows, _ = load_text(options)
+    pieces = [row["text"] for row in rows]
+    assert "".join(pieces) == text_file.read_text()
+    assert all(1000 <= len(piece) < 1100 and piece.endswith("\n") for piece in pieces[:-1])
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    expected = []
+    for piece in pieces:
+        tokens = tokenizer(piece).input_ids
+        expected += [tokens[i : i + 16] for i in range(0, len(tokens) // 16 * 16, 16)]
+    assert [block["input_ids"] for block in pack(rows, tokenizer, 16, options)] == expected
+
+
+def test_a_row_of_a_stream_that_is_no_text_is_named(tmp_path: Path, base: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text in [*SENTENCES, None]))
+    options = DataOptions(train_file=str(file), streaming=True)
+    rows, _ = load_text(options)
+    blocks_of_rows = pack(rows, AutoTokenizer.from_pretrained(base), 16, options)
+    with pytest.raises(ValueError, match="expected text or messages in column 'text', given null in row 400"):
+        list(blocks_of_rows)
+
+
+def test_a_changed_text_file_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    file = tmp_path / "book.txt"
+    fingerprints = []
+    for text in ("first", "first", "other"):
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
+        rows, _ = load_text(DataOptions(train_file=str(file), validation_share=0.0))
+        assert rows["text"][:] == [text]
+        fingerprints.append(rows._fingerprint)
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+@pytest.mark.parametrize("kind", ["byte level", "metaspace"])
+def test_bytes_are_of_the_tokens_that_count(tmp_path: Path, kind: str) -> None:
+    """Without a token to stand before a text, its first token does not count, nor do its bytes."""
+    texts = [PARAGRAPHS[:300], "Sentence", "says that"]
+    tokenizer = spanning_tokenizer(kind, PARAGRAPHS)
+    validation = cut_windows(blocks.ValidationText(texts, "data", None), tokenizer, False, 16, 8)
+    tokens = [tokenizer(text, add_special_tokens=False, return_offsets_mapping=True) for text in texts]
+    assert validation.num_tokens == sum(len(encoded.input_ids) - 1 for encoded in tokens)
+    assert validation.num_bytes == sum(
+        len(text[encoded.offset_mapping[0][1] :]) for text, encoded in zip(texts, tokens, strict=True)
+    )
+    tokenizer.bos_token = "<unk>"
+    with_prefix = cut_windows(blocks.ValidationText(texts, "data", None), tokenizer, False, 16, 8)
+    assert with_prefix.num_tokens == validation.num_tokens + 3
+    assert with_prefix.num_bytes == sum(map(len, texts))
+
+
 def test_too_little_text_is_named(tmp_path: Path, base: Path, run: Callable[..., None]) -> None:
     short = tmp_path / "short.txt"
     short.write_text("Two words.\n")
@@ -317,7 +531,7 @@ def test_a_frozen_backbone_runs_once(
         out,
     ]
     run(*options, "--num-mixtures", "3", "--freeze-backbone", *decoder)
-    (file,) = (out / "hidden_states").glob("*.safetensors")
+    (file,) = (out / "_hidden_states").glob("*.safetensors")
     with safe_open(file, "pt") as states:
         blocks = states.get_slice("hidden_states").get_shape()[0] // 32
     assert f"{blocks * 32 * 32 * 4:,} bytes in {out}" in capsys.readouterr().err

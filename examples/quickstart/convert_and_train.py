@@ -31,6 +31,7 @@ def small_llama(folder: str) -> str:
 
 softmax_model = sys.argv[1] if len(sys.argv) > 1 else small_llama(f"{OUT}/softmax")
 tokenizer = AutoTokenizer.from_pretrained(softmax_model)
+tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GPT-2 has none
 model = MoSForCausalLM.from_causal_lm(softmax_model)  # its predictions are those of the softmax
 
 trainer = Trainer(

@@ -104,10 +104,13 @@ def machine() -> str:
 
 
 def put_in_place(result: Path, out: Path) -> None:
-    """Moves the finished folder to its name, and only then deletes a former one."""
+    """Moves the finished folder to its name, and only then deletes a former one. Files of the user stay."""
     former = result.with_name("former")
     if out.exists():
         out.rename(former)
     result.rename(out)
     if former.exists():
+        for path in former.iterdir():
+            if not (out / path.name).exists():
+                path.rename(out / path.name)
         shutil.rmtree(former)

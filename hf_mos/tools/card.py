@@ -169,10 +169,13 @@ def eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
     ]
 
 
-def read_emissions(file: Path) -> dict[str, Any]:
-    """Reads the last row of CodeCarbon's table, in the form of the Hub's metadata."""
+def read_emissions(file: Path) -> dict[str, Any] | None:
+    """Reads the last row of CodeCarbon's table, in the form of the Hub's metadata; `None` where there is no row."""
     with file.open(encoding="utf-8", newline="") as lines:
-        row = list(csv.DictReader(lines))[-1]
+        rows = list(csv.DictReader(lines))
+    if not rows:
+        return None
+    row = rows[-1]
     hardware = row.get("gpu_model") or row.get("cpu_model")
     place = row.get("country_name")
     return {

@@ -24,6 +24,7 @@ from ..remote_code.mos_log_probs import mix_log_probs
 from .exit_codes import before_work
 from .head_options import check_head_options, describe_head
 from .loading import check_options, load_model, load_tokenizer
+from .places import delete_leftovers
 
 logger = logging.get_logger(__name__)
 
@@ -94,6 +95,8 @@ def convert(
     mixture = MoSForCausalLM.from_causal_lm(softmax, **head_options)
     print(describe_head(mixture), file=sys.stderr)
     gap = head_gap(mixture.eval(), projection, tokens)
+    if overwrite:
+        delete_leftovers(folder)
     mixture.save_pretrained(folder, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

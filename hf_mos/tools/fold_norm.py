@@ -59,7 +59,7 @@ def last_norm(model: Any, tokens: Tensor, width: int) -> Any:
     """The last module with a weight of (D,) that a forward pass calls. ValueError where there is none."""
     called: list[nn.Module] = []
     modules = [
-        module for module in model.modules() if tuple(getattr(module, "weight", torch.empty(0)).shape) == (width,)
+        module for module in model.modules() if getattr(getattr(module, "weight", None), "shape", None) == (width,)
     ]
     hooks = [module.register_forward_hook(lambda module, *_: called.append(module)) for module in modules]
     model.head_inputs(tokens)

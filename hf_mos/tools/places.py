@@ -6,6 +6,11 @@ from typing import Any
 
 # As in `remote_code`, which imports torch.
 CONFIG_FILE, MODEL_TYPE = "config.json", "mos"
+# What a new model of the folder may not have, and would be loaded or shown with it.
+LEFTOVERS = (
+    *("chat_template.jinja", "additional_chat_templates/*", "added_tokens.json", "special_tokens_map.json"),
+    *("adapter_config.json", "adapter_model*", "*_results.json", "trainer_state.json"),
+)
 
 
 def check_file(file: Path | None) -> None:
@@ -31,3 +36,9 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
     if config.get("model_type") != MODEL_TYPE:
         raise ValueError(f"{folder}: expected a mixture of softmaxes, given a {config.get('model_type')!r}")
     return config
+
+
+def delete_leftovers(folder: Path) -> None:
+    """Deletes the files of a former model, of which a new one in the same folder may have none."""
+    for path in (path for pattern in LEFTOVERS for path in folder.glob(pattern)):
+        path.unlink()

@@ -1,5 +1,6 @@
 """The provenance of a figure: the command that reprints it, and the machine."""
 
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ import torch
 
 
 def own_command(without: Sequence[str] = (), keep_folders: bool = False) -> str:
-    """The command that started this process, without the folders of this machine.
+    """The command that started this process, without the folders of this machine and without tokens of the Hub.
 
     Args:
         without: options that are left out, with their values.
@@ -26,7 +27,8 @@ def own_command(without: Sequence[str] = (), keep_folders: bool = False) -> str:
     words, is_left_out = [], False
     for word in sys.argv[1:]:
         if word.startswith("--"):
-            is_left_out = word.partition("=")[0] in without
+            option = word.partition("=")[0]
+            is_left_out = option in without or re.search("[-_]token$", option) is not None  # a secret
         if not is_left_out:
             words.append(word if keep_folders else without_folders(word))
     return shlex.join([*launcher, *words])

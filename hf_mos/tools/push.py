@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import httpx
 from huggingface_hub import CommitOperationAdd, HfApi
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import logging
@@ -22,10 +23,12 @@ from .places import check_checkpoint
 logger = logging.get_logger(__name__)
 
 TOKENIZER_FILE = "tokenizer_config.json"
-# Files beside the weights: of a tokenizer, a generation config, a processor or a card ...
-SENT = ("*.json", "*.jinja", "*.py", "*.model", "*.txt", "*.md", "*.tiktoken", "LICENSE*", "*.png", "*.html")
-# ... except the files that a Trainer leaves there.
-KEPT_BACK = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json", "*.safetensors*")
+# Files beside the weights: of configs, a tokenizer, a processor or a card. Other files of the folder stay there.
+SENT = (
+    *("*config.json", "tokenizer*.json", "vocab*.json", "*tokens*.json", "chat_template*", "*.jinja", "*.model"),
+    *("*.tiktoken", "vocab*.txt", "merges.txt", "LICENSE*", CARD_FILE),
+)
+PICTURES = ("*.png", "*.html")  # those that the card names
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def pin_card(api: HfApi, repo: str, card: str, revision: str, branch: str | None
     message = f"Pin {revision[:7]} in the card"
     try:
         return api.create_commit(repo, [operation], commit_message=message, revision=branch).oid
-    except OSError as error:
+    except (OSError, httpx.HTTPError) as error:
         logger.warning(f"{repo}: the model is there, but its card names no revision: {error}")
         return None
 
@@ -125,12 +128,14 @@ def files_of(folder: Path) -> list[str]:
         refuse("weights in safetensors", "none")
     weights += [path.name for path in folder.glob("model.safetensors.index.json")]
     beside = {path.name for pattern in SENT for path in folder.glob(pattern) if path.is_file()}
-    beside -= {path.name for pattern in KEPT_BACK for path in folder.glob(pattern)}
     for name in code_of(folder, config):
-        if name not in beside:
+        if not (folder / name).is_file():
             refuse("the code beside the weights", f"none of {name}; load and save it again")
+        beside.add(name)
     if CARD_FILE not in beside:
         refuse(f"a card, {CARD_FILE}", "none; hf-mos card makes one")
+    card = (folder / CARD_FILE).read_text(encoding="utf-8")
+    beside |= {path.name for pattern in PICTURES for path in folder.glob(pattern) if path.name in card}
     if TOKENIZER_FILE not in beside:
         logger.warning(f"{folder}: no tokenizer is sent, as there is none")
     return sorted({*beside, *weights})

@@ -37,7 +37,7 @@ from transformers.distributed import DistributedConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..conversion import output_projection
-from ..remote_code.configuration_mos import default_scale
+from ..remote_code.configuration_mos import MODEL_TYPE, default_scale, option_defaults
 from ..remote_code.modeling_mos import MoSForCausalLM
 from ..remote_code.mos_checkpoint import CONFIG_FILE
 from ..training.callbacks import MixtureUsage, StopOnNonFiniteLoss, last_whole_checkpoint
@@ -48,6 +48,7 @@ from .evaluate import IGNORED, Window, check_tokens, choose_window, collate, tar
 from .exit_codes import REFUSED, OptionError, before_work
 from .head_options import ALL, describe_head
 from .loading import hub_options, is_mixture, load_config, load_tokenizer
+from .places import delete_leftovers
 from .provenance import describe_machine, own_command
 from .push import pin_card
 from .train_options import LONGEST_DEFAULT_BLOCK, DataOptions, ModelOptions, parse_options
@@ -88,6 +89,22 @@ class CardTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         nats = target_nll(model, **inputs).sum(-1)
         return None, nats, (inputs["targets"] != IGNORED).sum(-1).to(nats.device)
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Like the Trainer's, but with every window: `dataloader_drop_last` is for batches to train on."""
+        drops, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drops
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        """Like the Trainer's, but the file of the arguments, which is pushed too, has no token."""
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(*args, **kwargs)
+        finally:
+            self.args.hub_token = token
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Equivalent to: the Trainer's, or 0 where hidden states are in the tokens' place."""
@@ -167,8 +184,8 @@ def train(model_options: ModelOptions, data_options: DataOptions, training_argum
         resume_from = checkpoint_to_resume(training_arguments)
         output = Path(str(training_arguments.output_dir))
         goes_on = resume_from is not None and Path(resume_from).resolve().parent == output.resolve()
-        if not goes_on and not model_options.force:
-            check_output(output)
+        if not goes_on:
+            check_output(output, model_options)
         config = read_config(model_options)
         block_size = choose_block_size(data_options.block_size, config)
         window, stride = choose_window(config, block_size, None)
@@ -186,13 +203,15 @@ def train(model_options: ModelOptions, data_options: DataOptions, training_argum
     if validation_text is not None:
         validation = cut_windows(validation_text, tokenizer, data_options.assistant_only, window, stride)
     model = model_to_train(model_options, config, tokenizer)
+    if resume_from is not None:
+        check_resumed(Path(resume_from), model)
     if validation is not None:
         check_tokens(model, validation.windows)
 
     if model_options.freeze_backbone:
         assert isinstance(model, MoSForCausalLM)
         freeze_backbone(model, False if model_options.freeze_decoder else None)
-        blocks = hidden_state_rows(model, blocks, output / "hidden_states", training_arguments)
+        blocks = hidden_state_rows(model, blocks, output / "_hidden_states", training_arguments)
 
     is_hub_id = model_options.model is not None and not Path(model_options.model).exists()
     trainer = CardTrainer(
@@ -223,13 +242,15 @@ def train(model_options: ModelOptions, data_options: DataOptions, training_argum
             print(how_to_resume(trainer), file=sys.stderr)
         raise
     trainer.log_metrics("train", metrics)
+    if model_options.force and not goes_on and trainer.is_world_process_zero():
+        delete_leftovers(output)
+    trainer.save_model(_internal_call=True)  # else it would be pushed here, without the card
     trainer.save_metrics("train", metrics)
     if validation is not None:
         metrics = trainer.evaluate()
         metrics |= {"perplexity": metrics.pop("eval_perplexity"), "eval_window": window, "eval_stride": stride}
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-    trainer.save_model()
     trainer.save_state()
     if training_arguments.push_to_hub:
         pin(trainer, trainer.push_to_hub())
@@ -237,8 +258,14 @@ def train(model_options: ModelOptions, data_options: DataOptions, training_argum
         trainer.create_model_card()
 
 
-def check_output(folder: Path) -> None:
-    """Raises a ValueError where the run would overwrite a model, a card or the checkpoints of another run."""
+def check_output(folder: Path, options: ModelOptions) -> None:
+    """Raises a ValueError where the run would overwrite another run, or with --force the model that it starts from."""
+    source = Path(options.source).resolve()
+    if options.force:
+        is_checkpoint = source.name.startswith(PREFIX_CHECKPOINT_DIR) and source.parent == folder.resolve()
+        if source == folder.resolve() or is_checkpoint:
+            raise ValueError(f"--output-dir: expected another folder than that of --model, given {str(folder)!r}")
+        return
     held = sorted(path.name for pattern in RUN_FILES for path in folder.glob(pattern))
     if held:
         has_checkpoints = any(name.startswith(PREFIX_CHECKPOINT_DIR) for name in held)
@@ -247,6 +274,21 @@ def check_output(folder: Path) -> None:
             f"--output-dir: expected a folder without a run{resume} or --force, given {str(folder)!r}, "
             f"which holds {', '.join(held)}"
         )
+
+
+def check_resumed(checkpoint: Path, model: PreTrainedModel) -> None:
+    """Raises an OptionError where the head is not that of the checkpoint, whose weights fit other options too."""
+    saved, _ = PreTrainedConfig.get_config_dict(checkpoint)
+    is_saved, is_made = saved.get("model_type") == MODEL_TYPE, isinstance(model, MoSForCausalLM)
+    if is_saved != is_made:
+        given = ("mixture" if is_made else "softmax"), ("mixture" if is_saved else "softmax")
+        raise OptionError(f"--head {given[0]}: the checkpoint to resume from has a {given[1]}")
+    for name in option_defaults() if is_made else ():
+        if name != "init_seed" and (made := getattr(model.config, name)) != saved[name]:
+            shown = [ALL if size is None else repr(size) for size in (saved[name], made)]
+            raise OptionError(
+                f"--{name.replace('_', '-')}: the checkpoint to resume from has {shown[0]}, given {shown[1]}"
+            )
 
 
 def delete_checkpoints(folder: Path, kept: str | None) -> None:
@@ -325,7 +367,11 @@ def model_to_train(
     if max(options.tp_size, options.fsdp_size) > 1:
         loading["distributed_config"] = DistributedConfig(tp_size=options.tp_size, fsdp_size=options.fsdp_size)
     if options.from_scratch is not None:
-        config.vocab_size = len(tokenizer)
+        for each in (config, config.get_text_config()):
+            if hasattr(each, "vocab_size"):
+                each.vocab_size = len(tokenizer)
+            for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                setattr(each, token, getattr(tokenizer, token))
         dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if converts:

@@ -44,7 +44,8 @@ TRAINING_HELP = {
     "gradient_accumulation_steps": "Number of batches in an optimizer step.",
     "gradient_checkpointing": "Recompute activations in the backward pass, to save memory.",
     "bf16": "Train in bf16 mixed precision.",
-    "seed": "Seed of random weights and of the order of the blocks. The head has its own, --init-seed.",
+    "seed": "Seed of random weights and of the order of the blocks, which is the dataset's with --streaming. The head "
+    "has its own, --init-seed.",
     "logging_steps": "Print the loss every INT steps.",
     "log_components": "Log the share of each component and the divergence of each pair, for a tracker.",
     "eval_strategy": "When to evaluate during training: no, steps or epoch.",
@@ -83,7 +84,7 @@ class ModelOptions:
     freeze_backbone: bool = field(
         default=False,
         metadata={
-            "help": "Train only the head: run the backbone once, keep its hidden states in OUTPUT_DIR/hidden_states, "
+            "help": "Train only the head: run the backbone once, keep its hidden states in OUTPUT_DIR/_hidden_states, "
             "and compute only the head in each step."
         },
     )
@@ -195,7 +196,8 @@ def parse_options(arguments: list[str] | None = None, prog: str | None = None) -
         model.head_options = read_head_options({k: v for namespace in namespaces for k, v in vars(namespace).items()})
         if model.head == "softmax" and model.head_options:
             raise ValueError(f"--head softmax: expected no options of a mixture, given {model.head_options}")
-        check_frozen(model, data)
+        check_frozen(model, data, training)
+        check_evaluation(training)
         if data.streaming and training.max_steps <= 0:
             raise ValueError(
                 "--max-steps: expected a number of steps with --streaming, whose length is unknown, given none"
@@ -203,7 +205,17 @@ def parse_options(arguments: list[str] | None = None, prog: str | None = None) -
     return model, data, training
 
 
-def check_frozen(model: ModelOptions, data: DataOptions) -> None:
+def check_evaluation(training: TrainingArguments) -> None:
+    """Raises a ValueError for options that the evaluation of the command cannot follow; a perplexity has to fall."""
+    if training.batch_eval_metrics:
+        raise ValueError("--batch-eval-metrics: expected False, as the metrics are those of all windows, given True")
+    if not training.eval_do_concat_batches:
+        raise ValueError("--eval-do-concat-batches: expected True, as windows differ in length, given False")
+    if training.metric_for_best_model in ("perplexity", "eval_perplexity"):
+        training.greater_is_better = False  # transformers takes any name that does not end in "loss" for a score
+
+
+def check_frozen(model: ModelOptions, data: DataOptions, training: TrainingArguments) -> None:
     """Raises a ValueError for options that do not go with a frozen backbone."""
     if model.freeze_decoder and not model.freeze_backbone:
         raise ValueError("--freeze-decoder: expected with --freeze-backbone only, given without it")
@@ -216,6 +228,8 @@ def check_frozen(model: ModelOptions, data: DataOptions) -> None:
         )
     if data.streaming or max(model.tp_size, model.fsdp_size) > 1:
         raise ValueError("--freeze-backbone: expected no --streaming, --tp-size or --fsdp-size with it, given one")
+    if training.neftune_noise_alpha is not None:
+        raise ValueError("--neftune-noise-alpha: expected none with --freeze-backbone, whose embeddings do not train")
 
 
 # ---------------------------------------------------------------------------------------------------------------- help

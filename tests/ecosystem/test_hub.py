@@ -80,7 +80,8 @@ def assert_equal_when_loaded(hub: HubServer, folder: Path, sha: str, tmp_path: P
 def test_push_and_load(hub: HubServer, mixture: Path, tmp_path: Path) -> None:
     folder = tmp_path / "trained"
     shutil.copytree(mixture, folder)
-    (folder / "trainer_state.json").write_text("{}")
+    for name in ("trainer_state.json", "secrets.json", "notes.md", "book.txt", "private.png", "my_script.py"):
+        (folder / name).write_text("{}")  # neither of these is the model's
     (folder / "training_args.bin").write_bytes(b"pickle")
     (folder / "checkpoint-5").mkdir()
     (folder / "checkpoint-5" / "optimizer.json").write_text("{}")
