@@ -135,9 +135,8 @@ def fit(
                     model.load_state_dict(at.best, strict=False)
                 stopped_early = is_over and stop.cuts > recipe.cuts
             if not progress.console.is_terminal:  # a bar is drawn on a terminal alone
-                progress.console.print(
-                    f"{name}: step {at.step} of {recipe.steps}, validation {at.curve[-1][2]:.3f} nats"
-                )
+                line = f"{name}: step {at.step} of {recipe.steps}, validation {at.curve[-1][2]:.3f} nats"
+                progress.console.print(line, soft_wrap=True)
             if unfinished is not None:
                 keep(unfinished, at, model, optimizer, stop)
     if at.best is not None:
