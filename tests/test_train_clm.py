@@ -391,7 +391,9 @@ def test_a_column_that_is_not_there_is_named(
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("name", ["data[1].jsonl", "data*.jsonl", "data?.jsonl", "book[1].txt", "book*.txt"])
+@pytest.mark.parametrize(
+    "name", ["data[1].jsonl", "data*.jsonl", "data?.jsonl", "book[1].txt", "book*.txt", "data.JSONL", "book.TXT"]
+)
 def test_the_name_of_a_file_is_no_pattern(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, streaming: bool
 ) -> None:
@@ -399,7 +401,7 @@ def test_the_name_of_a_file_is_no_pattern(
     folder = tmp_path / "run[1]"
     folder.mkdir()
     for file, word in ((name, "right"), ("data1.jsonl", "wrong"), ("book1.txt", "wrong")):
-        (folder / file).write_text(json.dumps({"text": word}) if file.endswith("jsonl") else word)
+        (folder / file).write_text(json.dumps({"text": word}) if file.lower().endswith("jsonl") else word)
     monkeypatch.chdir(folder)
     for file in (name, str(folder / name)):
         options = DataOptions(train_file=file, validation_file=file, validation_share=0.0, streaming=streaming)

@@ -1,20 +1,33 @@
 """Cuts the text of `hf-mos train`: into blocks for training, and into the windows of `evaluate` for validation."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
-from .chat import Chat, Messages, render
+from .chat import Chat, Messages, Text, render
 from .evaluate import IGNORED, Window, count_bytes, count_targets, encode, prefix_of, sequence_of, windows_of
-from .texts import FILE_READERS, check_text, choose_column, column, load_rows, read_texts
+from .texts import (
+    TEXT_COLUMN,
+    TOOLS_COLUMN,
+    check_rows,
+    check_text,
+    choose_column,
+    column,
+    load_named,
+    load_rows,
+    read_texts,
+)
 from .train_options import DataOptions
 
 STREAMED_ROWS = 10_000  # rows packed together; the tokens after their last full block are dropped
+PIECE = 4_000_000  # characters of a text file that are tokenized and packed together
+PIECES_IN_MEMORY = 16  # before they are written
 
 Rows: TypeAlias = Dataset | IterableDataset
 
@@ -34,7 +47,7 @@ class ValidationSet:
 
     windows: list[Window]
     num_tokens: int
-    num_bytes: int
+    num_bytes: int  # of what these tokens stand for
     window: int
     stride: int
 
@@ -46,36 +59,76 @@ def load_text(options: DataOptions) -> tuple[Rows, ValidationText | None]:
     """The rows of the training set, and the validation text: given, or split off where the text is not a stream."""
     name = options.dataset_name or Path(str(options.train_file)).name
     validation, split = None, None
+    share = 0.0 if options.streaming else options.validation_share
+    last_part = f"the last {100 * share:g} % of the training text"
     if options.dataset_name is not None:
-        dataset = load_dataset(options.dataset_name, options.dataset_config_name, streaming=options.streaming)
+        dataset = load_named(options.dataset_name, options.dataset_config_name, streaming=options.streaming)
         if "train" not in dataset:
             raise ValueError(f"--dataset-name: expected a split named 'train', given {sorted(dataset)}")
         train = dataset["train"]
         if "validation" in dataset:
             validation, split = rows_of(dataset["validation"], options.text_column), "validation"
     else:
-        train = read_file(str(options.train_file), options.streaming)
+        file, end = Path(str(options.train_file)), None
+        check_text(file)
         if options.validation_file is not None:
             validation = read_texts(Path(options.validation_file), options.text_column)
             name = Path(options.validation_file).name
+        elif options.is_lines and share > 0:
+            num_lines = sum(1 for _ in read_lines(file))
+            end = num_lines - held_out_rows(num_lines, share)
+            validation, split = ["".join(itertools.islice(read_lines(file), end, None))], last_part
+        train = pieces_of(file, end, options.streaming) if options.is_lines else load_rows(file, options.streaming)
     choose_column(columns_of(train), options.text_column)
-    if validation is None and options.validation_share > 0 and not options.streaming:
-        if math.ceil(options.validation_share * len(train)) >= len(train):
-            raise ValueError(
-                f"--validation-share: expected more rows or lines to take {options.validation_share:g} of, or "
-                f"--validation-file, or --validation-share 0, given {len(train)}"
-            )
-        parts = train.train_test_split(test_size=options.validation_share, shuffle=False)
-        train, validation = parts["train"], rows_of(parts["test"], options.text_column)
-        validation = ["".join(map(str, validation))] if options.is_lines else validation
-        split = f"the last {100 * options.validation_share:g} % of the training text"
+    if validation is None and share > 0:
+        held_out_rows(len(train), share)
+        parts = train.train_test_split(test_size=share, shuffle=False)
+        train, validation, split = parts["train"], rows_of(parts["test"], options.text_column), last_part
     return train, None if validation is None else ValidationText(validation, name, split)
 
 
-def read_file(file: str, streaming: bool) -> Rows:
-    check_text(Path(file))
-    options = {"keep_linebreaks": True} if FILE_READERS[Path(file).suffix] == "text" else {}
-    return load_rows(Path(file), streaming=streaming, **options)
+def held_out_rows(num_rows: int, share: float) -> int:
+    """The number of rows or lines to validate on; raises a ValueError where none is left to train on."""
+    held_out = math.ceil(share * num_rows)
+    if held_out >= num_rows:
+        raise ValueError(
+            f"--validation-share: expected more rows or lines to take {share:g} of, or "
+            f"--validation-file, or --validation-share 0, given {num_rows}"
+        )
+    return held_out
+
+
+def pieces_of(file: Path, end: int | None, streaming: bool) -> Rows:
+    """The first lines of a text file, `end` of them or all, as rows of large pieces."""
+    features = Features({TEXT_COLUMN: Value("string")})
+    arguments: dict[str, Any] = {"file": str(file.absolute()), "end": end}
+    if streaming:
+        return IterableDataset.from_generator(read_pieces, features=features, gen_kwargs=arguments)
+    # `datasets` keeps the rows for later runs, until the arguments change.
+    arguments["changed"] = (file.stat().st_mtime_ns, file.stat().st_size)
+    return Dataset.from_generator(
+        read_pieces, features=features, gen_kwargs=arguments, writer_batch_size=PIECES_IN_MEMORY
+    )
+
+
+def read_pieces(file: str, end: int | None, changed: Any = None) -> Iterator[dict[str, str]]:
+    """Yields the first lines of a text file as pieces of at least `PIECE` characters; each ends where a line ends."""
+    piece: list[str] = []
+    length = 0
+    for line in itertools.islice(read_lines(Path(file)), end):
+        piece.append(line)
+        length += len(line)
+        if length >= PIECE:
+            yield {TEXT_COLUMN: "".join(piece)}
+            piece, length = [], 0
+    if piece:
+        yield {TEXT_COLUMN: "".join(piece)}
+
+
+def read_lines(file: Path) -> Iterator[str]:
+    """Yields the lines of a text file with their ends, as they are in the file."""
+    with file.open(encoding="utf-8", newline="") as lines:
+        yield from lines
 
 
 def columns_of(rows: Rows) -> list[str]:
@@ -95,21 +148,37 @@ def cut_windows(
 ) -> ValidationSet:
     """Cuts the windows that `evaluate` counts the tokens in.
 
-    Where the tokenizer has no token for the beginning or the end of a text, the first token of a text does not count.
+    Where the tokenizer has no token for the beginning or the end of a text, the first token of a text does not count,
+    nor do its bytes.
     """
     prefix, texts = prefix_of(tokenizer), [text for text in render(tokenizer, validation.rows, assistant_only) if text]
     windows = [w for text in texts for w in windows_of(*sequence_of(tokenizer, text, prefix), window, stride)]
     if not windows:
         raise ValueError("expected some text in the validation set, given none")
     windows.sort(key=lambda w: len(w.inputs), reverse=True)  # rows of one length pad nothing
-    return ValidationSet(windows, count_targets(windows), count_bytes(texts), window, stride)
+    num_bytes = count_bytes(texts) - (0 if prefix else sum(bytes_of_first(tokenizer, text) for text in texts))
+    return ValidationSet(windows, count_targets(windows), num_bytes, window, stride)
+
+
+def bytes_of_first(tokenizer: PreTrainedTokenizerBase, text: Text) -> int:
+    """The bytes in UTF-8 of the first token of a text, with the spaces before it; 0 if the token does not count."""
+    token_ids, counts = encode(tokenizer, text)
+    if not any(counts[:1]):
+        return 0
+    written = text if isinstance(text, str) else text.text
+    if not tokenizer.is_fast:
+        return len(str(tokenizer.decode(token_ids[:1])).encode())
+    encoded = tokenizer(written, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    return len(written[: encoded.offset_mapping[0][1]].encode())
 
 
 def pack(rows: Rows, tokenizer: PreTrainedTokenizerBase, block_size: int, options: DataOptions) -> Rows:
     """Packs texts into blocks of tokens, one after the other; drops an incomplete block at the end.
 
-    The rows of a dataset are texts of their own and each ends with the tokenizer's end-of-sequence token; the lines of
-    a text file are one text. Rows of messages are as the chat template renders them.
+    The rows of a dataset are texts of their own and each ends with the tokenizer's end-of-sequence token. A text file
+    is one text: its tokens are those of the whole, up to a length of `PIECE` characters. A longer text is tokenized
+    and packed in pieces: no token spans two pieces, and each drops its incomplete block. Rows of messages are as the
+    chat template renders them.
     """
     name = choose_column(columns_of(rows), options.text_column)
 
@@ -121,8 +190,9 @@ def pack(rows: Rows, tokenizer: PreTrainedTokenizerBase, block_size: int, option
         for token_ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids:
             yield token_ids + end, [True] * len(token_ids + end)
 
-    def tokenize(rows: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
-        encoded = [*encode_all(render(tokenizer, rows[name], options.assistant_only))]
+    def tokenize(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[list[int]]]:
+        texts = check_rows(rows[name], name, rows.get(TOOLS_COLUMN), indices[0])
+        encoded = [*encode_all(render(tokenizer, texts, options.assistant_only))]
         return {
             "input_ids": [token_ids for token_ids, _ in encoded],
             "labels": [[t if count else IGNORED for t, count in zip(*row, strict=True)] for row in encoded],
@@ -135,20 +205,18 @@ def pack(rows: Rows, tokenizer: PreTrainedTokenizerBase, block_size: int, option
         blocks = [block for block in blocks if any(label != IGNORED for label in joined["labels"][block][1:])]
         return {column: [tokens[block] for block in blocks] for column, tokens in joined.items()}
 
+    mapping: dict[str, Any] = {"batched": True, "with_indices": True, "remove_columns": columns_of(rows)}
+    mapping["batch_size"] = 1 if options.is_lines else 1_000  # a piece of a text file is long
     if isinstance(rows, IterableDataset):
-        return rows.map(tokenize, batched=True, remove_columns=columns_of(rows)).map(
-            cut, batched=True, batch_size=STREAMED_ROWS
+        return rows.map(tokenize, **mapping).map(
+            cut, batched=True, batch_size=1 if options.is_lines else STREAMED_ROWS
         )
-    tokens = rows.map(
-        tokenize,
-        batched=True,
-        remove_columns=rows.column_names,
-        num_proc=options.preprocessing_workers,
-        desc="tokenizing the training set",
-    )
+    tokens = rows.map(tokenize, num_proc=options.preprocessing_workers, desc="tokenizing the training set", **mapping)
     # One batch drops tokens only at its end; a large set is cut in several batches.
-    size = min(max(len(tokens), 1), 100_000)
+    size = 1 if options.is_lines else min(max(len(tokens), 1), 100_000)
     blocks = tokens.map(cut, batched=True, batch_size=size, desc="packing the training set")
+    if len(blocks) == 0 and options.assistant_only and sum(map(len, tokens["input_ids"])) >= block_size:
+        raise ValueError("--assistant-only: expected turns of the assistant in the training set, given none")
     if len(blocks) == 0:
         raise ValueError(f"expected at least {block_size} tokens (--block-size) in the training set, given fewer")
     return blocks

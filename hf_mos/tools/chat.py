@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .texts import Messages
+from .texts import Messages, ToolChat
 
 ASSISTANT = "assistant"
 
@@ -28,7 +28,9 @@ class Chat(NamedTuple):
 Text: TypeAlias = str | Chat
 
 
-def render(tokenizer: PreTrainedTokenizerBase, rows: Iterable[str | Messages], assistant_only: bool) -> list[Text]:
+def render(
+    tokenizer: PreTrainedTokenizerBase, rows: Iterable[str | Messages | ToolChat], assistant_only: bool
+) -> list[Text]:
     """The texts of rows: a text as it is, messages as a [`Chat`].
 
     Args:
@@ -41,25 +43,26 @@ def render(tokenizer: PreTrainedTokenizerBase, rows: Iterable[str | Messages], a
     return [render_row(tokenizer, row, assistant_only) for row in rows]
 
 
-def render_row(tokenizer: PreTrainedTokenizerBase, row: str | Messages, assistant_only: bool) -> Text:
+def render_row(tokenizer: PreTrainedTokenizerBase, row: str | Messages | ToolChat, assistant_only: bool) -> Text:
     if isinstance(row, str):
         if assistant_only:
             raise ValueError("--assistant-only: expected rows of messages, given text")
         return row
     if not tokenizer.chat_template:
         raise ValueError("tokenizer: expected one with a chat template for rows of messages, given one without")
+    row, tools = row if isinstance(row, ToolChat) else (row, None)
     messages = [{name: value for name, value in message.items() if value is not None} for message in row]
     if not assistant_only:
-        return Chat(render_text(tokenizer, messages), None)
+        return Chat(render_text(tokenizer, messages, tools), None)
     template = tokenizer.get_chat_template()
     if "{% generation" in template or "{%- generation" in template:
         special: dict[str, Any] = dict(tokenizer.special_tokens_map)
         rendered: Any = render_jinja_template(
-            [messages], chat_template=template, return_assistant_tokens_mask=True, **special
+            [messages], tools=tools, chat_template=template, return_assistant_tokens_mask=True, **special
         )
         (text,), (turns,) = rendered
         return Chat(text, turns)
-    return Chat(text := render_text(tokenizer, messages), find_turns(tokenizer, messages, text))
+    return Chat(text := render_text(tokenizer, messages, tools), find_turns(tokenizer, messages, tools, text))
 
 
 def beginning(text: Text, length: int) -> Text:
@@ -74,18 +77,22 @@ def join(texts: Iterable[Text]) -> str:
     return "".join(map(str, texts))
 
 
-def render_text(tokenizer: Any, messages: Messages, add_generation_prompt: bool = False) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+def render_text(
+    tokenizer: Any, messages: Messages, tools: list[Any] | None, add_generation_prompt: bool = False
+) -> str:
+    return tokenizer.apply_chat_template(
+        messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
 
 
-def find_turns(tokenizer: Any, messages: Messages, text: str) -> list[tuple[int, int]]:
+def find_turns(tokenizer: Any, messages: Messages, tools: list[Any] | None, text: str) -> list[tuple[int, int]]:
     """Where the assistant's turns begin and end in the text, by rendering the messages before and up to each."""
     turns = []
     for i, message in enumerate(messages):
         if message["role"] != ASSISTANT:
             continue
-        before = render_text(tokenizer, messages[:i], add_generation_prompt=True) if i else ""
-        whole = render_text(tokenizer, messages[: i + 1])
+        before = render_text(tokenizer, messages[:i], tools, add_generation_prompt=True) if i else ""
+        whole = render_text(tokenizer, messages[: i + 1], tools)
         if not (whole.startswith(before) and text.startswith(whole)):
             raise ValueError(
                 "--assistant-only: expected a chat template that renders a turn alike whatever follows it, or that "

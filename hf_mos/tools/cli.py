@@ -266,6 +266,12 @@ def evaluate_command(
     stride: Annotated[
         int | None, typer.Option(help="Tokens by which the window slides.", show_default="half of the window")
     ] = None,
+    prefix_token_id: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Token that stands before each text.", show_default="the tokenizer's for a beginning or an end"
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or Hub id, where it is not the model's own.", show_default=False)
@@ -322,6 +328,7 @@ def evaluate_command(
         window=window,
         stride=stride,
         batch_size=batch_size,
+        prefix_token_id=prefix_token_id,
         track=functools.partial(track, description="evaluating"),
     )
     data = {"data": dataset_name, "split": split}

@@ -21,6 +21,7 @@ from ..conversion import refuse_mixture
 from ..remote_code.modeling_mos import MoSForCausalLM
 from ..remote_code.mos_decoder import cap_logits
 from ..remote_code.mos_log_probs import mix_log_probs
+from .evaluate import positions_of
 from .exit_codes import before_work
 from .head_options import check_head_options, describe_head
 from .loading import check_options, load_model, load_tokenizer
@@ -145,7 +146,7 @@ def find_tokenizer(model: str | Path, revision: str | None, trust_remote_code: b
 def probe_tokens(model: PreTrainedModel) -> Tensor:
     """Random tokens, at most as many as the model has positions."""
     batch, length = PROBE_SHAPE
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model.config)
     embeddings: Any = model.get_input_embeddings()
     generator = torch.Generator().manual_seed(0)
     return torch.randint(embeddings.weight.shape[0], (batch, min(length, positions or length)), generator=generator)

@@ -20,6 +20,8 @@ from .chat import Chat, Text
 
 LONGEST_DEFAULT_WINDOW = 2048
 IGNORED = -100  # in place of a target
+# What configs call the number of positions.
+POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions", "n_positions")
 ROWS_AT_A_TIME = 256  # rows of a softmax's logits that are widened to fp32 at a time
 
 
@@ -135,7 +137,7 @@ def evaluate(
 
 
 def choose_window(config: PreTrainedConfig, window: int | None, stride: int | None) -> tuple[int, int]:
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(config)
     if window is None:
         window = min(positions or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
     if window < 1 or (positions is not None and window > positions):
@@ -148,13 +150,19 @@ def choose_window(config: PreTrainedConfig, window: int | None, stride: int | No
     return window, stride
 
 
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """The model's number of positions; `None`: its config names none."""
+    found = (getattr(config.get_text_config(), name, None) for name in POSITIONS)
+    return next((positions for positions in found if positions is not None and positions > 0), None)
+
+
 def choose_prefix(tokenizer: PreTrainedTokenizerBase, prefix_token_id: int | None) -> int:
     for token in (prefix_token_id, *prefix_of(tokenizer)):
         if token is not None:
             return token
     raise ValueError(
-        "prefix_token_id: expected the token that stands before a text, as the tokenizer has none for a text's "
-        "beginning or end, given none"
+        "prefix_token_id: expected the token that stands before a text (--prefix-token-id), as the tokenizer has none "
+        "for a text's beginning or end, given none"
     )
 
 

@@ -1,17 +1,26 @@
 """Reads text from files and datasets."""
 
+import glob
+import json
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from .places import check_file
 
 Messages: TypeAlias = list[dict[str, Any]]
 
-TEXT_COLUMN, MESSAGES_COLUMN = "text", "messages"
+TEXT_COLUMN, MESSAGES_COLUMN, TOOLS_COLUMN = "text", "messages", "tools"
 TEXT_COLUMN_HELP = "Column with the text or the chat messages of each row. If no column is named `text`: `messages`."
 ASSISTANT_ONLY_HELP = "In rows of messages, compute the loss on the assistant's turns only."
 # The readers of `datasets.load_dataset`.
 FILE_READERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+class ToolChat(NamedTuple):
+    """Messages, and the tools that the assistant may call."""
+
+    messages: Messages
+    tools: list[Any]
 
 
 def read_texts(file: Path, text_column: str = TEXT_COLUMN) -> list[str] | list[Messages]:
@@ -23,9 +32,14 @@ def read_texts(file: Path, text_column: str = TEXT_COLUMN) -> list[str] | list[M
         ValueError: there is no such file, it is no UTF-8, it has no such column, or it is empty.
     """
     check_text(file)
-    if FILE_READERS.get(file.suffix, "text") != "text":
+    if reader_of(file) != "text":
         return column(load_rows(file), text_column)
     return [file.read_bytes().decode()]  # as bytes, to keep its line ends
+
+
+def reader_of(file: Path) -> str:
+    """The reader for the suffix of a file, in upper or lower case; that of text for another suffix."""
+    return FILE_READERS.get(file.suffix.lower(), "text")
 
 
 def check_text(file: Path) -> None:
@@ -33,7 +47,7 @@ def check_text(file: Path) -> None:
     check_file(file)
     if file.stat().st_size == 0:
         raise ValueError(f"file: expected some text, given {str(file)!r}, which is empty")
-    if FILE_READERS.get(file.suffix, "text") == "text":
+    if reader_of(file) == "text":
         try:
             with file.open(encoding="utf-8") as lines:
                 for _ in lines:
@@ -42,13 +56,15 @@ def check_text(file: Path) -> None:
             raise ValueError(f"file: expected UTF-8, given {str(file)!r}: {error}") from error
 
 
-def load_rows(file: Path, **options: Any) -> Any:
+def load_rows(file: Path, streaming: bool = False) -> Any:
     """The rows of a file, by the reader for its suffix; raises a ValueError where it cannot be read as such rows."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
+    # `load_dataset` takes a name for a pattern, and the working folder too where a name is relative to it.
+    name = glob.escape(str(file.absolute()))
     try:
-        return load_dataset(FILE_READERS.get(file.suffix, "text"), data_files=str(file), split="train", **options)
+        return load_dataset(reader_of(file), data_files=name, split="train", streaming=streaming)
     except DatasetGenerationError as error:
         cause = error.__cause__ or error
         raise ValueError(f"file: expected rows of {file.suffix}, given {str(file)!r}: {cause}") from error
@@ -60,20 +76,52 @@ def read_dataset(
     """Reads the rows of a dataset of the Hub, or of a folder that `load_dataset` reads.
 
     Raises:
-        ValueError: it has no such split or column.
+        ValueError: it has no such split or column, or a row of the column is neither text nor messages.
     """
-    from datasets import load_dataset
+    return column(load_named(name, config_name, split=split), text_column)
 
-    return column(load_dataset(name, config_name, split=split), text_column)
+
+def load_named(name: str, config_name: str | None, **options: Any) -> Any:
+    """Equivalent to: `load_dataset(name, config_name, ...)`, but the lines of text files keep their ends."""
+    from datasets import load_dataset, load_dataset_builder
+
+    if hasattr(load_dataset_builder(name, config_name).config, "keep_linebreaks"):
+        options["keep_linebreaks"] = True
+    return load_dataset(name, config_name, **options)
 
 
 def column(rows: Any, name: str) -> list[str] | list[Messages]:
     """The texts of a column, or its lists of messages. Rows without the usual column of text may have `messages`."""
     name = choose_column(rows.column_names, name)
-    texts = rows[name][:]
-    if not (all(isinstance(text, str) for text in texts) or all(is_messages(text) for text in texts)):
-        raise ValueError(f"text_column: expected a column of text or of messages, given {name!r}")
-    return texts
+    tools = rows[TOOLS_COLUMN][:] if TOOLS_COLUMN in rows.column_names else None
+    return check_rows(rows[name][:], name, tools)
+
+
+def check_rows(rows: list[Any], column: str, tools: list[Any] | None = None, start: int = 0) -> list[Any]:
+    """The rows of a column, from row `start` on: texts as they are, messages without nulls and with their tools.
+
+    Raises:
+        ValueError: a row is neither.
+    """
+    for i, row in enumerate(rows, start):
+        if not (isinstance(row, str) or is_messages(row)):
+            kind = "null" if row is None else f"a value of type {type(row).__name__}"
+            raise ValueError(f"text_column: expected text or messages in column {column!r}, given {kind} in row {i}")
+    rows = [without_nulls(row) for row in rows]
+    return rows if tools is None else [*map(with_tools, rows, tools)]
+
+
+def with_tools(row: Any, tools: Any) -> Any:
+    """Messages with their tools, a list or its JSON; a text, and messages without tools, as they are."""
+    tools = json.loads(tools) if isinstance(tools, str) and tools else tools
+    return ToolChat(row, without_nulls(tools)) if tools and not isinstance(row, str) else row
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without keys of no value: Arrow gives each part of a message the keys of all parts."""
+    if isinstance(value, dict):
+        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
+    return [without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
 def choose_column(names: list[str], name: str) -> str:

@@ -44,7 +44,7 @@ from ..training.callbacks import MixtureUsage, StopOnNonFiniteLoss, last_whole_c
 from ..training.hidden_states import HiddenStateRows, bytes_of, freeze_backbone, keep_hidden_states
 from .blocks import ValidationSet, ValidationText, cut_windows, load_text, pack
 from .card import CARD_FILE, eval_results, model_card
-from .evaluate import IGNORED, Window, check_tokens, choose_window, collate, target_nll
+from .evaluate import IGNORED, Window, check_tokens, choose_window, collate, positions_of, target_nll
 from .exit_codes import REFUSED, OptionError, before_work
 from .head_options import ALL, describe_head
 from .loading import hub_options, is_mixture, load_config, load_tokenizer
@@ -406,7 +406,7 @@ def hidden_state_rows(
 
 
 def choose_block_size(asked: int | None, config: PreTrainedConfig) -> int:
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(config)
     if asked is None:
         return min(positions or LONGEST_DEFAULT_BLOCK, LONGEST_DEFAULT_BLOCK)
     if positions is not None and asked > positions:

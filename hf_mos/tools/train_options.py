@@ -12,7 +12,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from .exit_codes import OptionError, before_work
 from .head_options import add_head_options, head_flags, read_head_options
-from .texts import ASSISTANT_ONLY_HELP, FILE_READERS, TEXT_COLUMN, TEXT_COLUMN_HELP
+from .texts import ASSISTANT_ONLY_HELP, FILE_READERS, TEXT_COLUMN, TEXT_COLUMN_HELP, reader_of
 
 LONGEST_DEFAULT_BLOCK = 1024
 SHOWN_CHOICES = 4
@@ -159,7 +159,7 @@ class DataOptions:
                 continue
             if not Path(file).is_file():
                 raise ValueError(f"{option}: expected a file, given {file!r}, which is none")
-            if Path(file).suffix not in FILE_READERS:
+            if Path(file).suffix.lower() not in FILE_READERS:
                 raise ValueError(f"{option}: expected one of {', '.join(FILE_READERS)}, given {file!r}")
         if not 0 <= self.validation_share < 1:
             raise ValueError(f"--validation-share: expected a number in [0, 1), given {self.validation_share}")
@@ -171,7 +171,7 @@ class DataOptions:
     @property
     def is_lines(self) -> bool:
         """Whether the rows of the training set are the lines of one text."""
-        return self.train_file is not None and FILE_READERS[Path(self.train_file).suffix] == "text"
+        return self.train_file is not None and reader_of(Path(self.train_file)) == "text"
 
 
 def given(options: Any, name: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from helpers import part_components, tiny_causal_lm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -19,6 +20,7 @@ from hf_mos.tools.blocks import load_text, pack
 from hf_mos.tools.chat import render
 from hf_mos.tools.cli import app
 from hf_mos.tools.evaluate import evaluate
+from hf_mos.tools.texts import read_texts
 from hf_mos.tools.train_options import DataOptions
 
 PLAIN = (
@@ -146,6 +148,68 @@ def test_training_takes_the_loss_of_each_token_or_of_the_assistant(
     learned = tokenizer.decode([label for label in labels if label != -100])
     assert expected.startswith(learned)
     assert len(learned) > 0.9 * len(expected)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_part_has_no_keys_of_other_parts(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, suffix: str) -> None:
+    """Arrow gives the parts of all messages the same keys; a template sees only those with a value."""
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% for part in message['content'] %}"
+        "{{ '[image]' if 'image' in part else part['text'] }}"
+        "{% if 'tool' in part %}{{ part['tool'] | length }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    parts: list[dict[str, Any]] = [{"text": "Sentence"}, {"image": "a.png"}]
+    parts += [{"text": " 3", "tool": {"a": 1}}, {"text": " 4", "tool": {"b": 1}}]
+    rows = [{"messages": [{"role": "user", "content": [part]}]} for part in parts]
+    file = tmp_path / f"parts{suffix}"
+    if suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(file)
+    else:
+        file.write_text("\n".join(map(json.dumps, rows)))
+    expected = ["Sentence", "[image]", " 31", " 41"]
+    assert [row.text for row in render(tokenizer, read_texts(file), assistant_only=False)] == expected
+    expected_tokens = [token for text in expected for token in tokenizer(text).input_ids]
+    for streaming in (False, True):
+        options = DataOptions(train_file=str(file), validation_share=0.0, streaming=streaming)
+        tokens = [token for row in pack(load_text(options)[0], tokenizer, 2, options) for token in row["input_ids"]]
+        assert tokens == expected_tokens[: len(expected_tokens) // 2 * 2]
+
+
+@pytest.mark.parametrize("assistant_only", [False, True])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_template_gets_the_tools_of_a_row(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, assistant_only: bool, as_json: bool
+) -> None:
+    tokenizer.chat_template = (
+        "{% for tool in tools or [] %}{{ tool['name'] }}{{ tool['arguments'] | length }}\n{% endfor %}"
+        + tokenizer.chat_template
+    )
+    tools: list[Any] = [[{"name": "says", "arguments": {"a": 1}}, {"name": "plus", "arguments": {"b": 1}}], None]
+    rows = [
+        {"messages": chat, "tools": json.dumps(given) if as_json and given else given}
+        for chat, given in zip(CHATS, tools * 15, strict=True)
+    ]
+    file = tmp_path / "tools.parquet"
+    Dataset.from_list(rows).to_parquet(file)
+    heads = ["says1\nplus1\n", ""]
+    texts = [head + rendered(chat) for chat, head in zip(CHATS, heads * 15, strict=True)]
+    chats = render(tokenizer, read_texts(file), assistant_only)
+    assert [chat.text for chat in chats] == texts
+    if assistant_only:
+        spans = spans_of_the_assistant(CHATS[0])
+        assert chats[0].turns == [(a + len(heads[0]), b + len(heads[0])) for a, b in spans]
+    options = DataOptions(train_file=str(file), validation_share=0.0, assistant_only=assistant_only)
+    tokens = [token for row in pack(load_text(options)[0], tokenizer, 64, options)["input_ids"] for token in row]
+    assert tokenizer.decode(tokenizer("".join(texts)).input_ids).startswith(tokenizer.decode(tokens))
+
+
+def test_a_training_set_without_the_assistant_is_named(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    file = tmp_path / "users.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": chat[:1]}) for chat in CHATS))
+    options = DataOptions(train_file=str(file), validation_share=0.0, assistant_only=True)
+    rows, _ = load_text(options)
+    with pytest.raises(ValueError, match="--assistant-only: expected turns of the assistant in the training set"):
+        pack(rows, tokenizer, 16, options)
 
 
 def test_the_commands_take_messages(wide: Path, chat_file: Path, tmp_path: Path) -> None:

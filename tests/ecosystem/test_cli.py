@@ -19,13 +19,24 @@ from helpers import BACKBONES, LargestTensor, log_prob_gap, part_components, run
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    MptConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    WhisperConfig,
+)
 from typer.testing import CliRunner
 
 import hf_mos
 from hf_mos import MoSForCausalLM
 from hf_mos.tools import cli, loading
-from hf_mos.tools.evaluate import evaluate
+from hf_mos.tools.evaluate import choose_window, evaluate
 from hf_mos.training.callbacks import StopOnNonFiniteLoss
 
 COMMANDS = ("convert", "export", "evaluate", "inspect", "train", "card", "push", "serve")
@@ -503,6 +514,87 @@ def test_rows_are_texts_of_their_own_unless_joined(run: Callable[..., Printed], 
     file.rename(folder / "test.jsonl")
     dataset = json.loads(run("evaluate", mixture, "--dataset-name", folder, *options[2:]).out)
     assert dataset["nats"] == apart["nats"]
+
+
+def test_a_tokenizer_without_ends_needs_a_prefix(run: Callable[..., Printed], mixture: Path, tmp_path: Path) -> None:
+    file, bare = tmp_path / "text.txt", tmp_path / "bare"
+    file.write_text("Sentence 3 says that 3 times 3 is 9.")
+    tokenizer = AutoTokenizer.from_pretrained(mixture)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(bare)
+    options = [mixture, "--validation-file", file, "--json"]
+    assert "--prefix-token-id" in run("evaluate", *options, "--tokenizer", bare).err
+    given = json.loads(run("evaluate", *options, "--tokenizer", bare, "--prefix-token-id", 0).out)
+    expected = json.loads(run("evaluate", *options).out)
+    assert (given["nats"], given["prefix_token_id"]) == (expected["nats"], 0)
+
+
+def test_joined_lines_keep_their_ends(run: Callable[..., Printed], mixture: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "test.txt").write_text("Sentence 3 says\n\n  that 3\nSentence 4")
+    whole = json.loads(run("evaluate", mixture, "--validation-file", folder / "test.txt", "--json").out)
+    joined = json.loads(run("evaluate", mixture, "--dataset-name", folder, "--join-rows", "--json").out)
+    assert (joined["num_bytes"], joined["nats"]) == (whole["num_bytes"], whole["nats"])
+
+
+@pytest.mark.parametrize("suffix", [".JSONL", ".Json", ".CSV"])
+def test_a_suffix_may_be_in_upper_case(
+    run: Callable[..., Printed], mixture: Path, tmp_path: Path, suffix: str
+) -> None:
+    row = "text\nSentence 3 says\n" if suffix == ".CSV" else '{"text": "Sentence 3 says"}\n'
+    file = tmp_path / f"rows{suffix}"
+    file.write_text(row)
+    printed = run("evaluate", mixture, "--validation-file", file, "--json")
+    assert json.loads(printed.out)["num_bytes"] == len("Sentence 3 says")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "given"),
+    [
+        ("some.jsonl", '{"text": "Sentence"}\n{"text": null}\n', "null in row 1"),
+        ("all.jsonl", '{"text": null}\n{"text": null}\n', "null in row 0"),
+        ("numbers.csv", "text\n1\n2\n", "a value of type int in row 0"),
+        ("lists.jsonl", '{"text": ["Sentence"]}\n{"text": []}\n', "a value of type list in row 0"),
+    ],
+)
+@pytest.mark.parametrize("command", ["evaluate", "train"])
+def test_a_row_that_is_no_text_is_named(
+    run: Callable[..., Printed],
+    base: Path,
+    tmp_path: Path,
+    command: str,
+    name: str,
+    content: str,
+    given: str,
+) -> None:
+    file = tmp_path / name
+    file.write_text(content)
+    words = [base, "--validation-file", file]
+    if command != "evaluate":
+        words = ["--model", base, "--train-file", file, "--validation-share", 0, "--output-dir", tmp_path / "out"]
+        words += ["--max-steps", 1, "--use-cpu", "--report-to", "none"]
+    printed = run(command, *words)
+    assert printed.code == 1
+    assert f"text_column: expected text or messages in column 'text', given {given}" in printed.err
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(max_position_embeddings=32),
+        MptConfig(max_seq_len=32),
+        WhisperConfig(max_target_positions=32),
+        GPT2Config(n_positions=32),
+        PreTrainedConfig(n_positions=32),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_the_window_is_that_of_the_model(config: PreTrainedConfig) -> None:
+    assert choose_window(config, None, None) == (32, 16)
+    with pytest.raises(ValueError, match="at most the model's 32 positions, given 33"):
+        choose_window(config, 33, None)
+    assert choose_window(PreTrainedConfig(), None, None) == (2048, 1024)
 
 
 def test_a_mixture_is_evaluated_without_a_tensor_of_the_vocabulary(mixture: Path) -> None:
