@@ -106,7 +106,7 @@ class MoSConfig(PreTrainedConfig):
             )
         if (known := backbone_type or model_type) not in CONFIG_MAPPING:
             raise ValueError(f"{BACKBONE_TYPE}: expected a model type that transformers knows, given {known!r}")
-        backbone: Any = CONFIG_MAPPING[known]
+        backbone: Any = CONFIG_MAPPING[known]  # type: ignore[index]
         made = cls if cls is not MoSConfig else config_class_for(backbone)
         own_fields = {name: config_dict[name] for name in config_dict if name not in FILE_FIELDS}
         return made.backbone_config_class.from_dict.__func__(made, own_fields, **kwargs)
