@@ -327,6 +327,20 @@ def test_rows_of_a_dataset_end_with_the_end_token(tmp_path: Path, base: Path, ru
     run("--model", base, *data, "--output-dir", tmp_path / "out", "--max-steps", 1)
 
 
+def test_rows_of_a_dataset_begin_with_the_token_that_validation_begins_with(tmp_path: Path, base: Path) -> None:
+    """Else a tokenizer with two tokens is measured on one that training never shows."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text in SENTENCES[:100]))
+    tokenizer = AutoTokenizer.from_pretrained(base, bos_token="<s>")
+    options = DataOptions(train_file=str(file), validation_share=0.0)
+    rows, _ = load_text(options)
+    blocks = pack(rows, tokenizer, 16, options)
+    tokens, labels = ([token for row in blocks[name] for token in row] for name in ("input_ids", "labels"))
+    assert tokenizer.decode(tokens).startswith(END.join(f"<s>{text}" for text in SENTENCES[:20]))
+    uncounted = {token for token, label in zip(tokens, labels, strict=True) if label == -100}
+    assert uncounted == {tokenizer.bos_token_id}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

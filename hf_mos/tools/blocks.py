@@ -175,10 +175,10 @@ def bytes_of_first(tokenizer: PreTrainedTokenizerBase, text: Text) -> int:
 def pack(rows: Rows, tokenizer: PreTrainedTokenizerBase, block_size: int, options: DataOptions) -> Rows:
     """Packs texts into blocks of tokens, one after the other; drops an incomplete block at the end.
 
-    The rows of a dataset are texts of their own and each ends with the tokenizer's end-of-sequence token. A text file
-    is one text: its tokens are those of the whole, up to a length of `PIECE` characters. A longer text is tokenized
-    and packed in pieces: no token spans two pieces, and each drops its incomplete block. Rows of messages are as the
-    chat template renders them.
+    The rows of a dataset are texts of their own. Each begins with the tokenizer's token for the beginning, if it has
+    one of its own, and ends with the one for the end. A text file is one text: its tokens are those of the whole, up
+    to a length of `PIECE` characters. A longer text is tokenized and packed in pieces: no token spans two pieces, and
+    each drops its incomplete block. Rows of messages are as the chat template renders them.
     """
     name = choose_column(columns_of(rows), options.text_column)
 
@@ -187,8 +187,10 @@ def pack(rows: Rows, tokenizer: PreTrainedTokenizerBase, block_size: int, option
             yield from (encode(tokenizer, text) for text in texts)
             return
         end = [] if options.is_lines or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        # As in validation, where the token before a text does not count.
+        start = [] if options.is_lines else [token for token in prefix_of(tokenizer) if token not in end]
         for token_ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids:
-            yield token_ids + end, [True] * len(token_ids + end)
+            yield start + token_ids + end, [False] * len(start) + [True] * len(token_ids + end)
 
     def tokenize(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[list[int]]]:
         texts = check_rows(rows[name], name, rows.get(TOOLS_COLUMN), indices[0])
