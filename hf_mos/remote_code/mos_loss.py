@@ -250,8 +250,10 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     def checked(ctx: Any, *d_outputs: Tensor | None) -> Any:
         if torch.is_grad_enabled():
-            advice = "To differentiate twice, compute the loss of outputs.logits."
-            raise RuntimeError(f"create_graph: expected False with labels, given True. {advice}")
+            given = "given True. To differentiate twice, compute the loss of outputs.logits."
+            raise RuntimeError(
+                f"create_graph: expected False, as the loss with labels is differentiable once, {given}"
+            )
         return backward(ctx, *d_outputs)
 
     return checked

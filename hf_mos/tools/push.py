@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import httpx
 from huggingface_hub import CommitOperationAdd, HfApi
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import logging
@@ -93,7 +92,7 @@ def pin_card(api: HfApi, repo: str, card: str, revision: str, branch: str | None
     message = f"Pin {revision[:7]} in the card"
     try:
         return api.create_commit(repo, [operation], commit_message=message, revision=branch).oid
-    except (OSError, httpx.HTTPError) as error:
+    except Exception as error:  # also of the HTTP library, which is another in each version of huggingface_hub
         logger.warning(f"{repo}: the model is there, but its card names no revision: {error}")
         return None
 
