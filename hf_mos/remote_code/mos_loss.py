@@ -250,10 +250,8 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     def checked(ctx: Any, *d_outputs: Tensor | None) -> Any:
         if torch.is_grad_enabled():
-            given = "given True. To differentiate twice, compute the loss of outputs.logits."
-            raise RuntimeError(
-                f"create_graph: expected False, as the loss with labels is differentiable once, {given}"
-            )
+            once = "as the loss with labels is differentiable once, given True. Use the loss of outputs.logits"
+            raise RuntimeError(f"create_graph: expected False, {once}")
         return backward(ctx, *d_outputs)
 
     return checked
