@@ -172,8 +172,9 @@ def load_causal_lm(model: str | os.PathLike, known_options: str, kwargs: dict[st
     refuse_unfinished_save(folder)
     if (folder / ADAPTER_CONFIG_NAME).is_file() and not (folder / CONFIG_FILE).is_file():
         raise ValueError(
-            f"model: expected the folder of a causal LM, given {str(folder)!r}, which holds an adapter alone. Load it "
-            "with AutoModelForCausalLM or PeftModel; merge it before you convert a softmax model"
+            f"model: expected the folder of a causal LM, given {str(folder)!r}, which holds an adapter alone. "
+            "AutoModelForCausalLM loads it with its model. To convert a softmax model with an adapter, load it so. "
+            "Merge it first: PeftModel.merge_and_unload()."
         )
     if isinstance(kwargs.get("config"), (str, os.PathLike)):  # AutoModelForCausalLM would pass over a path
         kwargs["config"] = AutoConfig.from_pretrained(kwargs["config"])
