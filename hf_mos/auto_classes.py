@@ -25,14 +25,10 @@ def register(config_class: type[MoSConfig]) -> None:
 
     MoSForCausalLM.register_for_auto_class("AutoModelForCausalLM")
     AutoModelForCausalLM.register(config_class, MoSForCausalLM, exist_ok=True)
-    for name in WITH_THE_SAME_LAYERS:
+    for name in (*WITH_THE_SAME_LAYERS, *OF_MANY_INPUTS):
         mapping = getattr(modeling_auto, name)._model_mapping
         if (other := mapping.get(config_class.backbone_config_class, None)) is not None:
-            mapping.register(config_class, other, exist_ok=True)
-    for name in OF_MANY_INPUTS:
-        mapping = getattr(modeling_auto, name)._model_mapping
-        if config_class.backbone_config_class in mapping:
-            mapping.register(config_class, MoSForCausalLM, exist_ok=True)
+            mapping.register(config_class, MoSForCausalLM if name in OF_MANY_INPUTS else other, exist_ok=True)
 
 
 AutoConfig.register(MODEL_TYPE, MoSConfig)

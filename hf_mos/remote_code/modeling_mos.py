@@ -77,6 +77,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = MoSConfig
     backbone_class: Any = None  # the softmax model's class, in a made class
     argument_names: tuple[str, ...] = ()  # of the softmax model's forward
+    warns_of_softmax = True  # once, where another head took the place of the mixture's
     skip_logits_in_training = True  # a call with labels then makes no tensor as wide as V
     read_fused_forward: Any = None  # hf_mos.training.token_scores sets these three, for TRL
     score_batch: Any = None
@@ -425,7 +426,8 @@ def model_class_for(backbone: Any) -> type[MoSForCausalLM]:
         module = self.get_output_embeddings()
         if find_head(module) is None:  # another head took its place: this is a softmax model
             self.return_softcap()
-            if not torch.compiler.is_compiling():
+            if self.warns_of_softmax and not torch.compiler.is_compiling():
+                self.warns_of_softmax = False
                 expected = f"{self.head_path()}: expected a MoSLMHead, given {module}: this is one softmax"
                 transformers.logging.get_logger(__name__).warning_once(expected)
         elif is_transparent(module) or self.holds(module):

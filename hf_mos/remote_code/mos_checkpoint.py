@@ -170,18 +170,16 @@ def check_files(folder: Path, variant: str | None, weights: str | None = None) -
         weights = _read_json(folder / CONFIG_FILE).get("transformers_weights")
     if any(DISTRIBUTED_SHARD.fullmatch(path.name) for path in folder.iterdir()):
         if weights is not None:
-            given = (
-                f"a distributed one and an unfinished save, {weights}. To load this one, delete shard-*.safetensors"
-            )
+            given = f"a distributed one and an unfinished save, {weights}. To load this, delete shard-*.safetensors"
             raise OSError(f"{folder}: expected one checkpoint, given {given}")
         return {}
     v = "" if variant is None else f".{variant}"
     usual = [f"model{v}.safetensors", f"model.safetensors.index{v}.json"]
     found = [name for name in ([weights] if weights else usual) if _inside(folder, name, CONFIG_FILE).is_file()]
-    if pickles := [] if found else sorted(path.name for path in folder.glob("pytorch_model*.bin")):
-        advice = "torch.load(file, weights_only=True) reads what you trust, for MoSForCausalLM(config).load_state_dict"
-        raise ValueError(f"{folder}: expected safetensors, given {', '.join(pickles)}, pickled. {advice}")
     if not found:
+        if pickles := sorted(path.name for path in folder.glob("pytorch_model*.bin")):
+            advice = "torch.load(file, weights_only=True) reads what you trust, for MoSForCausalLM(config)"
+            raise ValueError(f"{folder}: expected safetensors, given {', '.join(pickles)}, pickled. {advice}")
         return {}
     if not _is_index(found[0]):
         return {found[0]: read_header(folder / found[0])}

@@ -51,7 +51,7 @@ def render_row(tokenizer: PreTrainedTokenizerBase, row: str | Messages | ToolCha
     if not tokenizer.chat_template:
         raise ValueError("tokenizer: expected one with a chat template for rows of messages, given one without")
     row, tools = row if isinstance(row, ToolChat) else (row, None)
-    messages = [{name: value for name, value in message.items() if value is not None} for message in row]
+    messages, tools = without_nulls(row), without_nulls(tools)
     if not assistant_only:
         return Chat(render_text(tokenizer, messages, tools), None)
     template = tokenizer.get_chat_template()
@@ -63,6 +63,13 @@ def render_row(tokenizer: PreTrainedTokenizerBase, row: str | Messages | ToolCha
         (text,), (turns,) = rendered
         return Chat(text, turns)
     return Chat(text := render_text(tokenizer, messages, tools), find_turns(tokenizer, messages, tools, text))
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without keys of no value: Arrow gives each part of a message the keys of all parts."""
+    if isinstance(value, dict):
+        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
+    return [without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
 def beginning(text: Text, length: int) -> Text:

@@ -98,7 +98,7 @@ def column(rows: Any, name: str) -> list[str] | list[Messages]:
 
 
 def check_rows(rows: list[Any], column: str, tools: list[Any] | None = None, start: int = 0) -> list[Any]:
-    """The rows of a column, from row `start` on: texts as they are, messages without nulls and with their tools.
+    """The rows of a column, from row `start` on: texts and messages as they are, messages with their tools.
 
     Raises:
         ValueError: a row is neither.
@@ -107,21 +107,13 @@ def check_rows(rows: list[Any], column: str, tools: list[Any] | None = None, sta
         if not (isinstance(row, str) or is_messages(row)):
             kind = "null" if row is None else f"a value of type {type(row).__name__}"
             raise ValueError(f"text_column: expected text or messages in column {column!r}, given {kind} in row {i}")
-    rows = [without_nulls(row) for row in rows]
     return rows if tools is None else [*map(with_tools, rows, tools)]
 
 
 def with_tools(row: Any, tools: Any) -> Any:
     """Messages with their tools, a list or its JSON; a text, and messages without tools, as they are."""
     tools = json.loads(tools) if isinstance(tools, str) and tools else tools
-    return ToolChat(row, without_nulls(tools)) if tools and not isinstance(row, str) else row
-
-
-def without_nulls(value: Any) -> Any:
-    """The value without keys of no value: Arrow gives each part of a message the keys of all parts."""
-    if isinstance(value, dict):
-        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
-    return [without_nulls(entry) for entry in value] if isinstance(value, list) else value
+    return ToolChat(row, tools) if tools and not isinstance(row, str) else row
 
 
 def choose_column(names: list[str], name: str) -> str:

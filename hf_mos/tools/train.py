@@ -9,11 +9,12 @@
 card and its metrics.
 """
 
+import contextlib
 import functools
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,19 +93,23 @@ class CardTrainer(Trainer):
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Like the Trainer's, but with every window: `dataloader_drop_last` is for batches to train on."""
-        drops, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
+        with self.argument("dataloader_drop_last", False):
             return super().get_eval_dataloader(*args, **kwargs)
-        finally:
-            self.args.dataloader_drop_last = drops
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
         """Like the Trainer's, but the file of the arguments, which is pushed too, has no token."""
-        token, self.args.hub_token = self.args.hub_token, None
-        try:
+        with self.argument("hub_token", None):
             super()._save(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def argument(self, name: str, value: Any) -> Iterator[None]:
+        """Gives an argument of the training another value for a while."""
+        before = getattr(self.args, name)
+        setattr(self.args, name, value)
+        try:
+            yield
         finally:
-            self.args.hub_token = token
+            setattr(self.args, name, before)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Equivalent to: the Trainer's, or 0 where hidden states are in the tokens' place."""
@@ -260,8 +265,8 @@ def train(model_options: ModelOptions, data_options: DataOptions, training_argum
 
 def check_output(folder: Path, options: ModelOptions) -> None:
     """Raises a ValueError where the run would overwrite another run, or with --force the model that it starts from."""
-    source = Path(options.source).resolve()
     if options.force:
+        source = Path(options.source).resolve()
         is_checkpoint = source.name.startswith(PREFIX_CHECKPOINT_DIR) and source.parent == folder.resolve()
         if source == folder.resolve() or is_checkpoint:
             raise ValueError(f"--output-dir: expected another folder than that of --model, given {str(folder)!r}")
@@ -283,12 +288,18 @@ def check_resumed(checkpoint: Path, model: PreTrainedModel) -> None:
     if is_saved != is_made:
         given = ("mixture" if is_made else "softmax"), ("mixture" if is_saved else "softmax")
         raise OptionError(f"--head {given[0]}: the checkpoint to resume from has a {given[1]}")
-    for name in option_defaults() if is_made else ():
-        if name != "init_seed" and (made := getattr(model.config, name)) != saved[name]:
-            shown = [ALL if size is None else repr(size) for size in (saved[name], made)]
-            raise OptionError(
-                f"--{name.replace('_', '-')}: the checkpoint to resume from has {shown[0]}, given {shown[1]}"
-            )
+    if is_made:
+        made = {name: getattr(model.config, name) for name in option_defaults() if name != "init_seed"}
+        with before_work():
+            refuse_other_options(made, saved, "the checkpoint to resume from")
+
+
+def refuse_other_options(given: dict[str, Any], found: dict[str, Any], owner: str) -> None:
+    """Raises a ValueError for an option of the head that the owner of `found` has with another value."""
+    for name, value in given.items():
+        if found[name] != value:
+            shown = [ALL if size is None else repr(size) for size in (found[name], value)]
+            raise ValueError(f"--{name.replace('_', '-')}: {owner} has {shown[0]}, given {shown[1]}")
 
 
 def delete_checkpoints(folder: Path, kept: str | None) -> None:
@@ -349,10 +360,9 @@ def read_config(options: ModelOptions) -> PreTrainedConfig:
         return config
     if options.head == "softmax":
         raise ValueError(f"--head softmax: expected a model without a mixture, given {options.model!r}")
-    for name, value in options.head_options.items():
-        if getattr(config, name) != value:
-            has, given = (ALL if size is None else repr(size) for size in (getattr(config, name), value))
-            raise ValueError(f"--{name.replace('_', '-')}: the model has {has}, given {given}")
+    refuse_other_options(
+        options.head_options, {name: getattr(config, name) for name in option_defaults()}, "the model"
+    )
     return config
 
 
