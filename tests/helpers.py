@@ -114,7 +114,7 @@ def chunks_of(size: int | None) -> Iterator[None]:
         if size is not None:
             for module in (mos_decoder, mos_head):
                 patch.setattr(module, "tokens_per_chunk", lambda *_: size)
-            patch.setattr(mos_decoder, "ROW_BYTES", 1)  # the rows of the shortlist of one token at a time
+                patch.setattr(module, "ROW_BYTES", 1)  # the rows of the shortlist of one token at a time
         yield
 
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import VOCAB_SIZE, chunks_of, log_prob_gap, random_tokens, tiny_causal_lm, tiny_mos
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
-from hf_mos import MoSConfig, MoSForCausalLM, mos_cross_entropy, mos_log_probs
+from hf_mos import MoSConfig, MoSForCausalLM, MoSLMHead, mos_cross_entropy, mos_log_probs
+from hf_mos.remote_code import mos_head
 from hf_mos.remote_code.mos_log_probs import infer_log_probs
 from hf_mos.remote_code.mos_shortlist import GROUP, top_classes
 from hf_mos.training.mixture_statistics import mixture_statistics, predict_in_chunks
@@ -40,15 +41,16 @@ MANY = 4103  # classes, so many that groups of them are searched for N tokens
 def test_top_classes_are_those_of_topk(V: int, count: int) -> None:
     for leading in ((1,), (4,), (2, 3), (65,)):
         logits = torch.randn(*leading, V)
-        chosen = logits.gather(-1, top_classes(logits, count)).sort(-1).values
-        assert torch.equal(chosen, logits.topk(min(count, V)).values.sort(-1).values)
+        chosen, classes = top_classes(logits, count)
+        assert torch.equal(chosen, logits.gather(-1, classes))
+        assert torch.equal(chosen.sort(-1).values, logits.topk(min(count, V)).values.sort(-1).values)
 
 
 @pytest.mark.parametrize("value", [0.0, float("-inf")])
 def test_top_classes_of_ties_are_distinct(value: float) -> None:
     logits = torch.full((3, 2**15 + 5), value)
     for count in (1, 4, 9, 100):
-        assert all(len(row.unique()) == count for row in top_classes(logits, count))
+        assert all(len(row.unique()) == count for row in top_classes(logits, count)[1])
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -79,6 +81,32 @@ def test_with_its_log_partition_it_is_the_logits_of_one_softmax(softcap: float |
     shared = shared if softcap is None else softcap * torch.tanh(shared / softcap)
     outside = torch.ones_like(shared).scatter(1, (mean @ weight.T).topk(9).indices, 0).bool()
     torch.testing.assert_close(given[outside], shared[outside])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_few_tokens_and_many_are_predicted_alike(
+    bias: bool, softcap: float | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token that is decoded, by few operations, and a prompt, by those in place."""
+    head = MoSLMHead(D, MANY, bias=bias, dtype=dtype, num_mixtures=K, shortlist_size=6, softcap=softcap)
+    nn.init.normal_(head.shift.weight, std=0.3 / head.latent_scale)
+    if bias:
+        head.bias[:7] = -torch.inf  # classes that are never predicted
+    hidden_states = torch.randn(2, 3, D, dtype=dtype)
+    for options in ({}, {"add_log_partition": True}):
+        few = head(hidden_states, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(mos_head, "ROW_BYTES", 0)
+            many = head(hidden_states, **options)
+        assert few.dtype == many.dtype == torch.promote_types(dtype, torch.float32)
+        torch.testing.assert_close(few, many)
+        one_by_one = [head(hidden_states[:, position], **options) for position in range(3)]
+        torch.testing.assert_close(
+            torch.stack(one_by_one, dim=1), few, rtol=0.05, atol=0.1 if dtype.itemsize == 2 else 1e-5
+        )
 
 
 @pytest.mark.parametrize("more", [0, 1])

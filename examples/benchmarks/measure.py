@@ -21,12 +21,18 @@ def time_in_turn(
     rounds: int,
     device: str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
+    before: Callable[[], Any] | None = None,
 ) -> dict[str, float]:
-    """The median seconds of each call. Each round runs all calls, so that a slow moment of the machine hits all."""
+    """The median seconds of each call. Each round runs all calls, so that a slow moment of the machine hits all.
+
+    `before` runs ahead of each call and is not timed.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in track(range(rounds + 1), description="timing", console=Console(stderr=True), transient=True):
         gc.collect()
         for name, call in calls.items():
+            if before is not None:
+                before()
             start = now(device, clock)
             call()
             if round_:  # the first round warms up

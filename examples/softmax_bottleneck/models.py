@@ -141,7 +141,7 @@ class OwnTokensHead(ChosenHead):
     """The M likeliest classes and the tokens of the sequence so far."""
 
     def chosen(self, z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        top = top_classes(z, self.shortlist_size)
+        _, top = top_classes(z, self.shortlist_size)
         own = targets.roll(1, dims=1).clamp(min=0)  # the tokens themselves; the first one is not known here
         before = torch.ones(own.shape[1], own.shape[1], dtype=torch.bool).tril()
         before[:, 0] = False
@@ -156,7 +156,7 @@ class LikelyClassesHead(ChosenHead):
     """The classes that are likelier than `LIKELY`, M at most."""
 
     def chosen(self, z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        top = top_classes(z, self.shortlist_size)
+        _, top = top_classes(z, self.shortlist_size)
         return top, z.softmax(dim=-1).gather(-1, top) > LIKELY
 
 

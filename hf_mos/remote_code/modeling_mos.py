@@ -37,7 +37,7 @@ from .configuration_mos import (
     take_softcap,
 )
 from .mos_checkpoint import SavedCheckpoint, check_files, check_loaded, own_class, replace_checkpoint, whole_state_dict
-from .mos_head import MoSLMHead, hand_on, plays, role
+from .mos_head import MoSLMHead, hand_on, role, role_of
 from .mos_log_probs import count_items
 from .mos_matmul import has_foreign_hooks
 
@@ -142,8 +142,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             self._no_split_modules = {*(self._no_split_modules or ()), MoSLMHead.__name__}
         if self._fsdp_plan and self.config.tie_word_embeddings:  # a tied weight stays with the embedding
             self._fsdp_plan = {name: style for name, style in self._fsdp_plan.items() if name != path}
-        if self.loss_type is None:
-            self.loss_type = "ForCausalLM"
+        self.loss_type = self.loss_type or "ForCausalLM"
 
     def _expand_parallel_plan(self, plan: dict[str, str]) -> dict[str, str]:
         """Like transformers', but the head itself gathers what the processes of tensor parallelism compute."""
@@ -158,7 +157,6 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         head = self.get_output_embeddings()
         return next(name for name, module in self.named_modules() if module is head)
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, MoSLMHead):
@@ -301,7 +299,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __getattr__(self, name: str) -> Any:
         found: Any = super().__getattr__(name)
-        return HandsOn(found) if plays(found, "input") and not isinstance(found, MoSLMHead) else found
+        return HandsOn(found) if role_of(found) == "input" and not isinstance(found, MoSLMHead) else found
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Like `nn.Module.__setattr__`; a forward of TRL's leaves its options alone, and one of Liger's is refused."""

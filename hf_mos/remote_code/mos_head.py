@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from operator import itemgetter
 from types import MethodType
 from typing import Any
 
@@ -13,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
 from .configuration_mos import default_rank, default_scale
-from .mos_decoder import AUTOGRAD_BYTES_PER_LOGIT, tokens_per_chunk
+from .mos_decoder import AUTOGRAD_BYTES_PER_LOGIT, ROW_BYTES, tokens_per_chunk
 from .mos_log_probs import Latents, components, infer_log_probs, mean_and_rest, mix_log_probs, reduce
 from .mos_loss import mos_cross_entropy
-from .mos_matmul import is_bare, is_plain, is_transformed, project
+from .mos_matmul import is_bare, is_plain, is_recorded, is_transformed, project
 from .mos_shortlist import shortlist_logits
 
 # Which module plays which role at this moment, as (module, role). While the layers run, the head hands on its "input";
@@ -38,9 +39,9 @@ def role(module: Any, name: str) -> Iterator[None]:
             _role.reset(token)
 
 
-def plays(module: Any, name: str) -> bool:
+def role_of(module: Any) -> str | None:
     playing = _traced_role[0] if torch.compiler.is_compiling() else _role.get()
-    return playing is not None and playing[0] is module and playing[1] == name
+    return None if playing is None or playing[0] is not module else playing[1]
 
 
 class MoSLMHead(nn.Linear):
@@ -117,7 +118,8 @@ class MoSLMHead(nn.Linear):
 
     def prior_logits(self, hidden_states: Tensor) -> Tensor:
         """The logits of the prior (..., K) for hidden states (..., D); in its own dtype under autocast too."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        device = hidden_states.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext():
             return self.prior(self.latent_scale * in_dtype_of(self.prior, hidden_states))
 
     def latents(self, hidden_states: Tensor) -> Tensor:
@@ -166,10 +168,8 @@ class MoSLMHead(nn.Linear):
         return self.mean_and_offsets(hidden_states, widens), prior_logits
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if plays(self, "input"):
-            return hand_on(*args)
-        if plays(self, "decoder"):
-            return F.linear(args[0], *self.weight_and_bias(args[0].dtype))
+        if (name := role_of(self)) is not None:
+            return hand_on(*args) if name == "input" else F.linear(args[0], *self.weight_and_bias(args[0].dtype))
         result = super().__call__(*args, **kwargs)
         return result.real if isinstance(result, Tensor) and result.is_complex() else result
 
@@ -221,14 +221,15 @@ class MoSLMHead(nn.Linear):
         if tensors is not None:
             weight, bias, shard = tensors
             weight = weight.to((latents if isinstance(latents, Tensor) else latents[0]).dtype)
-            if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            is_small = M is not None and len(prior_logits) * M * weight.shape[1] * weight.itemsize <= ROW_BYTES
+            if M is not None and shard is None and (is_small or is_recorded()):
+                logits = shortlist_logits(weight, bias, latents, prior_logits, self.softcap, M)  # type: ignore[arg-type]
+                return logits if add_log_partition else F.log_softmax(logits, dim=-1)  # of one softmax
+            if not is_recorded():
                 given: dict[str, Any] = {"softcap": self.softcap, "shortlist_size": M, "vocabulary": shard}
                 given |= {"decoder_bias": bias, "add_log_partition": add_log_partition}
                 log_probs = infer_log_probs(latents, prior_logits, weight, **given)
                 return log_probs if shard is None else shard.gather_classes(log_probs)
-            if shard is None and M is not None:
-                logits = shortlist_logits(weight, bias, latents, prior_logits, self.softcap, M)  # type: ignore[arg-type]
-                return logits if add_log_partition else F.log_softmax(logits, dim=-1)  # of one softmax
         log_weights, logits = components(self.as_decoder(decoder), latents, prior_logits, self.softcap, M)
         return mix_log_probs(logits, log_weights, add_log_partition)
 
@@ -264,11 +265,8 @@ class MoSLMHead(nn.Linear):
             return [function(*inputs)]
         N, V, device = inputs[-1].shape[0], self.weight.shape[0], inputs[-1].device
         size = tokens_per_chunk(self.num_mixtures, V, AUTOGRAD_BYTES_PER_LOGIT, device)
-
-        def of_chunk(tokens: slice) -> Any:
-            return checkpoint(function, *each(lambda x: x[tokens], inputs), use_reentrant=False)
-
-        return [of_chunk(slice(start, start + size)) for start in range(0, max(N, 1), size)]
+        chunks = [itemgetter(slice(start, start + size)) for start in range(0, max(N, 1), size)]
+        return [checkpoint(function, *each(chunk, inputs), use_reentrant=False) for chunk in chunks]
 
     def read_decoder(self, decoder: nn.Module | None) -> tuple[Tensor, Tensor | None, Any] | None:
         """The decoder's weight, bias and vocabulary shard; `None` where reading these is not enough."""

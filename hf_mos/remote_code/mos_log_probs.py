@@ -72,8 +72,8 @@ def components(
     if offsets is None or shortlist_size is None:
         return log_gate, cap_logits(shared, softcap)
     own = widen(decoder(latents.unsqueeze(-2) + offsets))  # (..., K, V)
-    shortlist = top_classes(shared.detach(), shortlist_size).unsqueeze(-2).expand(*own.shape[:-1], -1)  # (..., K, M)
-    logits = cap_logits(shared.unsqueeze(-2).expand_as(own).scatter(-1, shortlist, own.gather(-1, shortlist)), softcap)
+    classes = top_classes(shared.detach(), shortlist_size)[1].unsqueeze(-2).expand(*own.shape[:-1], -1)  # (..., K, M)
+    logits = cap_logits(shared.unsqueeze(-2).expand_as(own).scatter(-1, classes, own.gather(-1, classes)), softcap)
     return F.log_softmax(log_gate + torch.logsumexp(logits, dim=-1), dim=-1), logits
 
 

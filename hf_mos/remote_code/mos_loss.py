@@ -174,7 +174,8 @@ def shortlist_loss(
             continue
         token_weight = weights[tokens]  # (n, 1)
         error = decoder.vocabulary.subtract_targets_(logits, target_rows)
-        d_logits = on_list.shares_().mul_(error.gather(1, on_list.shortlist).unsqueeze(1))  # (n, K, M)
+        shares = on_list.weights.div_(on_list.total.clamp(min=1))  # (n, K, M); 0 for a class at -inf
+        d_logits = shares.mul_(error.gather(1, on_list.shortlist).unsqueeze(1))
         if d_prior is not None:
             d_log_gate = d_logits.sum(-1)
             decoder.vocabulary.sum_(d_log_gate)

@@ -95,8 +95,9 @@ class Accumulator:
 
 
 def project(projection: Any, hidden_states: Tensor) -> Tensor:
-    """Equivalent to: `projection(hidden_states)`; without gradients by the faster product."""
-    if not is_bare(projection) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    """Equivalent to: `projection(hidden_states)`; by the faster product if nothing records the operations."""
+    is_small = type(projection) is nn.Linear and hidden_states.numel() * projection.out_features < SMALL
+    if is_small or is_recorded() or is_transformed() or not is_bare(projection):
         return projection(hidden_states)
     outputs = multiply(hidden_states.flatten(0, -2), projection.weight, projection.bias)
     return outputs.unflatten(0, hidden_states.shape[:-1])
@@ -132,12 +133,16 @@ def _hooks_of(module: nn.Module) -> list[Any]:
     return found
 
 
+def is_recorded() -> bool:
+    """Whether autograd or torch.compile records the operations, which then write to no tensor in place."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
 def is_transformed() -> bool:
     """Whether torch.func, forward-mode derivatives or `torch.jit.trace` follow every operation: our loops wrongly."""
-    in_function_transform = torch._C._are_functorch_transforms_active()
-    if torch.compiler.is_compiling():
-        return in_function_transform
-    return in_function_transform or forward_ad._current_level >= 0 or torch.jit.is_tracing()
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return not torch.compiler.is_compiling() and (forward_ad._current_level >= 0 or torch.jit.is_tracing())
 
 
 def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -147,14 +152,14 @@ def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _suits_onednn(rows: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN is there, the faster one, and takes the matrices on a fast path: fp32, and no gaps in them."""
     return (
-        torch.backends.mkldnn.is_available()
+        rows.shape[0] * weight.numel() >= SMALL
         and (_mkl_is_slow() or rows.shape[0] in FEW_ROWS)
-        and rows.shape[0] * weight.numel() >= SMALL
+        and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
-        and not is_transformed()
         and (torch.compiler.is_compiling() or _get_current_dispatch_mode() is None)  # FlopCounterMode knows torch's
-        and all(matrix.device.type == "cpu" and matrix.dtype == torch.float32 for matrix in (rows, weight))
-        and all(matrix.is_contiguous() or matrix.t().is_contiguous() for matrix in (rows, weight))
+        and (rows.is_cpu and weight.is_cpu and rows.dtype == weight.dtype == torch.float32)
+        and (rows.is_contiguous() or rows.t().is_contiguous())
+        and (weight.is_contiguous() or weight.t().is_contiguous())
     )
 
 

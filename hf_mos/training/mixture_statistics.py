@@ -140,11 +140,11 @@ def predict_on_shortlist(
     mean, offsets = latents
     weight = weight.to(mean.dtype)
     shared = widen(multiply(mean, weight, bias))  # (n, V)
-    shortlist = top_classes(shared, shortlist_size)
+    chosen, shortlist = top_classes(shared, shortlist_size)
     size = max(1, weight.shape[0] // shortlist.shape[1])  # tokens whose rows take no more memory than the decoder
     parts = zip(offsets.split(size), shortlist.split(size), strict=True)
     own = [torch.bmm(part, F.embedding(classes, weight).transpose(1, 2)) for part, classes in parts]
-    logits = cap_logits(shared.gather(-1, shortlist).unsqueeze(1) + widen(torch.cat(own)), softcap)  # (n, K, M)
+    logits = cap_logits(chosen.unsqueeze(1) + widen(torch.cat(own)), softcap)  # (n, K, M)
     shared = cap_logits(shared, softcap).scatter_(-1, shortlist, -torch.inf)
     rest = torch.logsumexp(shared, dim=-1, keepdim=True)  # -inf where the shortlist has all classes
     log_partition = torch.logaddexp(rest, torch.logsumexp(logits, dim=-1))  # (n, K)
