@@ -63,9 +63,10 @@ def shortlist_logits(
     # Many tokens share a row: in fp32 its gradient is the exact sum.
     rows = F.embedding(shortlist, table).to(offsets.dtype)  # (n, M, D)
     differences = widen(torch.bmm(offsets, rows.transpose(1, 2)))  # (n, K, M)
-    component_logits = cap_logits(chosen.unsqueeze(1) + differences, softcap)
-    log_gate = widen(prior_logits.to(z.device)).log_softmax(dim=-1)
-    mixed = torch.logsumexp(log_gate.unsqueeze(-1) + component_logits, dim=1)
+    if softcap is not None:
+        differences = cap_logits(chosen.unsqueeze(1) + differences, softcap) - cap_logits(chosen, softcap).unsqueeze(1)
+    joint = widen(prior_logits.to(z.device)).log_softmax(dim=-1).unsqueeze(-1) + differences  # finite, so logsumexp is
+    mixed = cap_logits(chosen, softcap) + (joint.amax(dim=1) - joint.log_softmax(dim=1).amax(dim=1))
     return cap_logits(z, softcap).scatter(1, shortlist, mixed.to(z.dtype))
 
 
