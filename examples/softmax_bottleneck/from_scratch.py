@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from experiment import Experiment
-from models import SOFTMAX, Head, LlamaSize
+from models import SOFTMAX, Head, LlamaSize, heads_named
 from plots import plot_curves
 from results import DEFAULT_OUT, Out, Quick, Results, mean, show, spread, start
 from text import SPLITS, Source, Text, load_text, with_source
@@ -169,10 +169,7 @@ def main(
     if quick:
         vocab_size, hidden_size, tokens, seeds = 512, 32, 81_920, 1
         rates = rates or RATES[-1:]
-    try:
-        chosen = [Head.from_name(name) for name in heads or HEADS]
-    except ValueError as error:
-        raise typer.BadParameter(f"--heads: {error}") from error
+    chosen = heads_named(heads or HEADS)
     results = Results(out, "from_scratch", quick)
     text = kept_text(source, vocab_size, 32 if quick else VALID_BLOCKS, out)
     contestants = contestants_of(text, hidden_size, tokens, chosen, longer or [], results)

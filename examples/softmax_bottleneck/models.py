@@ -15,11 +15,13 @@ A head is on all classes unless it has a `shortlist_size`.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import typer
 from paper_head import PaperHead
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel
@@ -224,6 +226,14 @@ class Head:
         options = {"shortlist_size": None, "latent_scale": 1.0 if self.kind == "paper" else None} | self.options
         options["shift_rank"] = linear.in_features  # as in the kept runs; the softmax and the paper widen nothing
         return HEAD_CLASSES[self.kind].take_over(linear, softcap=softcap, init_seed=init_seed, **options)
+
+
+def heads_named(names: Iterable[str]) -> list[Head]:
+    """The heads that `--heads` names."""
+    try:
+        return [Head.from_name(name) for name in names]
+    except ValueError as error:
+        raise typer.BadParameter(f"--heads: {error}") from error
 
 
 SOFTMAX = Head("softmax", {"num_mixtures": 1})

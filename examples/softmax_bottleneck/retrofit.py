@@ -3,6 +3,7 @@
     python examples/softmax_bottleneck/retrofit.py --quick
     python examples/softmax_bottleneck/retrofit.py --data-dir ptb
     python examples/softmax_bottleneck/retrofit.py --data-dir ptb --shortlists
+    python examples/softmax_bottleneck/retrofit.py --data-dir ptb --shortlists --heads 'mixture K=16 shift_rank=8'
 
 A softmax model is trained until its validation loss no longer falls. From there its own head and the mixture of 4 are
 fine-tuned for the same steps, on the same data in the same order, with the same learning-rate search: the whole model,
@@ -23,7 +24,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from experiment import Configurations, Experiment, train_all
-from models import LIKELY, SOFTMAX, Head, Size, contexts, mixture, rescored
+from models import LIKELY, SOFTMAX, Head, Size, contexts, heads_named, mixture, rescored
 from plots import plot_costs
 from results import DEFAULT_OUT, Out, Quick, Results, Seeds, mean, perplexities, show, spread, start
 from text import Source, VocabSize, Words, load_text, with_source
@@ -83,11 +84,13 @@ def compare(found: Configurations, seconds: dict[str, float], seeds: int) -> lis
     return [row(name, *found[name], runs[name], seconds[name.split(",")[0]]) for name in found]
 
 
-def compare_shortlists(base: Experiment, heads: list[Head], tries: slice, rounds: int, seeds: int) -> None:
+def compare_shortlists(
+    base: Experiment, heads: list[Head], long_heads: list[Head], tries: slice, rounds: int, seeds: int
+) -> None:
     """Shows which share of the gain of the mixture of 4 each head keeps, and at what cost."""
-    found = configurations(base, [FULL, *CONTROLS, contexts(16), *heads], tries)
+    found = configurations(base, [FULL, *heads], tries)
     best = found[heads[-1].name][0]
-    long = {head.name: (best, head) for head in LONG_SHORTLISTS if base.text.vocab_size > 1024}
+    long = {head.name: (best, head) for head in long_heads if base.text.vocab_size > 1024}
     timed = {name: entry for name, entry in (found | long).items() if "steps" not in name}
     seconds = base.seconds(timed, rounds)
     runs = train_all(found, seeds) | train_all(long, 1)
@@ -116,14 +119,20 @@ def main(
     checkpoint_steps: Annotated[int, typer.Option(help="Steps of the checkpoint, at most.")] = 40000,
     seeds: Seeds = 3,
     shortlists: Annotated[bool, typer.Option("--shortlists", help="The table of shortlists, not the others.")] = False,
+    heads: Annotated[
+        list[str] | None, typer.Option(help="With --shortlists: only these heads, beside the softmax and K = 4.")
+    ] = None,
     out: Out = DEFAULT_OUT,
     quick: Quick = False,
 ) -> None:
     start()
-    tries, on_shortlist, rounds = slice(None), CHOSEN + SHORTLISTS, 4
+    tries, on_shortlist, long_heads, rounds = slice(None), CHOSEN + SHORTLISTS, LONG_SHORTLISTS, 4
     if quick:
         vocab_size, hidden_size, num_layers, steps, checkpoint_steps, seeds = 512, 16, 1, 60, 400, 1
         tries, on_shortlist, rounds = slice(1, 2), [*CHOSEN, SHORTLISTS[2]], 2
+    on_shortlist = [*CONTROLS, contexts(16), *on_shortlist]
+    if heads:
+        on_shortlist, long_heads = heads_named(heads), []
     text = load_text(source, vocab_size, words)
     recipe = checkpoint_recipe(checkpoint_steps)
     results = Results(out, "retrofit_shortlists" if shortlists else "retrofit", quick)
@@ -135,7 +144,7 @@ def main(
     )
     whole = base.with_recipe(steps=steps, to_convergence=False)
     if shortlists:
-        compare_shortlists(whole, on_shortlist, tries, rounds, seeds)
+        compare_shortlists(whole, on_shortlist, long_heads, tries, rounds, seeds)
         return
     found = configurations(whole, [*CONTROLS, FULL], tries)
     seconds = whole.seconds({name: entry for name, entry in found.items() if "steps" not in name}, rounds)
