@@ -18,6 +18,7 @@ from helpers import (
     tiny_mos,
 )
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, QuantoConfig
 
 from hf_mos import MoSForCausalLM, MoSLMHead
@@ -227,6 +228,29 @@ def test_meta_device(name: str) -> None:
     assert all(weight.is_meta for weight in converted.parameters())
     for one, other in zip(model.state_dict().items(), tiny_mos(name).state_dict().items(), strict=True):
         assert (one[0], one[1].shape) == (other[0], other[1].shape)
+
+
+@pytest.mark.parametrize("options", [{}, {"shortlist_size": None}, {"shift_rank": 4}])
+def test_shapes_and_operations_on_the_meta_device(options: dict[str, Any]) -> None:
+    """What a model would need, without numbers, as on the softmax model."""
+    tokens = random_tokens()
+    models = [tiny_causal_lm("llama"), tiny_mos("llama", **options)]
+    of_head = []  # the operations of the mixture beyond those of the softmax model
+    for device in ("cpu", "meta"):
+        operations = []
+        for model in models:
+            model = copy.deepcopy(model).to(device)
+            inputs = tokens.to(device)
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                assert model(input_ids=inputs).logits.shape == (*tokens.shape, VOCAB_SIZE)
+                assert model(input_ids=inputs[:, :1]).logits.shape == (len(tokens), 1, VOCAB_SIZE)
+            operations.append(counter.get_total_flops())
+            loss = model(input_ids=inputs, labels=inputs).loss
+            loss.backward()
+            assert loss.device.type == device
+            assert all(weight.grad is not None for weight in model.parameters())
+        of_head.append(operations[1] - operations[0])
+    assert of_head[0] == of_head[1] > 0
 
 
 @pytest.mark.parametrize("name", BACKBONES)

@@ -118,8 +118,8 @@ class MoSLMHead(nn.Linear):
 
     def prior_logits(self, hidden_states: Tensor) -> Tensor:
         """The logits of the prior (..., K) for hidden states (..., D); in its own dtype under autocast too."""
-        device = hidden_states.device.type
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext():
+        casts = not hidden_states.is_meta and torch.is_autocast_enabled(hidden_states.device.type)
+        with torch.autocast(hidden_states.device.type, enabled=False) if casts else contextlib.nullcontext():
             return self.prior(self.latent_scale * in_dtype_of(self.prior, hidden_states))
 
     def latents(self, hidden_states: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class MoSLMHead(nn.Linear):
         """Whether the loss gets codes. It widens the rows of the decoder, which are fewer than those of shortlists."""
         pays = self.shortlist_size is not None and num_tokens * self.shortlist_size >= self.out_features
         own = type(self).latents is MoSLMHead.latents and self.widening is not None and is_bare(self.widening)
-        return pays and own and self.read_decoder(decoder) is not None
+        return pays and own and self.read_decoder(decoder) is not None and not self.weight.is_meta
 
     def components(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """The log-weights (..., K) and the logits (..., K, V) of the components, in fp32 or wider. Differentiable."""
@@ -244,7 +244,7 @@ class MoSLMHead(nn.Linear):
     ) -> Tensor:
         """Equivalent to: `mos_cross_entropy(latents, prior_logits, weight, targets)`."""
         tensors = self.read_decoder(decoder)
-        if tensors is not None:
+        if tensors is not None and not self.weight.is_meta:  # the fused loss reads which targets count
             weight, bias, shard = tensors
             given: dict[str, Any] = {"softcap": self.softcap, "shortlist_size": self.shortlist_size, "shard": shard}
             given |= {"reduction": reduction, "ignore_index": ignore_index}
