@@ -90,9 +90,9 @@ def test_starts_as_the_softmax_and_is_saved_and_loaded(name: str, tmp_path: Path
 
 
 def test_the_default_rank_follows_the_sizes() -> None:
-    """Of SmolLM2, Llama-3-8B, Qwen3-0.6B; of few classes; of a small width."""
-    sizes = [(576, 49152), (4096, 128256), (1024, 151936), (1024, 8192), (1024, 97), (32, 97)]
-    assert [default_rank(16, width, classes) for width, classes in sizes] == [64, 64, 1024, 32, 8, 32]
+    """Of SmolLM2, Llama-3-8B, Llama-2-7B, Qwen3-0.6B; of few classes; of a small width."""
+    sizes = [(576, 49152), (4096, 128256), (4096, 32000), (1024, 151936), (1024, 8192), (1024, 97), (32, 97)]
+    assert [default_rank(16, width, classes) for width, classes in sizes] == [128, 128, 64, 1024, 32, 8, 32]
     assert MoSForCausalLM.from_causal_lm(tiny_causal_lm()).config.shift_rank == 32
 
 

@@ -22,7 +22,7 @@ PREFIX = "MoS"  # of the name of a made class
 
 # 320 / D (`learning_rates.py`), from scratch 3.2 / D (`from_scratch.py`): in a step of Adam all widths change alike.
 TRAINED_SCALE, FROM_SCRATCH_SCALE = 320.0, 3.2  # times 1 / D. Source: Yang et al., arXiv 2203.03466
-LARGEST_RANK, SMALLEST_RANK = 64, 8  # of a shift that is not full by default
+ALWAYS_FULL, SMALLEST_RANK, LARGEST_RANK = 64, 8, 128  # at D = 576, 128 gains like a full rank (`real_model.py`)
 
 # The names of a logit softcap in transformers' configs. It belongs inside each component of the mixture, so a model
 # that is made moves it from there to `softcap`; the file keeps it under the architecture's name.
@@ -60,7 +60,7 @@ class MoSConfig(PreTrainedConfig):
     )
     shift_rank: int | None = option(
         None,
-        "r, rank of the shifts; adds (K + 1) r D weights, K D D if r = D. None: D if far below V, else at most 64.",
+        "r, rank of the shifts; adds (K + 1) r D weights, K D D if r = D. None: D if far below V, else at most 128.",
     )
     latent_scale: float | None = option(
         None,
@@ -183,10 +183,10 @@ def __getattr__(name: str) -> type[MoSConfig]:
 
 
 def default_rank(num_mixtures: int, width: int, num_classes: int) -> int:
-    """Rank of the shifts: full if it costs at most an eighth of the decoder, else 64, or less to cost a sixteenth."""
-    if width <= LARGEST_RANK or num_mixtures * width <= num_classes / 8:
+    """Rank of the shifts: full if it costs at most an eighth of the decoder, else 128, or less to cost a sixteenth."""
+    if width <= ALWAYS_FULL or num_mixtures * width <= num_classes / 8:
         return width
-    return max(SMALLEST_RANK, min(LARGEST_RANK, num_classes // (16 * num_mixtures)))
+    return min(LARGEST_RANK, 1 << (max(SMALLEST_RANK, num_classes // (16 * num_mixtures)).bit_length() - 1))
 
 
 def default_scale(width: int, from_scratch: bool = False) -> float:
