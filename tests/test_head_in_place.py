@@ -318,6 +318,53 @@ def test_a_trained_mixture_in_a_wrapper_stays_the_mixture(wrapper: Any, name: st
         torch.testing.assert_close(weight.grad, expected[id_of(path)], atol=1e-5, rtol=1e-4)
 
 
+class OfPosition(nn.Sequential):
+    """Reads the sequences: adds to the logits of the positions after the first one, or keeps the last."""
+
+    keeps_last = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, length, _ = x.shape
+        logits = super().forward(x[:, -1:] if self.keeps_last else x)
+        return logits if self.keeps_last else logits + torch.arange(length).view(1, -1, 1) * drawn(VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_wrapper_sees_sequences(name: str, head: dict[str, Any]) -> None:
+    """As adapters of some positions, or of some rows of the batch, do."""
+    softmax = tiny_causal_lm(name)
+    model = MoSForCausalLM.from_causal_lm(copy.deepcopy(softmax), **head)
+    for candidate in (softmax, model):
+        replace_head(candidate, OfPosition)
+    with torch.no_grad():
+        expected, given = (candidate(TOKENS).logits.log_softmax(-1) for candidate in (softmax, model))
+        torch.testing.assert_close(given, expected, **CLOSE)
+        model.get_output_embeddings().keeps_last = True
+        with pytest.raises(ValueError, match="decoder: expected the logits of"):
+            model(TOKENS)
+
+
+class Masked(nn.Sequential):
+    """Classes that are never predicted."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).masked_fill(torch.arange(VOCAB_SIZE) >= VOCAB_SIZE - 5, -torch.inf)
+
+
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_masked_classes_train(head: dict[str, Any]) -> None:
+    softmax = tiny_causal_lm("llama")
+    model = MoSForCausalLM.from_causal_lm(copy.deepcopy(softmax), **head)
+    for candidate in (softmax, model):
+        replace_head(candidate, Masked)
+        candidate.train()(TOKENS.clamp(max=VOCAB_SIZE - 6), labels=TOKENS.clamp(max=VOCAB_SIZE - 6)).loss.backward()
+    given = dict(model.named_parameters())
+    for path, weight in softmax.named_parameters():
+        torch.testing.assert_close(given[path].grad, weight.grad, atol=1e-5, rtol=1e-4)
+    assert all(weight.grad.isfinite().all() for weight in model.parameters())
+
+
 def id_of(path: str) -> str:
     return (
         path.replace(".0.prior", ".prior")

@@ -258,3 +258,12 @@ def test_layers_of_a_quantizer_that_have_no_weight(packed, options):
             setattr(head, name, Packed(getattr(head, name)))
     torch.testing.assert_close(head(hidden_states), expected[0])
     torch.testing.assert_close(head(hidden_states, targets), expected[1])
+
+
+@pytest.mark.parametrize("shortlist_size", [None, 5])
+def test_one_hidden_state_without_a_batch(shortlist_size: int | None) -> None:
+    head = MoSLMHead(8, 50, num_mixtures=3, shortlist_size=shortlist_size)
+    hidden_states = torch.randn(4, 8)
+    for options in ({}, {"add_log_partition": True}):
+        torch.testing.assert_close(head(hidden_states[2], **options), head(hidden_states, **options)[2])
+    assert head(hidden_states[:0]).shape == (0, 50)

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from hf_mos import MoSForCausalLM, MoSLMHead
-from hf_mos.remote_code.mos_log_probs import mix_
+from hf_mos.remote_code.mos_decoder import logsumexp_
 
 HEADS: tuple[dict[str, Any], ...] = (
     {"num_mixtures": 4, "shortlist_size": None},
@@ -66,7 +66,8 @@ def floor_calls(decoder: nn.Linear, num_mixtures: int, batch: int) -> dict[str, 
     logits = torch.randn(batch, num_mixtures, decoder.out_features)
     products = PRODUCTS if torch.backends.mkldnn.is_available() else {"rows": F.linear}
     calls: dict[str, Any] = {name: partial(product, rows, decoder.weight) for name, product in products.items()}
-    return calls | {"mixing": lambda: mix_(torch.log_softmax(logits, dim=-1, out=logits), log_weights)}
+    log_softmax = partial(torch.log_softmax, logits, dim=-1, out=logits)
+    return calls | {"mixing": lambda: logsumexp_(log_softmax().add_(log_weights.unsqueeze(-1)))}
 
 
 def name_of(options: dict[str, Any]) -> str:

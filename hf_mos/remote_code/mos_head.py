@@ -203,9 +203,12 @@ class MoSLMHead(nn.Linear):
         # The layers see the batch as it is, whose hooks may count its sequences; the decoder sees N tokens.
         keeps_codes = targets is not None and function is None and self.keeps_codes(targets.numel(), decoder)
         parts = self.latents_and_prior(hidden_states, widens=not keeps_codes)
+        if targets is None and decoder is not None:  # an adapter may tell sequences and positions apart
+            return self.log_probs(*parts, decoder, add_log_partition)
         latents, prior_logits = each(lambda x: x.reshape(-1, *x.shape[len(leading) :]), parts)
         if targets is None:
-            return self.log_probs(latents, prior_logits, decoder, add_log_partition).unflatten(0, leading)
+            log_probs = self.log_probs(latents, prior_logits, None, add_log_partition)
+            return log_probs.view(*leading, log_probs.shape[-1])
         if function is not None:
             return function(self, latents, prior_logits, targets.flatten(), decoder)
         loss = self.loss(latents, prior_logits, targets.flatten(), decoder, reduction, ignore_index)
@@ -284,7 +287,7 @@ class MoSLMHead(nn.Linear):
             if wrapper is None:
                 return F.linear(rows, *self.weight_and_bias(rows.dtype))
             with role(self, "decoder"):
-                return wrapper(rows)
+                return wrapper(rows) if rows.dim() < 4 else torch.stack([wrapper(x) for x in rows.unbind(-2)], dim=-2)
 
         return decode
 

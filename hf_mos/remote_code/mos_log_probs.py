@@ -69,6 +69,9 @@ def components(
     latents, offsets = split_latents(latents, shortlist_size)
     shared = widen(decoder(latents))  # (..., K, V); on a shortlist (..., V)
     log_gate = F.log_softmax(widen(prior_logits.to(shared.device)), dim=-1)
+    expected = log_gate.shape if offsets is None else log_gate.shape[:-1]
+    if shared.shape[:-1] != expected:
+        raise ValueError(f"decoder: expected the logits of {tuple(expected)} latents, given {tuple(shared.shape)}")
     if offsets is None or shortlist_size is None:
         return log_gate, cap_logits(shared, softcap)
     own = widen(decoder(latents.unsqueeze(-2) + offsets))  # (..., K, V)
@@ -106,7 +109,10 @@ def mix_log_probs(component_logits: Tensor, prior_logits: Tensor, add_log_partit
     log_gate = F.log_softmax(widen(prior_logits), dim=-1)
     component_logits = widen(component_logits)
     component_log_probs = F.log_softmax(component_logits, dim=-1)
-    log_probs = torch.logsumexp(log_gate.unsqueeze(-1) + component_log_probs, dim=-2)
+    joint = log_gate.unsqueeze(-1) + component_log_probs
+    # A class that all components give -inf: the gradient of its logsumexp is 0, where torch's is NaN.
+    log_probs = torch.logsumexp(joint.clamp(min=torch.finfo(joint.dtype).min), dim=-2)
+    log_probs = log_probs.masked_fill(joint.amax(dim=-2) == -torch.inf, -torch.inf)
     if not add_log_partition:
         return log_probs
     log_partition = mean_log_partition(log_gate, component_logits.amax(-1), component_log_probs.amax(-1))
@@ -114,10 +120,7 @@ def mix_log_probs(component_logits: Tensor, prior_logits: Tensor, add_log_partit
 
 
 def mean_log_partition(log_weights: Tensor, logit: Tensor, log_prob: Tensor) -> Tensor:
-    """The logarithm (...) of the components' harmonic mean partition function; all arguments are (..., K).
-
-    A component's log-partition is any logit minus its log-probability; the likeliest class's are never at -inf.
-    """
+    """The logarithm (...) of the components' harmonic mean partition function, by a finite logit (..., K) of each."""
     return -torch.logsumexp(log_weights - (logit - log_prob).nan_to_num(), dim=-1)  # a shard may be at -inf throughout
 
 
@@ -160,11 +163,10 @@ def infer_log_probs(
         cap_(logits, softcap)
         component_logits = logits.unflatten(0, gate.shape)
         largest_logit = component_logits.amax(dim=-1) if add_log_partition and V_r else None  # a shard may be empty
-        component_log_probs = vocabulary.log_softmax_(component_logits)
-        if largest_logit is None:
-            return mix_(component_log_probs, gate)
-        log_partition = mean_log_partition(gate, largest_logit, component_log_probs.amax(dim=-1))
-        return mix_(component_log_probs, gate).add_(log_partition.unsqueeze(-1))
+        joint = vocabulary.log_softmax_(component_logits)
+        log_partition = None if largest_logit is None else mean_log_partition(gate, largest_logit, joint.amax(dim=-1))
+        log_probs = logsumexp_(joint.add_(gate.unsqueeze(-1)))[0].squeeze(1)
+        return log_probs if log_partition is None else log_probs.add_(log_partition.unsqueeze(-1))
 
     if size >= N:
         return of_chunk(slice(N))
@@ -172,11 +174,6 @@ def infer_log_probs(
     for start in range(0, N, size):
         log_probs[start : start + size] = of_chunk(slice(start, start + size))
     return log_probs
-
-
-def mix_(component_log_probs: Tensor, log_weights: Tensor) -> Tensor:
-    """Equivalent to: `logsumexp(log_weights.unsqueeze(-1) + component_log_probs, dim=1)` (n, V), in place."""
-    return logsumexp_(component_log_probs.add_(log_weights.unsqueeze(-1)))[0].squeeze(1)
 
 
 def reduce(nll: Tensor, counts: Tensor, reduction: str) -> Tensor:

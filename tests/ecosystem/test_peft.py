@@ -243,6 +243,34 @@ def test_virtual_tokens(config: PeftConfig, tmp_path: Path) -> None:
     assert_same(PeftModel.from_pretrained(tiny_mos(), tmp_path).eval(), expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"shortlist_size": None}], ids=str)
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+@pytest.mark.parametrize("names", [None, ["default", "other"]], ids=str)
+def test_adapters_of_positions_and_of_rows_on_the_decoder(
+    names: list[str] | None, name: str, options: dict[str, Any]
+) -> None:
+    """An activated LoRA adapts the tokens from its invocation on; with `adapter_names` each row has its own."""
+    softmax = tiny_causal_lm(name)
+    activated = {} if names else {"alora_invocation_tokens": [int(TOKENS[0, 5])]}
+    tokens = TOKENS.clone()
+    tokens[:, 5] = TOKENS[0, 5]
+    found = []
+    for base in (softmax, MoSForCausalLM.from_causal_lm(copy.deepcopy(softmax), **options)):
+        model = get_peft_model(base, lora(target_modules=["lm_head"], init_lora_weights=False, **activated))
+        if names:
+            model.add_adapter("other", lora(target_modules=["lm_head"], init_lora_weights=False))
+        generator = torch.Generator().manual_seed(0)
+        for path, weight in sorted(model.named_parameters()):
+            if "lora_" in path:
+                weight.data = torch.randn(weight.shape, generator=generator)
+        given = {"input_ids": tokens, **({"adapter_names": names} if names else {})}
+        with torch.no_grad():
+            logits = model.eval()(**given).logits.log_softmax(-1)
+        found.append((logits, model.generate(**given, max_new_tokens=5, do_sample=False)))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-4, rtol=1e-4)
+    assert torch.equal(found[1][1], found[0][1])
+
+
 @pytest.mark.parametrize("target_modules", ["all-linear", ["q_proj", "lm_head"]], ids=str)
 def test_gradient_checkpointing(target_modules: Any) -> None:
     gradients = []
