@@ -324,9 +324,9 @@ class OfPosition(nn.Sequential):
     keeps_last = False
 
     def forward(self, x: Tensor) -> Tensor:
-        _, length, _ = x.shape
         logits = super().forward(x[:, -1:] if self.keeps_last else x)
-        return logits if self.keeps_last else logits + torch.arange(length).view(1, -1, 1) * drawn(VOCAB_SIZE)
+        positions = torch.arange(x.shape[1]).view(1, -1, *[1] * (x.dim() - 2))
+        return logits if self.keeps_last else logits + positions * drawn(VOCAB_SIZE)
 
 
 @pytest.mark.parametrize("head", HEADS, ids=str)

@@ -17,8 +17,7 @@ Tokens = slice | Tensor  # the tokens of a chunk, as an index
 
 # Working memory of the loss; on an accelerator its memory decides. glibc keeps no buffer of 32 MiB for the next step.
 CPU_BUDGET_BYTES = 63 * 2**19  # 31.5 MiB, 256 rows at V = 32000; MKL takes 1.6 times as long a row for 171 (a Xeon)
-# With a trained decoder at least 128 rows of logits in fp32, as each chunk reads and writes the decoder's gradient; at
-# most 126 MiB: 0.86 of the time of 30 MiB at D = 256, V = 128000, and 0.69 at V = 262144.
+# A chunk reads and writes a trained decoder's gradient. So 128 rows, up to 126 MiB: 0.86 of the time at V = 128000.
 TRAINED_DECODER_ROWS, TRAINED_DECODER_BUDGETS = 128, 4
 ROW_BYTES = 2 * 2**20  # took 0.89 of the time of all rows at once (decoding 32 tokens, D = 4096, a Xeon)
 MIN_ROWS = 32  # at least so many rows of logits, however many bytes each needs

@@ -62,8 +62,7 @@ class MoSLMHead(nn.Linear):
     prior, times `latent_scale`, and of the widening are random, of standard deviation 1 / sqrt(D) and 1 / sqrt(r). So
     components get gradients of different tokens, and part; by an equal prior they stay clones (`initialisation.py`).
 
-    To compute other latents, derive a class that overrides `latents` and give it the place of the head with
-    `take_over`. It trains by the same loss. Source: Yang et al. 2018, arXiv 1711.03953, section 2.3.
+    To compute other latents, override `latents`, and call `take_over`. Source: Yang et al. 2018, arXiv 1711.03953.
     """
 
     shard_of: Any = None  # hf_mos.training.tensor_parallel sets it
@@ -282,12 +281,15 @@ class MoSLMHead(nn.Linear):
 
     def as_decoder(self, wrapper: nn.Module | None) -> Callable[[Tensor], Tensor]:
         """The function that makes logits of latents: this layer's own, or that of the module around it."""
+        by_position = "ALora" in str(getattr(wrapper, "lora_variant", ""))  # PEFT's reads (batch, sequence, D)
 
         def decode(rows: Tensor) -> Tensor:
             if wrapper is None:
                 return F.linear(rows, *self.weight_and_bias(rows.dtype))
             with role(self, "decoder"):
-                return wrapper(rows) if rows.dim() < 4 else torch.stack([wrapper(x) for x in rows.unbind(-2)], dim=-2)
+                if rows.dim() < 4 or not by_position:
+                    return wrapper(rows)
+                return torch.stack([wrapper(latent) for latent in rows.unbind(-2)], dim=-2)
 
         return decode
 

@@ -24,10 +24,9 @@ NARROW, TILE = 32, 1024  # columns of a product; classes at a time, so that a ti
 def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Equivalent to: `F.linear(rows, weight, bias)`, which is `rows @ weight.T + bias`, without gradients.
 
-    Shapes: rows (n, D), weight (V, D), bias (V,), result (n, V), all of one dtype. On the CPU torch hands fp32
-    products to its BLAS and has oneDNN too. The vendor of the processor decides, so that a run can be repeated to the
-    bit. On AMD MKL refuses its fast paths: oneDNN reaches 230 to 430 GFLOP/s and MKL 110 to 200 (2 threads). But 2 to
-    4 rows are faster as columns in MKL up to D = 1024. On Intel oneDNN takes 0.4 to 0.9 of MKL's time at 4 to 16 rows.
+    Shapes: rows (n, D), weight (V, D), bias (V,), result (n, V), all of one dtype. By MKL or oneDNN; the processor's
+    vendor decides, so that a run repeats to the bit. On AMD MKL refuses its fast paths and takes twice the time, but not
+    for 2 to 4 rows as columns, up to D = 1024. On Intel oneDNN takes 0.4 to 0.9 of MKL's time at 4 to 16 rows.
     """
     if not _suits_onednn(rows, weight):
         return F.linear(rows, weight, bias)
