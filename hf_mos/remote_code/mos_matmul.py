@@ -25,8 +25,8 @@ def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """Equivalent to: `F.linear(rows, weight, bias)`, which is `rows @ weight.T + bias`, without gradients.
 
     Shapes: rows (n, D), weight (V, D), bias (V,), result (n, V), all of one dtype. By MKL or oneDNN; the processor's
-    vendor decides, so that a run repeats to the bit. On AMD MKL refuses its fast paths and takes twice the time, but not
-    for 2 to 4 rows as columns, up to D = 1024. On Intel oneDNN takes 0.4 to 0.9 of MKL's time at 4 to 16 rows.
+    vendor decides, so that a run repeats to the bit. On AMD MKL refuses its fast paths and takes twice the time, but
+    not for 2 to 4 rows as columns, up to D = 1024. On Intel oneDNN takes 0.4 to 0.9 of MKL's time at 4 to 16 rows.
     """
     if not _suits_onednn(rows, weight):
         return F.linear(rows, weight, bias)
