@@ -22,7 +22,7 @@ TRAINED_DECODER_ROWS, TRAINED_DECODER_BUDGETS = 128, 4
 ROW_BYTES = 2 * 2**20  # took 0.89 of the time of all rows at once (decoding 32 tokens, D = 4096, a Xeon)
 MIN_ROWS = 32  # at least so many rows of logits, however many bytes each needs
 DEVICE_MEMORY_SHARE, MIN_BUDGET_BYTES = 1 / 64, 256 * 2**20
-AUTOGRAD_BYTES_PER_LOGIT = 24  # of the readable maths
+AUTOGRAD_BYTES_PER_LOGIT = 28  # of the readable maths
 
 
 class WholeVocabulary(NamedTuple):

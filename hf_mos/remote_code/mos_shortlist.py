@@ -65,8 +65,8 @@ def shortlist_logits(
     differences = widen(torch.bmm(offsets, rows.transpose(1, 2)))  # (n, K, M)
     if softcap is not None:
         differences = cap_logits(chosen.unsqueeze(1) + differences, softcap) - cap_logits(chosen, softcap).unsqueeze(1)
-    joint = widen(prior_logits.to(z.device)).log_softmax(dim=-1).unsqueeze(-1) + differences  # finite, so logsumexp is
-    mixed = cap_logits(chosen, softcap) + (joint.amax(dim=1) - joint.log_softmax(dim=1).amax(dim=1))
+    joint = widen(prior_logits.to(z.device)).log_softmax(dim=-1).unsqueeze(-1) + differences  # finite
+    mixed = cap_logits(chosen, softcap) + (joint.amax(dim=1) - joint.log_softmax(dim=1).amax(dim=1))  # logsumexp
     return cap_logits(z, softcap).scatter(1, shortlist, mixed.to(z.dtype))
 
 
