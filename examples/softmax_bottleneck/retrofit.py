@@ -132,6 +132,8 @@ def main(
         tries, on_shortlist, rounds = slice(1, 2), [*CHOSEN, SHORTLISTS[2]], 2
     on_shortlist = [*CONTROLS, contexts(16), *on_shortlist]
     if heads:
+        if not shortlists:
+            raise typer.BadParameter("--heads: expected --shortlists with it, given none")
         on_shortlist, long_heads = heads_named(heads), []
     text = load_text(source, vocab_size, words)
     recipe = checkpoint_recipe(checkpoint_steps)

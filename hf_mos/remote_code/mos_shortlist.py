@@ -56,7 +56,7 @@ def shortlist_logits(
     weight: Tensor, bias: Tensor | None, latents: Any, prior_logits: Tensor, softcap: float | None, size: int
 ) -> Tensor:
     """The logits (n, V) of the one softmax that the mixture equals, in fp32 or wider. Differentiable."""
-    mean_latent, offsets = latents  # one token takes 0.9 of the time of the operations in place, which are more
+    mean_latent, offsets = latents  # by few operations, as a token that is decoded waits for each of them
     linear, table = (F.linear, widen(weight)) if is_recorded() else (multiply, weight)
     z = widen(linear(mean_latent, weight, bias))  # (n, V)
     chosen, shortlist = top_classes(z, size)  # (n, M)
