@@ -42,7 +42,7 @@ class AfterImport(MetaPathFinder):
 
 def import_followers(name: str) -> None:
     for follower in FOLLOWERS[name]:
-        if follower not in sys.modules:  # else it is imported at this moment, and has imported the module
+        if follower not in sys.modules:  # else it is being imported, and itself imported `name`
             importlib.import_module(follower)
 
 

@@ -4,7 +4,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 
 from .remote_code.configuration_mos import LISTENERS, MODEL_TYPE, MoSConfig
 
-# These load other models that have the layers of a causal LM; of a mixture too.
+# These classes load the layers of a causal LM, with another head or none. They load those of a mixture too.
 WITH_THE_SAME_LAYERS = (
     "AutoModel",
     "AutoModelForQuestionAnswering",

@@ -106,7 +106,7 @@ def to_softmax(model: MoSForCausalLM) -> PreTrainedModel:
 
     Its class and config are the softmax model's own, so that tools which know no mixture read what it saves. The
     weights are not copied. Before training it predicts what the mixture does. Of a trained mixture it is what
-    `hf-mos inspect` calls the old softmax, `log_softmax(h @ W.T)`, and less good than the mixture.
+    `hf-mos inspect` calls the old softmax, `log_softmax(h @ W.T)`, and usually worse than the mixture.
 
     A decoder `W (I + latent_scale * mean shift)` could keep the mean of the shifts: outside the shortlist the mixture
     has its logits. It was worse on four of four trained mixtures, by 0.16 to 0.36 nats (`tests/export_latents.py`), as

@@ -136,7 +136,7 @@ def test_a_config_without_a_backbone_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_config_is_the_backbones_with_three_fields(name: str, tmp_path: Path) -> None:
+def test_the_config_is_the_backbones_with_our_fields(name: str, tmp_path: Path) -> None:
     softmax, model = both(name)
     model_type = softmax.config.model_type
     assert model.config.model_type == type(model.config).model_type == model_type

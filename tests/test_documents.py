@@ -11,6 +11,8 @@ PAGES = [ROOT / "README.md", *sorted(path for folder in FOLDERS for path in (ROO
 # [text](target), ![image](target), and the definition [name]: target.
 LINK = re.compile(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)$", re.MULTILINE)
 REFERENCE = re.compile(r"\]\[([^\]]+)\]")
+MODULE = re.compile(r"`([\w/.-]+\.py)`")
+MODULES = [path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
 NAMED_FILE = re.compile(r"(?<![\w/.-])(?:examples|hf_mos|tests)/[\w/.-]+\.(?:py|md|yaml|png|json)\b")
 
 
@@ -26,6 +28,7 @@ def test_the_index_of_the_evidence_is_short() -> None:
 def test_links_and_named_files_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     missing = [name for name in NAMED_FILE.findall(text) if not (ROOT / name).is_file()]
+    missing += [name for name in MODULE.findall(text) if not any(path.match(name) for path in MODULES)]
     missing += [name for name in REFERENCE.findall(text) if f"\n[{name}]: " not in text]
     for target in (inline or defined for inline, defined in LINK.findall(text)):
         path, _, heading = target.partition("#")

@@ -475,9 +475,42 @@ def test_adapters_of_a_real_model_by_their_command(tmp_path, data_dir, pretraine
         "LoRA 8, softmax",
         "LoRA 8, mixture K=4 M=64",
         "LoRA 8, mixture K=4 M=64 latent_scale=0.1",
-        "LoRA 8, mixture K=16 M=64 latent_scale=0.1",
+        "LoRA 8, mixture K=16 M=64 latent_scale=0.1 shift_rank=1000000",
         "LoRA 8, mixture K=4 latent_scale=0.1",
     ]
+
+
+def test_all_of_a_head_trains_beside_an_adapter(pretrained):
+    pytest.importorskip("peft")
+    from models import mixture
+    from real_model import Study
+
+    adapted = Study(pretrained, None, None, None, None, lora_rank=8).make(mixture(4, shift_rank=2), 0)
+    trains = {name for name, weight in adapted.named_parameters() if weight.requires_grad and "lora_" not in name}
+    assert {name.partition("lm_head.")[2] for name in trains} == {"prior.weight", "shift.weight", "widening.weight"}
+
+
+@pytest.mark.parametrize("question", ["real_model", "from_scratch"])
+def test_a_kept_run_has_the_head_of_its_name(question):
+    """A default that changes must not change what the name of a kept run means."""
+    from hf_mos.remote_code.configuration_mos import default_rank
+
+    runs = json.loads((SCRIPTS / "results" / f"{question}.json").read_text())["runs"]
+    runs = [run for run in runs if "parameters" in run["result"] and "lora_rank" not in run["settings"]]
+    parameters = {(576, 49152): 134_515_008}  # of softmax models; SmolLM2-135M
+    checked = 0
+    for run in sorted(runs, key=lambda run: run["settings"]["head"]["kind"], reverse=True):  # softmax first
+        settings, head = run["settings"], run["settings"]["head"]
+        size = (settings["size"]["hidden_size"], settings["vocab_size"]) if "size" in settings else (576, 49152)
+        if head["kind"] == "softmax":
+            parameters[size] = run["result"]["parameters"]
+        elif head["kind"] == "mixture":
+            K, D = head["num_mixtures"], size[0]
+            rank = min(head.get("shift_rank") or default_rank(K, *size), D)
+            new = K * D + K * rank * D + (rank * D if rank < D else 0)
+            assert run["result"]["parameters"] == parameters[size] + new, (head, run["versions"])
+            checked += 1
+    assert checked > 10
 
 
 @pytest.mark.parametrize("nats", [[3, 2, 1, 2, 3], [1, 2, 3, 4, 5], [5, 4, 3, 2, 1], [2, 1, 2], [1, 2], [2, 1], [1]])

@@ -37,10 +37,11 @@ from hf_mos.training.hidden_states import freeze_backbone
 
 RATES = (3e-4, 1e-3, 3e-3)
 ADAPTER_RATES = (1e-3, 3e-3, 1e-2)
-FULL = [mixture(K) for K in (2, 4, 8, 16)]
-SHORTLISTS = [mixture(K, shortlist_size=M) for M in (16, 64, 256) for K in (4, 16)]
+FULL_RANK = {"shift_rank": 10**6}  # by default, shifts of 16 components have a lower one
+FULL = [*(mixture(K) for K in (2, 4, 8)), mixture(16, **FULL_RANK)]
+SHORTLISTS = [mixture(K, shortlist_size=M, **(FULL_RANK if K == 16 else {})) for M in (16, 64, 256) for K in (4, 16)]
 CONTROLS = [mixture(1), rescored(64), contexts(4)]
-RANKS_OF_SHIFTS = [mixture(16, shortlist_size=64, shift_rank=r) for r in (32, 64, 128, 256, 10**6)]  # the last is full
+RANKS_OF_SHIFTS = [mixture(16, shortlist_size=64, shift_rank=r) for r in (32, 64, 128, 256)]
 HEADS = [*CONTROLS, *SHORTLISTS, *FULL, *RANKS_OF_SHIFTS]
 QUICK_HEADS = [mixture(1), mixture(16, shortlist_size=64), mixture(4)]
 NAMES = [head.name for head in HEADS]
@@ -48,7 +49,8 @@ NAMES = [head.name for head in HEADS]
 ADAPTED = [
     SOFTMAX,
     mixture(4, shortlist_size=64),
-    *(mixture(K, latent_scale=0.1, shortlist_size=64) for K in (4, 16)),
+    mixture(4, latent_scale=0.1, shortlist_size=64),
+    mixture(16, latent_scale=0.1, shortlist_size=64, **FULL_RANK),
     mixture(4, latent_scale=0.1),
 ]
 RANKS = [8, 16]  # of LoRA
@@ -96,13 +98,14 @@ class Study:
             return model
         from peft import LoraConfig, get_peft_model
 
+        of_head = {id(weight) for weight in model.parameters() if weight.requires_grad}
         torch.manual_seed(seed)
         targets = r".*\.(q|k|v|o|gate|up|down)_proj"
         adapted = get_peft_model(
             model, LoraConfig(r=self.lora_rank, lora_alpha=2 * self.lora_rank, target_modules=targets)
         )
         for name, parameter in adapted.named_parameters():
-            parameter.requires_grad_("lora_" in name or "lm_head.shift" in name or "lm_head.prior" in name)
+            parameter.requires_grad_("lora_" in name or id(parameter) in of_head)
         return adapted
 
     def row(

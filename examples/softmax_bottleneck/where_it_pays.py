@@ -29,8 +29,12 @@ from text import Source, VocabSize, Words, load_text, with_source
 from training import convergence_recipe, from_scratch_recipe, new_latents_rate
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
+from hf_mos.remote_code.configuration_mos import default_rank
+from hf_mos.tools.head_options import head_cost
+
 MIXTURE = mixture(4)
 HIDDEN_SIZES = [64, 128, 256, 512]
+TOKENS_PER_STEP = 2048  # in models in use
 # As their configs have them; only the numbers of their parameters are used.
 LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "num_attention_heads": 32}
 MODELS_IN_USE = {
@@ -92,13 +96,13 @@ def costs_in_use() -> list[dict[str, Any]]:
         whole = layers + V * D
 
         def cost(K: int, M: int | None = None, D: int = D, V: int = V, whole: int = whole) -> float:
-            extra = K * M * D if M else (K - 1) * V * D
-            return round(1 + (extra + K * D * D + K * D) / whole, 2)
+            more = head_cost(K, M, default_rank(K, D, V), D, V, TOKENS_PER_STEP) - 1
+            return round(1 + more * V * D / whole, 2)
 
         rows.append(
             {
                 "model": name,
-                "head's share": round(V * D / whole, 2),
+                "head's share": round(V * D / whole, 2),  # of the softmax model's multiplications
                 "K=4": cost(4),
                 "K=16 M=64": cost(16, 64),
             }

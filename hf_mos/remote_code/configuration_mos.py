@@ -60,7 +60,7 @@ class MoSConfig(PreTrainedConfig):
     )
     shift_rank: int | None = option(
         None,
-        "r, rank of the shifts; adds (K + 1) r D weights, K D D if r = D. None: D if far below V, else at most 128.",
+        "r, rank of shifts, of (K + 1) r D weights, K D D if r = D. None: D if D <= 64 or K D <= V / 8, else <= 128.",
     )
     latent_scale: float | None = option(
         None,

@@ -164,7 +164,7 @@ def _suits_onednn(rows: Tensor, weight: Tensor) -> bool:
 
 @functools.cache
 def _mkl_is_slow(adds: bool = False) -> bool:
-    """Whether torch's BLAS is MKL on a processor that is not Intel's, for a product that it adds up or for others."""
+    """Whether torch's BLAS is MKL on a processor of AMD, for a product that it adds up or for others."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else ""
     is_slow = torch.backends.mkl.is_available() and "AuthenticAMD" in text

@@ -92,8 +92,8 @@ def held_out_rows(num_rows: int, share: float) -> int:
     held_out = math.ceil(share * num_rows)
     if held_out >= num_rows:
         raise ValueError(
-            f"--validation-share: expected more rows or lines to take {share:g} of, or "
-            f"--validation-file, or --validation-share 0, given {num_rows}"
+            f"--validation-share: expected at least 2 rows or lines for {share:g}, --validation-file, or "
+            f"--validation-share 0, given {num_rows}"
         )
     return held_out
 

@@ -6,7 +6,7 @@ from typing import Any
 
 # As in `remote_code`, which imports torch.
 CONFIG_FILE, MODEL_TYPE = "config.json", "mos"
-# What a new model of the folder may not have, and would be loaded or shown with it.
+# Files of an earlier model in the folder, which would be loaded or shown with the new one.
 LEFTOVERS = (
     *("chat_template.jinja", "additional_chat_templates/*", "added_tokens.json", "special_tokens_map.json"),
     *("adapter_config.json", "adapter_model*", "*_results.json", "trainer_state.json"),

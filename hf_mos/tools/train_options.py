@@ -49,7 +49,7 @@ TRAINING_HELP = {
     "logging_steps": "Print the loss every INT steps.",
     "log_components": "Log the share of each component and the divergence of each pair, for a tracker.",
     "eval_strategy": "When to evaluate during training: no, steps or epoch.",
-    "eval_steps": "With --eval-strategy steps: evaluate every INT steps. Without it: as often as the loss is printed.",
+    "eval_steps": "With --eval-strategy steps: evaluate every INT steps. Default: as often as the loss is printed.",
     "eval_on_start": "Evaluate before the first step too.",
     "per_device_eval_batch_size": "Number of windows in an evaluation batch on each device.",
     "save_steps": "Save a checkpoint every INT steps.",

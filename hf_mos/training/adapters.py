@@ -14,8 +14,8 @@ from ..remote_code.mos_head import MoSLMHead
 
 logger = logging.get_logger(__name__)
 
-# Of shifts, and of the largest gradient of their adapter for a random gradient of one token's. That is 1e-18 to 1e-11
-# where the adapter multiplies a new shift, 1e-8 where PiSSA has factored one, and about 1 where LoRA adds to it.
+# Smaller shifts are new ones. An adapter whose gradient is smaller, for a random gradient of one token's shift, cannot
+# move them: 1e-18 to 1e-11 where it multiplies a new shift. PiSSA, which factors it, has 1e-8, and LoRA about 1.
 NOTICEABLE = 1e-10
 
 

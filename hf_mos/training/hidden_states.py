@@ -41,7 +41,7 @@ Row = Mapping[str, Any]
 def freeze_backbone(model: MoSForCausalLM, train_decoder: bool | None = None) -> None:
     """Freezes all parameters but the head's, so that hidden states that were computed once stay true.
 
-    The head's prior and shift train. The decoder, the head's own weight and bias, trains too unless it is tied.
+    Prior, shift and widening of the head train. The decoder, its own weight and bias, trains too unless it is tied.
 
     Args:
         train_decoder: whether the decoder trains. `None`: if it is not tied to the input embedding.
@@ -156,7 +156,7 @@ def keep_hidden_states(
 
     Each set of rows and backbone has its own file, named by a hash of all that decides the hidden states. If it is
     there and holds the bytes that were written, it is read. An interrupted call is taken up where it stopped; a call
-    for something else deletes what it wrote. One process at a time writes into a folder, and others wait. Finished
+    with other inputs deletes the partial file. One process at a time writes into a folder, and others wait. Finished
     files stay until you delete them.
 
     Args:

@@ -52,9 +52,10 @@ def tokens_table(text: TextInspection) -> Table:
         else:
             table.add_row(name, *prediction_cells(token.prediction, token.token_id))
     table.add_row(Text("what follows", style="italic"), *prediction_cells(text.next, None))
+    shown = "mixture weights" if K <= SHOWN_COMPONENTS else "largest mixture weight"
     table.caption = (
         "Each token as it is predicted from what stands before it: its nll in nats by the mixture and by the old "
-        "softmax, the mixture weights, the component with the largest responsibility and its share, and the likeliest "
+        f"softmax, the {shown}, the component with the largest responsibility and its share, and the likeliest "
         "token, ✓ where it is the token itself. --json and --html show the predictions of each component."
     )
     table.caption_justify = "left"
