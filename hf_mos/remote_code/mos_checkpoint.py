@@ -232,7 +232,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def check_loaded(
     model: Any, info: dict[str, Any], source: Any, headers: dict[str, Header], allow_mismatched: bool
 ) -> None:
-    """Raises a ValueError for a weight that is missing or misshapen, and one of the head not finite or one too many.
+    """ValueError where a weight is missing or misshapen, or a weight of the head not finite or unexpected.
 
     `source` and `headers` are for the messages; `allow_mismatched` lets transformers draw misshapen weights anew.
     """

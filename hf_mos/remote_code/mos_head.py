@@ -47,9 +47,9 @@ def role_of(module: Any) -> str | None:
 class MoSLMHead(nn.Linear):
     """Equivalent to: `mos_log_probs(latents(h), prior_logits(h), weight, decoder_bias=bias)`.
 
-    An `nn.Linear`, the decoder that K components share, with children. `shift` makes K codes of r numbers out of a
-    hidden state, and `widening` makes of each what is added to it: the K latents. `prior` weighs their softmaxes.
-    `mos_shortlist.py` tells what a shortlist changes.
+    An `nn.Linear`, the decoder that K components share, with children. `shift` maps a hidden state to K codes of r
+    numbers, and `widening` maps each code to D numbers, which are added to the hidden state: the K latents. `prior`
+    gives the components' weights. `mos_shortlist.py` tells what a shortlist changes.
 
         latents_k = h + latent_scale * widening(shift(h)_k)              (..., K, D); no widening where r is D
         log_gate  = log_softmax(prior(latent_scale * h))                 (..., K), fp32
@@ -60,7 +60,7 @@ class MoSLMHead(nn.Linear):
 
     Initialisation: rounding loses `shift`, of 1e-18, so the mixture predicts what one softmax does. The weights of the
     prior, times `latent_scale`, and of the widening are random, of standard deviation 1 / sqrt(D) and 1 / sqrt(r). So
-    components get gradients of different tokens, and part; by an equal prior they stay clones (`initialisation.py`).
+    components get different gradients and diverge; with an equal prior they stay equal (`initialisation.py`).
 
     To compute other latents, override `latents`, and call `take_over`. Source: Yang et al. 2018, arXiv 1711.03953.
     """
@@ -149,7 +149,7 @@ class MoSLMHead(nn.Linear):
         return hidden_states.to(mean) + (mean if widens else self.widen(mean)), offsets
 
     def keeps_codes(self, num_tokens: int, decoder: nn.Module | None) -> bool:
-        """Whether the loss gets codes. It widens the rows of the decoder, which are fewer than those of shortlists."""
+        """Whether the loss gets codes, and multiplies decoder and widening: V rows, fewer than all shortlists have."""
         pays = self.shortlist_size is not None and num_tokens * self.shortlist_size >= self.out_features
         own = type(self).latents is MoSLMHead.latents and self.widening is not None and is_bare(self.widening)
         return pays and own and self.read_decoder(decoder) is not None and not self.weight.is_meta

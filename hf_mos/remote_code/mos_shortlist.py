@@ -7,8 +7,8 @@
     component_logits_k = z + [in the shortlist] * offsets_k . weight           (n, K, V), never made
     gate      = softmax(prior_logits), mixture_weights_k in proportion to gate_k * sum_V exp(component_logits_k)
 
-So a component has its own logits on the shortlist, those of the full mixture, and the components' mean elsewhere. The
-mixture is exactly ONE softmax, as its components share all other classes:
+So a component has its own logits on the shortlist, those of the full mixture, and the components' mean elsewhere. As
+all share the other classes, the mixture is exactly ONE softmax, of logits that are not linear in the hidden state:
 
     logits    = logsumexp_K(log gate_k + component_logits_k) on the shortlist, z elsewhere       (n, V)
 
