@@ -480,6 +480,7 @@ def test_adapters_of_a_real_model_by_their_command(tmp_path, data_dir, pretraine
     ]
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
 def test_all_of_a_head_trains_beside_an_adapter(pretrained):
     pytest.importorskip("peft")
     from models import mixture
