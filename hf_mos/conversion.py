@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from .remote_code.configuration_mos import (
@@ -34,6 +35,10 @@ from .remote_code.mos_head import MoSLMHead, change_class
 from .remote_code.mos_matmul import is_plain
 
 WRITES_LOGITS = ("chameleon",)  # model types whose forward sets the logits of some classes itself
+OWN_LOSSES = {  # of a config: the value by which a model adds nothing to the loss that is made of all logits
+    "z_loss_coefficient": 0,  # Bamba
+    "disable_ngram_loss": True,  # ProphetNet
+}
 
 
 def from_causal_lm(cls: Any, model: str | os.PathLike | PreTrainedModel, **kwargs: Any) -> MoSForCausalLM:
@@ -275,6 +280,15 @@ def refuse_mixture(config: PreTrainedConfig, given: str) -> None:
         raise ValueError(f"model: expected a causal LM with a softmax head, given {given}, a mixture already")
 
 
+def refuse_remote_code(kind: type, given: str) -> None:
+    """Raises a ValueError for the class of a model or config that lies beside a checkpoint."""
+    if kind.__module__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}."):
+        raise ValueError(
+            f"model: expected a causal LM of transformers, given {given}, whose {kind.__name__} is code beside a "
+            "checkpoint (trust_remote_code); a mixture is saved without it and could not be loaded"
+        )
+
+
 def refuse_other_models(config: PreTrainedConfig, given: str) -> None:
     """Raises a ValueError for the config of a model that `AutoModelForCausalLM` does not load."""
     mapping: Any = AutoModelForCausalLM._model_mapping
@@ -292,10 +306,16 @@ def output_projection(model: PreTrainedModel) -> nn.Linear:
     def refuse(expected: str, given: str) -> NoReturn:
         raise ValueError(f"model: expected a causal LM {expected}, given {type(model).__name__} {given}")
 
+    for kind in (type(model.config), type(model)):
+        refuse_remote_code(kind, type(model).__name__)
     if model.config.is_encoder_decoder:
         refuse("without an encoder", "that has one")
     if "labels" not in inspect.signature(model.forward).parameters:
         refuse("whose forward takes labels", "that is no language model by itself")
+    for name, value in OWN_LOSSES.items():
+        if (given := getattr(model.config, name, value)) != value:
+            advice = f"The loss of a mixture has no such part: set config.{name} = {value} first"
+            raise ValueError(f"{name}: expected {value}, given {given}. {advice}")
     if model.config.model_type in WRITES_LOGITS:
         refuse("whose forward returns the head's logits as they are", "that writes some classes' logits itself")
     projection = model.get_output_embeddings()

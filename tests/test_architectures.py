@@ -7,6 +7,7 @@ from typing import Any
 import architectures as sweep
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -241,6 +242,95 @@ def test_a_padded_vocabulary_is_cut_and_can_be_resized(tmp_path: Path) -> None:
         torch.testing.assert_close(losses[1], losses[0])
         model.save_pretrained(tmp_path)
         assert torch.equal(sweep.log_probs(AutoModelForCausalLM.from_pretrained(tmp_path), batch), log_probs)
+
+
+SMALL: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def of_transformers(name: str, **fields: Any) -> Any:
+    """A tiny model of a class that the oldest transformers may not have."""
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        pytest.skip("a newer transformers")
+    torch.manual_seed(0)
+    return model_class(model_class.config_class(**fields)).eval()
+
+
+def qwen2_audio() -> Any:
+    audio = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16}
+    audio |= {"num_mel_bins": 8, "max_source_positions": 8}
+    text = SMALL | {"model_type": "qwen2"}
+    return of_transformers(
+        "Qwen2AudioForConditionalGeneration", audio_config=audio, text_config=text, audio_token_index=96
+    )
+
+
+def granite_docling() -> Any:
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {
+        "image_size": 32,
+        "patch_size": 8,
+        "out_hidden_size": 32,
+        "scale_factor": 2,
+        "deepstack_visual_indexes": [0],
+    }
+    fields = {"text_config": SMALL | {"logits_scaling": 2.0}, "vision_config": vision, "image_token_id": 96}
+    return of_transformers(
+        "GraniteDoclingForConditionalGeneration", **fields, pad_token_id=0, density_router_hidden_size=8
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_a_loss_that_the_attention_mask_cuts(padding: str) -> None:
+    original = qwen2_audio()
+    batch = sweep.batch_for(original)
+    hidden = (0, slice(5)) if padding == "left" else (1, slice(-4, None))
+    batch["attention_mask"][hidden] = 0
+    labels = batch["input_ids"]
+    model = MoSForCausalLM.from_causal_lm(original, num_mixtures=3)
+    own = original(**batch, labels=labels).loss
+    assert own != original(**batch | {"attention_mask": torch.ones_like(labels)}, labels=labels).loss
+    for candidate in (model.eval(), model.train()):
+        torch.testing.assert_close(candidate(**batch, labels=labels).loss, own)
+
+
+def test_a_loss_that_the_layers_add() -> None:
+    """A router's, which they compute from labels of its own."""
+    original = granite_docling()
+    tokens = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(0))
+    given = {"input_ids": tokens.index_fill(1, torch.arange(4), 96), "router_labels": torch.ones(2)}
+    given |= {"pixel_values": torch.randn(2, 1, 3, 32, 32), "pixel_attention_mask": torch.ones(2, 1, dtype=torch.bool)}
+    model = MoSForCausalLM.from_causal_lm(original, num_mixtures=3)
+    for labels in ({}, {"labels": tokens}):
+        loss = model(**given, **labels).loss
+        torch.testing.assert_close(loss, original(**given, **labels).loss)
+    loss.backward()
+    assert any(weight.grad is not None for name, weight in model.named_parameters() if "router" in name)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "message"),
+    [
+        ("bamba", {"z_loss_coefficient": 0.01}, "z_loss_coefficient: expected 0, given 0.01"),
+        ("prophetnet", {"disable_ngram_loss": False}, "disable_ngram_loss: expected True, given False"),
+    ],
+)
+def test_a_loss_of_all_logits_is_refused(model_type: str, fields: dict[str, Any], message: str) -> None:
+    config = sweep.tiny_config(model_type)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=message):
+        MoSForCausalLM.from_causal_lm(model)
+
+
+def test_logits_of_further_tokens_are_left_out() -> None:
+    original = sweep.tiny_original("prophetnet")
+    batch = sweep.batch_for(original)
+    assert original(**batch).logits_ngram is not None
+    assert MoSForCausalLM.from_causal_lm(original)(**batch).logits_ngram is None
 
 
 def test_a_new_model_of_a_composite_config_reloads(tmp_path: Path) -> None:

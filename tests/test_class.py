@@ -271,8 +271,10 @@ def old_folder(folder: Path) -> Path:
         MoSForCausalLM.from_causal_lm,
     ],
 )
-def test_a_folder_of_the_last_version_is_refused_with_what_to_do(loader: Callable[..., Any], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"earlier version .*Convert its softmax model again with .*\.from_causal_lm"):
+def test_a_folder_of_the_last_version_is_refused(loader: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="backbone_model_type: expected a model type that transformers knows, given N"
+    ):
         loader(old_folder(tmp_path))
 
 
@@ -388,6 +390,25 @@ def test_ignore_index(pad: int) -> None:
     torch.testing.assert_close(
         model(input_ids=TOKENS, labels=labels, shift_labels=shifted, ignore_index=pad).loss, expected
     )
+
+
+def test_labels_of_any_shape_that_flattens() -> None:
+    """As the softmax model's loss does, which pairs them with flattened logits."""
+    softmax, model = both("llama")
+    for tokens, labels in ((TOKENS[:1], TOKENS[0]), (TOKENS, TOKENS.flatten()), (TOKENS[:1], TOKENS[:1, None])):
+        for candidate in (model.eval(), model.train()):
+            loss = candidate(tokens, labels=labels).loss
+            torch.testing.assert_close(loss, softmax(tokens, labels=labels).loss)
+    with pytest.raises(ValueError, match="targets: expected"):
+        model(TOKENS, labels=TOKENS[:, 1:])
+
+
+@pytest.mark.parametrize("count", [0.5, 3, torch.tensor(0.25), torch.tensor(7)])
+def test_a_given_number_of_items_divides_as_it_is(count: Any) -> None:
+    softmax, model = both("llama")
+    for candidate in (model.eval(), model.train()):
+        loss = candidate(TOKENS, labels=TOKENS, num_items_in_batch=count).loss
+        torch.testing.assert_close(loss, softmax(TOKENS, labels=TOKENS, num_items_in_batch=count).loss)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64])

@@ -1,5 +1,6 @@
 """Checks that compiled and exported models give the results of the eager model."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,25 @@ def test_compiled_training_step(name: str, head: dict) -> None:
     torch.testing.assert_close(compiled_loss, eager_loss)
     for key, gradient in eager.items():
         torch.testing.assert_close(compiled[key], gradient, atol=1e-5, rtol=1e-4, msg=key)
+
+
+@torch.no_grad()
+def test_compiled_after_calls_from_many_threads() -> None:
+    """Which role the head plays is of each thread alone, and of no call that has ended."""
+    model = tiny_mos().eval()
+    tokens = random_tokens()
+    expected = model(tokens).logits
+
+    def serve(_: int) -> None:
+        for _ in range(40):
+            assert torch.equal(model(tokens).logits, expected)
+
+    with ThreadPoolExecutor(4) as pool:
+        [*pool.map(serve, range(4))]
+        again = pool.submit(serve, 0)
+        compiled = torch.compile(model, backend="eager")(tokens, use_cache=False).logits
+        again.result()
+    torch.testing.assert_close(compiled, expected)
 
 
 @pytest.mark.slow

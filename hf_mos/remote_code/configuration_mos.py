@@ -94,17 +94,13 @@ class MoSConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Like `PreTrainedConfig.from_dict`; the class of the result is the one that the dict names."""
         model_type, backbone_type = config_dict.get("model_type"), config_dict.get(BACKBONE_TYPE)
-        if model_type == MODEL_TYPE and backbone_type is None:
-            given = "given none: an earlier version saved this mixture"
-            advice = "Convert its softmax model again with MoSForCausalLM.from_causal_lm and train it anew."
-            raise ValueError(f"{BACKBONE_TYPE}: expected the type of the backbone, {given}. {advice}")
         own = model_type == MODEL_TYPE or (cls is not MoSConfig and model_type == cls.model_type)
         if not own and "num_mixtures" not in config_dict:
             raise ValueError(
                 f"model_type: expected {MODEL_TYPE!r}, given {model_type!r}."
                 + (" To put a mixture head on that model, call MoSForCausalLM.from_causal_lm." if model_type else "")
             )
-        if (known := backbone_type or model_type) not in CONFIG_MAPPING:
+        if (known := backbone_type if model_type == MODEL_TYPE else model_type) not in CONFIG_MAPPING:
             raise ValueError(f"{BACKBONE_TYPE}: expected a model type that transformers knows, given {known!r}")
         backbone: Any = CONFIG_MAPPING[known]  # type: ignore[index]
         made = cls if cls is not MoSConfig else config_class_for(backbone)

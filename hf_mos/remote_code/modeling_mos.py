@@ -11,6 +11,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -77,6 +78,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = MoSConfig
     backbone_class: Any = None  # the softmax model's class, in a made class
     argument_names: tuple[str, ...] = ()  # of the softmax model's forward
+    masks_labels = False  # whether its loss leaves out the labels of tokens that the attention mask hides
     warns_of_softmax = True  # once, where another head took the place of the mixture's
     skip_logits_in_training = True  # a call with labels then makes no tensor as wide as V
     read_fused_forward: Any = None  # hf_mos.training.token_scores sets these three, for TRL
@@ -108,7 +110,8 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             found = "none" if linear is None else type(linear).__name__
             raise ValueError(f"model: expected a causal LM whose output embeddings are one nn.Linear, given {found}")
         if (softcap := take_softcap(config)) is not None:
-            config.softcap = softcap if reads_softcap(self.backbone_class) else None
+            is_read = names_in_forward(self.backbone_class) & {*SOFTCAP_FIELDS, "logit_softcap"}
+            config.softcap = softcap if is_read else None  # some vision-language models ignore their text model's
         self._set_softcap(NO_SOFTCAP)
         if not config.tie_word_embeddings and linear.weight is self.get_input_embeddings().weight:
             linear.weight = copy.deepcopy(linear.weight)
@@ -361,10 +364,11 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         fuses = not has_foreign_hooks(head) and not has_foreign_hooks(module)
         if type(head).forward is not MoSLMHead.forward or ("forward" in vars(head) and not fuses):
             fuses, call = False, lambda hidden_states, **_: module(hidden_states)
+        if labels is not None and self.masks_labels and (mask := kwargs.get("attention_mask")) is not None:
+            labels = labels.masked_fill(mask[:, -labels.shape[1] :].to(labels.device) == 0, ignore_index)
         targets: Any = shift(labels, ignore_index) if shift_labels is None and labels is not None else shift_labels
         has_labels = targets is not None
-        leaves_out = has_labels and self.training and self.skip_logits_in_training
-        skips = leaves_out if skip_logits is None else skip_logits
+        skips = has_labels and self.training and self.skip_logits_in_training if skip_logits is None else skip_logits
         inputs = [name for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None]
         if hidden_states is not None and inputs:
             raise ValueError(f"hidden_states: expected no {inputs[0]} with it, given both")
@@ -377,6 +381,8 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         states, aux_loss = outputs.logits, getattr(outputs, "aux_loss", None)
         if has_labels and kwargs.get("input_ids") is not None:
             states = states[:, -kwargs["input_ids"].shape[1] :]  # without the image that some models prepend
+        if has_labels and targets.numel() == states[..., 0].numel():
+            targets = targets.reshape(states.shape[:-1])  # the softmax model's loss flattens labels of any shape
         if fused_lm_head:
             if targets is None:
                 raise ValueError("labels: expected labels with fused_lm_head=True, given none")
@@ -390,7 +396,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         keeps_all = keeps_itself or (isinstance(logits_to_keep, int) and logits_to_keep == 0)
         kept = states if keeps_all else states[:, positions]
         logits = None if skips else call(kept, add_log_partition=add_log_partition)
-        loss = None
+        loss = of_layers = getattr(outputs, "loss", None)  # such as a router's
         if has_labels:
             targets = targets.to(states.device)
             if not fuses or self.loss_function is not ForCausalLMLoss:
@@ -407,10 +413,10 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
                 else:
                     total = F.nll_loss(logits.flatten(0, -2), targets.flatten(), **options)
                 loss = total / count_items(targets, num_items_in_batch, ignore_index)
-            loss = add_aux_loss(loss, aux_loss, self)
-        if logits is None and skip_logits is None:
-            logits = LEFT_OUT
-        outputs = dataclasses.replace(outputs, loss=loss, logits=logits)
+            loss = add_aux_loss(loss, aux_loss, self) + (0 if of_layers is None else of_layers)
+        logits = LEFT_OUT if logits is None and skip_logits is None else logits
+        others = {"logits_ngram": None} if hasattr(outputs, "logits_ngram") else {}  # of ProphetNet, for more tokens
+        outputs = dataclasses.replace(outputs, loss=loss, logits=logits, **others)
         returns_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if returns_dict else outputs.to_tuple()
 
@@ -447,7 +453,7 @@ def model_class_for(backbone: Any) -> type[MoSForCausalLM]:
     asked = ("_can_set_attn_implementation", "_can_set_experts_implementation")
     members |= {name: getattr(backbone, name) for name in asked}  # they read the source of the class's module
     members |= {"backbone_class": backbone, "config_class": config_class_for(backbone.config_class)}
-    members |= {"argument_names": named[1:]}
+    members |= {"argument_names": named[1:], "masks_labels": "shift_attention_mask" in names_in_forward(backbone)}
     made: Any = type(name, (MoSForCausalLM, backbone), members)
     globals().setdefault(name, made)
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] = name  # transformers looks up some things by the name of a class
@@ -555,14 +561,12 @@ def add_aux_loss(loss: Tensor, aux_loss: Any, model: PreTrainedModel) -> Tensor:
     """Adds a mixture-of-experts model's router loss, if there is one, with the model's own coefficient."""
     if not isinstance(aux_loss, Tensor):
         return loss
-    holders = (model, model.config.get_text_config())
-    names = ("router_aux_loss_coef", "aux_loss_coef")
-    coefficient = next(getattr(holder, name) for holder in holders for name in names if hasattr(holder, name))
+    pairs = product((model, model.config.get_text_config()), ("router_aux_loss_coef", "aux_loss_coef"))
+    coefficient = next(getattr(holder, name) for holder, name in pairs if hasattr(holder, name))
     return loss + coefficient * aux_loss.to(loss.device)
 
 
-def reads_softcap(backbone: type[PreTrainedModel]) -> bool:
-    """Whether a model applies its config's softcap; some vision-language models ignore their text model's."""
-    forwards = [vars(base)["forward"] for base in backbone.__mro__ if "forward" in vars(base)]
-    names = {name for forward in forwards for name in inspect.unwrap(forward).__code__.co_names}
-    return not names.isdisjoint({*SOFTCAP_FIELDS, "logit_softcap"})
+def names_in_forward(backbone: type[PreTrainedModel]) -> set[str]:
+    """The names of all variables and attributes in a model's forward."""
+    codes = [inspect.unwrap(vars(base)["forward"]).__code__ for base in backbone.__mro__ if "forward" in vars(base)]
+    return {name for code in codes for name in (*code.co_names, *code.co_varnames)}

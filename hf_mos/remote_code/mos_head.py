@@ -23,24 +23,24 @@ from .mos_shortlist import shortlist_logits
 # Which module plays which role at this moment, as (module, role). While the layers run, the head hands on its "input";
 # while a wrapper such as an adapter is called for logits, the head in it is the plain "decoder".
 _role: ContextVar[tuple[nn.Module, str] | None] = ContextVar("hf_mos_role", default=None)
-_traced_role: list[Any] = [None]  # the same for torch.compile, which cannot follow a ContextVar
+_traced_role: list[Any] = [None]  # the same while torch.compile traces, which cannot follow a ContextVar; else `None`
 
 
 @contextlib.contextmanager
 def role(module: Any, name: str) -> Iterator[None]:
-    before = _traced_role[0]
-    token = None if torch.compiler.is_compiling() else _role.set((module, name))
-    _traced_role[0] = (module, name)
+    token = None if torch.compiler.is_dynamo_compiling() else _role.set((module, name))
+    if token is None:
+        _traced_role[0] = (module, name)
     try:
         yield
     finally:
-        _traced_role[0] = before
+        _traced_role[0] = None
         if token is not None:
             _role.reset(token)
 
 
 def role_of(module: Any) -> str | None:
-    playing = _traced_role[0] if torch.compiler.is_compiling() else _role.get()
+    playing = _traced_role[0] if torch.compiler.is_dynamo_compiling() else _role.get()
     return None if playing is None or playing[0] is not module else playing[1]
 
 

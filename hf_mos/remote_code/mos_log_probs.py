@@ -187,9 +187,9 @@ def divisor(counts: Tensor, reduction: str) -> Tensor | int:
 
 
 def count_items(targets: Tensor, num_items_in_batch: Tensor | int | None, ignore_index: int = -100) -> Tensor:
-    """The divisor of a batch's summed loss: the number given, else the number of targets that are not ignored."""
-    num_items = divisor(targets != ignore_index, "mean") if num_items_in_batch is None else num_items_in_batch
-    return torch.as_tensor(num_items, device=targets.device).clamp(min=1)
+    """The divisor of a batch's summed loss: the number given, else that of targets not ignored; 1 in place of 0."""
+    num_items = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+    return (given := torch.as_tensor(num_items, device=targets.device)).masked_fill(given == 0, 1)
 
 
 def check_shapes(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..conversion import refuse_mixture
+from ..conversion import refuse_mixture, refuse_remote_code
 from ..remote_code.modeling_mos import MoSForCausalLM
 from ..remote_code.mos_decoder import cap_logits
 from ..remote_code.mos_log_probs import mix_log_probs
@@ -85,6 +85,7 @@ def convert(
         check_folder(folder, model, overwrite)
         config = check_options(str(model), None, revision, dtype, device, trust_remote_code)
         refuse_mixture(config, repr(str(model)))
+        refuse_remote_code(type(config), repr(str(model)))
         check_head_options(head_options)
     tokenizer = find_tokenizer(model, revision, trust_remote_code)
 

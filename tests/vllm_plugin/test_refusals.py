@@ -111,7 +111,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "quantized": ({"quantization_config": {"quant_method": "bitsandbytes"}}, "expected a checkpoint that is not qu"),
     "an interrupted save": ({"transformers_weights": "_saving_1/model.safetensors"}, "expected a finished save"),
-    "an earlier version": ({"backbone_model_type": None}, "backbone_model_type: expected the type of the backbone"),
+    "an earlier version": ({"backbone_model_type": None}, "backbone_model_type: expected a model type that transf"),
     "an option out of range": ({"num_mixtures": 0}, "num_mixtures: expected an int of at least 1, given 0"),
 }
 
