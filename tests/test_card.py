@@ -1,6 +1,7 @@
 """Checks that a model card describes the model, its measurements, and how to load it."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,27 @@ def test_a_command_holds_no_folder_of_this_machine(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("sys.argv", words)
     assert own_command().endswith("evaluate out --validation-file=book.txt gpt2 a/b")
     assert str(tmp_path / "out") in own_command(keep_folders=True)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({}, "python book.py a"),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, "torchrun --nproc-per-node 2 book.py a"),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, "torchrun --nnodes 2 --nproc-per-node 2 book.py a"),
+        ({"WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "no"}, "accelerate launch --num_processes 2 book.py a"),
+    ],
+)
+def test_a_command_starts_as_many_processes(
+    variables: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr("sys.argv", ["book.py", "a"])
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert own_command() == words
 
 
 @pytest.mark.parametrize("word", ["--hub-token", "--hub_token", "--token", "--push-to-hub-token"])

@@ -39,6 +39,7 @@ from hf_mos.tools.evaluate import evaluate
 from hf_mos.tools.exit_codes import OptionError
 from hf_mos.tools.train_options import DataOptions, parse_options
 
+STATE = "trainer_state.json"
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_clm.py"
 END = "<|end|>"
 SENTENCES = [f"Sentence {i} says that {i} times {i} is {i * i}, and {i} plus one is {i + 1}." for i in range(400)]
@@ -179,6 +180,38 @@ def test_a_resumed_run_has_the_head_of_its_checkpoint(
     run(*options, "--latent-scale", 2.0, "--max-steps", 2, "--resume-from-checkpoint", "last")
 
 
+def test_a_run_that_has_ended_is_finished_not_trained_on(
+    tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None]
+) -> None:
+    """As after an interruption of the last evaluation, save or push."""
+    options = ["--model", base, "--train-file", text_file, "--lr-scheduler-type", "constant", "--output-dir", tmp_path]
+    for steps in (["--max-steps", 3], ["--num-train-epochs", 0.1]):
+        shutil.rmtree(tmp_path)
+        run(*options, *steps)
+        expected, state = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / STATE).read_text())
+        trained, results = (json.loads((tmp_path / f"{name}_results.json").read_text()) for name in ("train", "eval"))
+        for name in ("model.safetensors", "eval_results.json", "README.md", STATE):
+            (tmp_path / name).unlink()
+        run(*options, *steps, "--resume-from-checkpoint", "last")
+        found = load_file(tmp_path / "model.safetensors")
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+        assert json.loads((tmp_path / STATE).read_text())["global_step"] == state["global_step"]
+        assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{state['global_step']}"]
+        assert json.loads((tmp_path / "train_results.json").read_text()) == trained
+        assert json.loads((tmp_path / "eval_results.json").read_text())["eval_loss"] == results["eval_loss"]
+        assert (tmp_path / "README.md").is_file()
+
+
+def test_a_checkpoint_without_its_optimizer_is_no_place_to_go_on(
+    tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None]
+) -> None:
+    options = ["--model", base, "--train-file", text_file, "--output-dir", tmp_path, "--save-steps", 1]
+    run(*options, "--save-only-model", "--max-steps", 1)
+    for asked in ("last", tmp_path / "checkpoint-1"):
+        with pytest.raises(OptionError, match=r"expected a checkpoint with its optimizer, given .*--save-only-model"):
+            run(*options, "--max-steps", 2, "--resume-from-checkpoint", asked)
+
+
 def test_no_file_of_a_run_holds_the_token(
     tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -253,6 +286,36 @@ def test_force_leaves_no_file_of_the_former_model(
     assert "eval_loss" not in json.loads((tmp_path / "all_results.json").read_text())
 
 
+def test_a_forced_run_that_is_resumed_leaves_no_file_of_the_former_model(
+    tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = ["--model", base, "--train-file", text_file, "--max-steps", 2, "--save-steps", 1, "--output-dir", tmp_path]
+    run(*data)
+    (tmp_path / "chat_template.jinja").write_text("of the former model")
+
+    whole = train.train_or_load
+
+    def interrupted(*arguments: Any) -> None:
+        whole(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "train_or_load", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(*data, "--force")
+    assert (tmp_path / "chat_template.jinja").is_file()  # the former model is whole as long as there is no other
+    run(*data, "--resume-from-checkpoint", "last")
+    assert not (tmp_path / "chat_template.jinja").exists()
+    assert {"eval_results.json", "README.md"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_too_few_blocks_for_a_batch(tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None]) -> None:
+    options = ["--model", base, "--train-file", text_file, "--output-dir", tmp_path, "--per-device-train-batch-size"]
+    with pytest.raises(ValueError, match="--dataloader-drop-last: expected at least a batch, 5000 blocks, given"):
+        run(*options, 5000, "--dataloader-drop-last")
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 def test_a_short_run_prints_its_loss(
     tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,7 +352,9 @@ def test_trains_a_mixture_on(tmp_path: Path, base: Path, text_file: Path, run: C
     first, second, third = tmp_path / "first", tmp_path / "second", tmp_path / "third"
     data = ["--train-file", text_file, "--max-steps", 3]
     run("--model", base, "--num-mixtures", 2, "--shortlist-size", "all", "--output-dir", first, *data)
-    run("--model", first, "--shortlist-size", "all", "--output-dir", second, *data)
+    run("--model", first, "--shortlist-size", "all", "--no-tie-word-embeddings", "--output-dir", second, *data)
+    with pytest.raises(OptionError, match="--tie-word-embeddings: the model has False, given True"):
+        run("--model", first, "--tie-word-embeddings", "--output-dir", third, *data)
     model = AutoModelForCausalLM.from_pretrained(second)
     assert (model.config.num_mixtures, model.config.shortlist_size) == (2, None)
     losses = [json.loads((out / "eval_results.json").read_text())["eval_loss"] for out in (first, second)]
@@ -372,6 +437,13 @@ def test_rows_of_a_dataset_begin_with_the_token_that_validation_begins_with(tmp_
             "--neftune-noise-alpha: expected none",
         ),
         ("--model BASE --train-file TEXT --batch-eval-metrics", "--batch-eval-metrics: expected False"),
+        ("--model BASE --train-file TEXT --do-predict", "--do-predict: expected False"),
+        (
+            "--model BASE --train-file TEXT --train-sampling-strategy group_by_length",
+            "--train-sampling-strategy: expected random or sequential",
+        ),
+        ("--model BASE --train-file TEXT --output-dir TEXT", "--output-dir: expected a folder, given"),
+        ("--model BASE --train-file TEXT --output-dir TEXT/out", "--output-dir: expected a folder, given"),
         ("--model BASE --train-file TEXT --eval-do-concat-batches false", "--eval-do-concat-batches: expected True"),
         ("--from-scratch BASE --train-file TEXT", "--tokenizer: expected a folder or Hub id with --from-scratch"),
         ("--model BASE --train-file TEXT --resume-from-checkpoint last", "expected a whole checkpoint in .*, found"),

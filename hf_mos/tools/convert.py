@@ -25,7 +25,7 @@ from .evaluate import positions_of
 from .exit_codes import before_work
 from .head_options import check_head_options, describe_head
 from .loading import check_options, load_model, load_tokenizer
-from .places import delete_leftovers
+from .places import delete_unchanged, leftovers
 
 logger = logging.get_logger(__name__)
 
@@ -97,11 +97,11 @@ def convert(
     mixture = MoSForCausalLM.from_causal_lm(softmax, **head_options)
     print(describe_head(mixture), file=sys.stderr)
     gap = head_gap(mixture.eval(), projection, tokens)
-    if overwrite:
-        delete_leftovers(folder)
+    former = leftovers(folder) if overwrite else {}
     mixture.save_pretrained(folder, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    delete_unchanged(former)
     del softmax, mixture, projection
 
     reloaded = load_model(folder, device=device)

@@ -7,12 +7,17 @@ print(exported.change)  # the largest change of a log-probability, in nats
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..remote_code.mos_checkpoint import replace_checkpoint
 from .convert import LARGEST_GAP, check_folder, find_tokenizer, head_gap, probe, probe_tokens, rounding
 from .exit_codes import before_work
 from .loading import check_options, is_mixture, load_model
+from .places import delete_unchanged, leftovers
+
+CODE_FILES = ("configuration_mos.py", "modeling_mos.py", "mos_*.py")  # of a mixture that was in the folder
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,11 @@ def export(
     tokens = probe_tokens(softmax)
     expected, logits = probe(model, tokens).log_softmax(-1), probe(softmax, tokens)
     gap = head_gap(model, softmax.get_output_embeddings(), tokens)
-    softmax.save_pretrained(folder, max_shard_size=max_shard_size)
+    former = leftovers(folder, more=CODE_FILES) if overwrite else {}
+    replace_checkpoint(folder, None, partial(softmax.save_pretrained, max_shard_size=max_shard_size))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    delete_unchanged(former)
     del model, softmax
 
     reloaded = load_model(folder, device=device)

@@ -1,6 +1,9 @@
 """Refuses files, folders and names that cannot be what a command needs, before torch and transformers are imported."""
 
 import json
+import math
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,8 @@ CONFIG_FILE, MODEL_TYPE = "config.json", "mos"
 # Files of an earlier model in the folder, which would be loaded or shown with the new one.
 LEFTOVERS = (
     *("chat_template.jinja", "additional_chat_templates/*", "added_tokens.json", "special_tokens_map.json"),
-    *("adapter_config.json", "adapter_model*", "*_results.json", "trainer_state.json"),
+    *("adapter_config.json", "adapter_model*", "*_results.json", "trainer_state.json", "training_args.bin"),
+    "README.md",
 )
 
 
@@ -38,7 +42,20 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
     return config
 
 
-def delete_leftovers(folder: Path) -> None:
-    """Deletes the files of a former model, of which a new one in the same folder may have none."""
-    for path in (path for pattern in LEFTOVERS for path in folder.glob(pattern)):
-        path.unlink()
+def leftovers(folder: Path, more: Sequence[str] = (), before: str | Path | None = None) -> dict[Path, os.stat_result]:
+    """The files of a former model, of which a new one in the same folder may have none, for [`delete_unchanged`].
+
+    Args:
+        more: further patterns of names.
+        before: a checkpoint of the new model's run, which is younger than the former model's files.
+    """
+    found = {path: path.stat() for pattern in (*LEFTOVERS, *more) for path in folder.glob(pattern) if path.is_file()}
+    newest = math.inf if before is None else Path(before).stat().st_mtime_ns
+    return {path: stat for path, stat in found.items() if stat.st_mtime_ns < newest}
+
+
+def delete_unchanged(files: dict[Path, os.stat_result]) -> None:
+    """Deletes the files that nothing has written since `leftovers`: the new model is saved, and has none of them."""
+    for path, before in files.items():
+        if path.exists() and os.path.samestat(now := path.stat(), before) and now.st_mtime_ns == before.st_mtime_ns:
+            path.unlink()

@@ -1,5 +1,6 @@
 """The provenance of a figure: the command that reprints it, and the machine."""
 
+import os
 import re
 import shlex
 import sys
@@ -19,9 +20,9 @@ def own_command(without: Sequence[str] = (), keep_folders: bool = False) -> str:
     script = Path(sys.argv[0])
     module = getattr(sys.modules["__main__"], "__spec__", None)
     if module is not None:  # python -m
-        launcher = ["python", "-m", module.name]
+        launcher = [*launcher_of_processes(), "-m", module.name]
     elif script.suffix == ".py":
-        launcher = ["python", script.name if script.is_absolute() else str(script)]
+        launcher = [*launcher_of_processes(), script.name if script.is_absolute() else str(script)]
     else:
         launcher = [script.name]
     words, is_left_out = [], False
@@ -32,6 +33,17 @@ def own_command(without: Sequence[str] = (), keep_folders: bool = False) -> str:
         if not is_left_out:
             words.append(word if keep_folders else without_folders(word))
     return shlex.join([*launcher, *words])
+
+
+def launcher_of_processes() -> list[str]:
+    """The words that start as many processes as there are: `python`, `accelerate launch` or `torchrun`."""
+    if (count := os.environ.get("WORLD_SIZE", "1")) == "1":
+        return ["python"]
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return ["accelerate", "launch", "--num_processes", count]
+    of_this_host = os.environ.get("LOCAL_WORLD_SIZE", count)
+    nodes = [] if of_this_host == count else ["--nnodes", str(int(count) // int(of_this_host))]
+    return ["torchrun", *nodes, "--nproc-per-node", of_this_host]
 
 
 def without_folders(word: str) -> str:

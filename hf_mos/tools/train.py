@@ -30,14 +30,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerState,
     TrainingArguments,
     default_data_collator,
     set_seed,
 )
 from transformers.distributed import DistributedConfig
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
-from ..conversion import output_projection
+from ..conversion import output_projection, refuse_remote_code
 from ..remote_code.configuration_mos import MODEL_TYPE, default_scale, option_defaults
 from ..remote_code.modeling_mos import MoSForCausalLM
 from ..remote_code.mos_checkpoint import CONFIG_FILE
@@ -47,9 +49,9 @@ from .blocks import ValidationSet, ValidationText, cut_windows, load_text, pack
 from .card import CARD_FILE, eval_results, model_card
 from .evaluate import IGNORED, Window, check_tokens, choose_window, collate, positions_of, target_nll
 from .exit_codes import REFUSED, OptionError, before_work
-from .head_options import ALL, describe_head
+from .head_options import ALL, TIE, describe_head
 from .loading import hub_options, is_mixture, load_config, load_tokenizer
-from .places import delete_leftovers
+from .places import delete_unchanged, leftovers
 from .provenance import describe_machine, own_command
 from .push import pin_card
 from .train_options import LONGEST_DEFAULT_BLOCK, DataOptions, ModelOptions, parse_options
@@ -78,6 +80,7 @@ class CardTrainer(Trainer):
     ) -> None:
         self.validation, self.validation_text = validation, validation_text
         self.assistant_only, self.base_model = assistant_only, base_model
+        self.is_saved = False  # the trained model, which an evaluation may then round
         super().__init__(
             eval_dataset=None if validation is None else validation.windows,
             data_collator=collate_either,
@@ -96,6 +99,11 @@ class CardTrainer(Trainer):
         with self.argument("dataloader_drop_last", False):
             return super().get_eval_dataloader(*args, **kwargs)
 
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Like the Trainer's, but not again in `push_to_hub`: `--bf16-full-eval` has rounded the weights by then."""
+        if not self.is_saved:
+            super().save_model(*args, **kwargs)
+
     def _save(self, *args: Any, **kwargs: Any) -> None:
         """Like the Trainer's, but the file of the arguments, which is pushed too, has no token."""
         with self.argument("hub_token", None):
@@ -110,6 +118,20 @@ class CardTrainer(Trainer):
             yield
         finally:
             setattr(self.args, name, before)
+
+    def has_ended(self, checkpoint: str) -> bool:
+        """Whether the run of a checkpoint has made all its steps; the Trainer would make one more."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # these load weights when they train
+            return False
+        *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        return TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step >= max_steps
+
+    def load_end(self, checkpoint: str) -> None:
+        """Loads the state and the weights of a run that has ended, in place of `train`."""
+        self.state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+        self._load_from_checkpoint(checkpoint)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Equivalent to: the Trainer's, or 0 where hidden states are in the tokens' place."""
@@ -212,6 +234,11 @@ def train(model_options: ModelOptions, data_options: DataOptions, training_argum
         check_resumed(Path(resume_from), model)
     if validation is not None:
         check_tokens(model, validation.windows)
+    batch_size = training_arguments.train_batch_size * training_arguments.world_size
+    if training_arguments.dataloader_drop_last and has_length(blocks) and len(blocks) < batch_size:
+        raise ValueError(
+            f"--dataloader-drop-last: expected at least a batch, {batch_size} blocks, given {len(blocks)}"
+        )
 
     if model_options.freeze_backbone:
         assert isinstance(model, MoSForCausalLM)
@@ -240,17 +267,15 @@ def train(model_options: ModelOptions, data_options: DataOptions, training_argum
     if model_options.force and not goes_on:
         with training_arguments.main_process_first(local=False, desc="deleting the checkpoints of another run"):
             delete_checkpoints(output, kept=resume_from)
-    try:
-        metrics = trainer.train(resume_from_checkpoint=resume_from).metrics
-    except KeyboardInterrupt:
-        if trainer.is_world_process_zero():
-            print(how_to_resume(trainer), file=sys.stderr)
-        raise
-    trainer.log_metrics("train", metrics)
-    if model_options.force and not goes_on and trainer.is_world_process_zero():
-        delete_leftovers(output)
+    metrics = train_or_load(trainer, resume_from)
+    former = leftovers(output, before=resume_from if goes_on else None) if model_options.force or goes_on else {}
     trainer.save_model(_internal_call=True)  # else it would be pushed here, without the card
-    trainer.save_metrics("train", metrics)
+    trainer.is_saved = True
+    if trainer.is_world_process_zero():
+        delete_unchanged(former)
+    if metrics is not None:
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
     if validation is not None:
         metrics = trainer.evaluate()
         metrics |= {"perplexity": metrics.pop("eval_perplexity"), "eval_window": window, "eval_stride": stride}
@@ -263,8 +288,23 @@ def train(model_options: ModelOptions, data_options: DataOptions, training_argum
         trainer.create_model_card()
 
 
+def train_or_load(trainer: CardTrainer, resume_from: str | None) -> dict[str, float] | None:
+    """Trains, and returns the metrics; `None` where the run to resume had made all its steps, which is loaded."""
+    if resume_from is not None and trainer.has_ended(resume_from):
+        trainer.load_end(resume_from)
+        return None
+    try:
+        return trainer.train(resume_from_checkpoint=resume_from).metrics
+    except KeyboardInterrupt:
+        if trainer.is_world_process_zero():
+            print(how_to_resume(trainer), file=sys.stderr)
+        raise
+
+
 def check_output(folder: Path, options: ModelOptions) -> None:
     """Raises a ValueError where the run would overwrite another run, or with --force the model that it starts from."""
+    if (file := next((path for path in (folder, *folder.parents) if path.is_file()), None)) is not None:
+        raise ValueError(f"--output-dir: expected a folder, given {str(folder)!r}, where {str(file)!r} is a file")
     if options.force:
         source = Path(options.source).resolve()
         is_checkpoint = source.name.startswith(PREFIX_CHECKPOINT_DIR) and source.parent == folder.resolve()
@@ -313,6 +353,10 @@ def how_to_resume(trainer: Trainer) -> str:
     """The sentence for a run that was interrupted."""
     at = f"interrupted at step {trainer.state.global_step}"
     checkpoint = last_whole_checkpoint(str(trainer.args.output_dir))
+    if checkpoint is not None and not has_optimizer(checkpoint):
+        return (
+            f"{at}. {checkpoint} has no optimizer to go on with (--save-only-model); --model {checkpoint} starts anew"
+        )
     if checkpoint is None:
         return f"{at}, before a checkpoint was saved; --save-steps {trainer.args.save_steps} saves one that often"
     words = own_command(("--resume-from-checkpoint", "--resume_from_checkpoint", "--force"), keep_folders=True)
@@ -330,8 +374,18 @@ def checkpoint_to_resume(training_arguments: TrainingArguments) -> str | None:
         raise ValueError(f"--resume-from-checkpoint {asked}: expected a whole checkpoint in {folder}, found none")
     if not Path(checkpoint).is_dir():
         raise ValueError(f"--resume-from-checkpoint: expected a folder, given {checkpoint!r}")
+    if not has_optimizer(checkpoint):  # the Trainer would begin with a new one, and the first learning rate
+        raise ValueError(
+            f"--resume-from-checkpoint: expected a checkpoint with its optimizer, given {checkpoint!r}, which was "
+            f"saved by --save-only-model; --model {checkpoint} starts a new run from it"
+        )
     training_arguments.resume_from_checkpoint = checkpoint
     return checkpoint
+
+
+def has_optimizer(checkpoint: str) -> bool:
+    """Whether a checkpoint has the state of its optimizer: the Trainer's, FSDP's or DeepSpeed's."""
+    return any(True for pattern in ("optimizer*", "global_step*") for _ in Path(checkpoint).glob(pattern))
 
 
 def pin(trainer: CardTrainer, commit: CommitInfo | None) -> None:
@@ -351,6 +405,8 @@ def read_config(options: ModelOptions) -> PreTrainedConfig:
     """Loads the config of the model, and checks the options against it."""
     config = load_config(options.source, **hub_options(options.revision, options.trust_remote_code))
     converts = options.head == "mixture" and not is_mixture(config)
+    if converts:
+        refuse_remote_code(type(config), repr(options.source))
     if max(options.tp_size, options.fsdp_size) > 1 and (converts or options.from_scratch is not None):
         raise ValueError(
             "--tp-size, --fsdp-size: expected a --model that has a mixture already (see hf-mos convert), "
@@ -360,9 +416,8 @@ def read_config(options: ModelOptions) -> PreTrainedConfig:
         return config
     if options.head == "softmax":
         raise ValueError(f"--head softmax: expected a model without a mixture, given {options.model!r}")
-    refuse_other_options(
-        options.head_options, {name: getattr(config, name) for name in option_defaults()}, "the model"
-    )
+    found = {name: getattr(config, name) for name in (*option_defaults(), TIE)}
+    refuse_other_options(options.head_options, found, "the model")
     return config
 
 

@@ -206,7 +206,13 @@ def parse_options(arguments: list[str] | None = None, prog: str | None = None) -
 
 
 def check_evaluation(training: TrainingArguments) -> None:
-    """Raises a ValueError for options that the evaluation of the command cannot follow; a perplexity has to fall."""
+    """Raises a ValueError for options that the command cannot follow; a perplexity has to fall."""
+    if training.do_predict:
+        raise ValueError("--do-predict: expected False, as hf-mos evaluate measures a test text, given True")
+    if (sampling := getattr(training, "train_sampling_strategy", "random")) not in ("random", "sequential"):
+        raise ValueError(
+            f"--train-sampling-strategy: expected random or sequential, as blocks are of one length, given {sampling}"
+        )
     if training.batch_eval_metrics:
         raise ValueError("--batch-eval-metrics: expected False, as the metrics are those of all windows, given True")
     if not training.eval_do_concat_batches:

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -388,6 +389,83 @@ def test_force_replaces_the_checkpoint_and_nothing_else(
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
     assert run("convert", base, out, "--force").code == 0
     assert (out / "notes.txt").read_text() == "mine"
+
+
+FORMER = ["README.md", "chat_template.jinja", "eval_results.json", "training_args.bin", "adapter_config.json"]
+
+
+@pytest.mark.parametrize("command", ["convert", "export"])
+def test_force_leaves_no_file_of_the_former_model(
+    run: Callable[..., Printed], base: Path, mixture: Path, command: str, tmp_path: Path
+) -> None:
+    """Its card would be pushed with the new model, and its chat template be used."""
+    out = tmp_path / "out"
+    shutil.copytree(mixture, out)
+    for name in FORMER:
+        (out / name).write_text("{}")
+    printed = run(command, base if command == "convert" else mixture, out, "--force", "--max-shard-size", "20KB")
+    assert printed.code == 0, printed.err
+    names = {path.name for path in out.iterdir()}
+    assert not [name for name in names & {*FORMER} if (out / name).read_text() == "{}"]
+    assert "model.safetensors" not in names
+    assert ("modeling_mos.py" in names) == (command == "convert")
+    assert run(command, base if command == "convert" else mixture, out, "--force").code == 0
+    assert not [*out.glob("model-*.safetensors")]
+
+
+@pytest.mark.parametrize("command", ["convert", "export"])
+def test_a_forced_save_that_fails_leaves_the_former_model(
+    run: Callable[..., Printed],
+    base: Path,
+    mixture: Path,
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(mixture, out)
+    (out / "chat_template.jinja").write_text("{{ messages }}")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    assert run(command, base if command == "convert" else mixture, out, "--force").code == 1
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+OWN_CODE = {
+    "configuration_my.py": "from transformers import LlamaConfig\n"
+    "class MyConfig(LlamaConfig):\n    model_type = 'my'\n",
+    "modeling_my.py": "from transformers import LlamaForCausalLM\n"
+    "from .configuration_my import MyConfig\nclass MyForCausalLM(LlamaForCausalLM):\n    config_class = MyConfig\n",
+}
+
+
+@pytest.mark.parametrize("model_type", ["my", "llama"])
+def test_a_model_of_its_own_code_is_refused_before_it_is_saved(
+    run: Callable[..., Printed], base: Path, text_file: Path, model_type: str, tmp_path: Path
+) -> None:
+    """A mixture is saved without that code, and nothing could load it."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(base, source)
+    for name, code in OWN_CODE.items():
+        if model_type == "llama":
+            code = code.replace("'my'", "'llama'").replace("from .configuration_my import", "from transformers import")
+            code = code.replace("import MyConfig", "import LlamaConfig as MyConfig")
+        (source / name).write_text(code)
+    config = json.loads((source / "config.json").read_text()) | {"model_type": model_type}
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_my.MyForCausalLM"}
+    if model_type == "my":
+        config["auto_map"]["AutoConfig"] = "configuration_my.MyConfig"
+    (source / "config.json").write_text(json.dumps(config))
+    data = ["--train-file", text_file, "--max-steps", 1, "--use-cpu", "--block-size", 32]
+    for words in (["convert", source, out], ["train", "--model", source, *data, "--output-dir", out]):
+        printed = run(*words, "--trust-remote-code")
+        assert printed.code == (2 if model_type == "my" else 1)
+        assert "model: expected a causal LM of transformers, given" in printed.err
+        assert not [*out.glob("*.safetensors")]
 
 
 # -------------------------------------------------------------------------------------------------------------- export

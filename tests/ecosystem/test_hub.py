@@ -14,7 +14,7 @@ import torch
 from commands import run_command
 from hub_server import HubServer
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TOKEN = "hf_of_the_user"
@@ -141,12 +141,14 @@ def test_push_to_hub_of_the_trainer(hub: HubServer, base: Path, text_file: Path,
     out = tmp_path / "name"
     quick = ["--use-cpu", "--report-to", "none", "--disable-tqdm", "true", "--block-size", 32, "--max-steps", 2]
     options = ["--model", base, "--train-file", text_file, "--output-dir", out, "--push-to-hub", *quick]
-    options += ["--hub-model-id", NAME]
+    options += ["--hub-model-id", NAME, "--bf16-full-eval"]
     run_command("train", *options, cache=tmp_path, **hub.environment(TOKEN))
     repo = hub.repos[NAME]
     *_, commit, pin = repo.commits
     assert {"model.safetensors", "modeling_mos.py", "tokenizer.json", "README.md"} <= set(commit.files)
     assert pin.changed == ["README.md"]
+    weights = load(commit.files["model.safetensors"].content)  # as they were trained; the evaluation rounds its own
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     card = ModelCard(pin.files["README.md"].content.decode())
     result, _ = card.data.eval_results
     metrics = json.loads((out / "all_results.json").read_text())
