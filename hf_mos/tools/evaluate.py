@@ -22,6 +22,11 @@ LONGEST_DEFAULT_WINDOW = 2048
 IGNORED = -100  # in place of a target
 # What configs call the number of positions.
 POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions", "n_positions")
+# The model types whose first token has the position pad_token_id + 1: the rows before it are no positions.
+POSITIONS_AFTER_PAD = (
+    *("camembert", "data2vec-text", "roberta", "roberta-prelayernorm"),
+    *("xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
 ROWS_AT_A_TIME = 256  # rows of a softmax's logits that are widened to fp32 at a time
 
 
@@ -152,8 +157,12 @@ def choose_window(config: PreTrainedConfig, window: int | None, stride: int | No
 
 def positions_of(config: PreTrainedConfig) -> int | None:
     """The model's number of positions; `None`: its config names none."""
-    found = (getattr(config.get_text_config(), name, None) for name in POSITIONS)
-    return next((positions for positions in found if positions is not None and positions > 0), None)
+    config = config.get_text_config()
+    found = (getattr(config, name, None) for name in POSITIONS)
+    positions = next((positions for positions in found if positions is not None and positions > 0), None)
+    if positions is None or config.model_type not in POSITIONS_AFTER_PAD:
+        return positions
+    return positions - (config.pad_token_id or 0) - 1
 
 
 def choose_prefix(tokenizer: PreTrainedTokenizerBase, prefix_token_id: int | None) -> int:

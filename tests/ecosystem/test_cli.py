@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import typer
+from architectures import tiny_config
 from commands import run_command
 from helpers import BACKBONES, LargestTensor, log_prob_gap, part_components, run_python, tiny_causal_lm, tiny_mos
 from huggingface_hub import ModelCard
@@ -32,12 +33,13 @@ from transformers import (
     PreTrainedTokenizerFast,
     WhisperConfig,
 )
+from transformers.models.auto import modeling_auto
 from typer.testing import CliRunner
 
 import hf_mos
 from hf_mos import MoSForCausalLM
 from hf_mos.tools import cli, loading
-from hf_mos.tools.evaluate import choose_window, evaluate
+from hf_mos.tools.evaluate import choose_window, evaluate, positions_of
 from hf_mos.training.callbacks import StopOnNonFiniteLoss
 
 COMMANDS = ("convert", "export", "evaluate", "inspect", "train", "card", "push", "serve")
@@ -677,6 +679,21 @@ def test_the_window_is_that_of_the_model(config: PreTrainedConfig) -> None:
     with pytest.raises(ValueError, match="at most the model's 32 positions, given 33"):
         choose_window(config, 33, None)
     assert choose_window(PreTrainedConfig(), None, None) == (2048, 1024)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    sorted({*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} & {*modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES}),
+)
+def test_a_model_has_as_many_positions_as_it_reads(model_type: str) -> None:
+    """RoBERTa and its kin count the positions from after the one of their padding token."""
+    config = tiny_config(model_type)
+    config.pad_token_id = 3
+    model, positions = AutoModelForCausalLM.from_config(config).eval(), positions_of(config)
+    assert positions is not None
+    assert model(input_ids=torch.full((1, positions), 7)).logits.isfinite().all()
+    with pytest.raises((IndexError, RuntimeError, ValueError)):
+        model(input_ids=torch.full((1, positions + 1), 7))
 
 
 def test_a_mixture_is_evaluated_without_a_tensor_of_the_vocabulary(mixture: Path) -> None:
