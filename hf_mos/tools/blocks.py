@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
-from .chat import Chat, Messages, Text, render
+from .chat import Chat, Messages, render
 from .evaluate import IGNORED, Window, count_bytes, count_targets, encode, prefix_of, sequence_of, windows_of
 from .texts import (
     TEXT_COLUMN,
@@ -156,20 +156,8 @@ def cut_windows(
     if not windows:
         raise ValueError("expected some text in the validation set, given none")
     windows.sort(key=lambda w: len(w.inputs), reverse=True)  # rows of one length pad nothing
-    num_bytes = count_bytes(texts) - (0 if prefix else sum(bytes_of_first(tokenizer, text) for text in texts))
+    num_bytes = count_bytes(tokenizer, texts, prefix)
     return ValidationSet(windows, count_targets(windows), num_bytes, window, stride)
-
-
-def bytes_of_first(tokenizer: PreTrainedTokenizerBase, text: Text) -> int:
-    """The bytes in UTF-8 of the first token of a text, with the spaces before it; 0 if the token does not count."""
-    token_ids, counts = encode(tokenizer, text)
-    if not any(counts[:1]):
-        return 0
-    written = text if isinstance(text, str) else text.text
-    if not tokenizer.is_fast:
-        return len(str(tokenizer.decode(token_ids[:1])).encode())
-    encoded = tokenizer(written, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
-    return len(written[: encoded.offset_mapping[0][1]].encode())
 
 
 def pack(rows: Rows, tokenizer: PreTrainedTokenizerBase, block_size: int, options: DataOptions) -> Rows:

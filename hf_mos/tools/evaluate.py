@@ -133,7 +133,7 @@ def evaluate(
     return Evaluation(
         nats=nats,
         num_tokens=count_targets(windows),
-        num_bytes=count_bytes(texts),
+        num_bytes=count_bytes(tokenizer, texts, [prefix]),
         num_texts=len(texts),
         window=window,
         stride=stride,
@@ -197,9 +197,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: Text) -> tuple[list[int], l
 def sequence_of(tokenizer: PreTrainedTokenizerBase, text: Text, prefix: list[int]) -> tuple[list[int], list[bool]]:
     """The tokens of a text behind a prefix token, and whether each counts; a chat may begin with that token itself."""
     token_ids, counts = encode(tokenizer, text)
-    if isinstance(text, Chat) and token_ids[:1] == prefix:
-        prefix = []
+    prefix = prefix_before(text, token_ids, prefix)
     return [*prefix, *token_ids], [False] * len(prefix) + counts
+
+
+def prefix_before(text: Text, token_ids: list[int], prefix: list[int]) -> list[int]:
+    """The prefix of a text of these tokens; none where it is a chat that begins with the prefix token itself."""
+    return [] if isinstance(text, Chat) and token_ids[:1] == prefix else prefix
 
 
 def windows_of(token_ids: list[int], counts: list[bool], window: int, stride: int) -> Iterator[Window]:
@@ -217,9 +221,27 @@ def count_targets(windows: Iterable[Window]) -> int:
     return sum(int((w.targets != IGNORED).sum()) for w in windows)
 
 
-def count_bytes(texts: Iterable[Text]) -> int:
-    """The bytes in UTF-8 of what counts."""
-    return sum(len((text if isinstance(text, str) else text.counted_text()).encode()) for text in texts)
+def count_bytes(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], prefix: list[int]) -> int:
+    """The bytes in UTF-8 of what counts, without those of a first token that no prefix token stands before."""
+    counted = sum(len((text if isinstance(text, str) else text.counted_text()).encode()) for text in texts)
+    return counted - sum(bytes_of_first(tokenizer, text, prefix) for text in texts)
+
+
+def bytes_of_first(tokenizer: PreTrainedTokenizerBase, text: Text, prefix: list[int]) -> int:
+    """The bytes in UTF-8 of a first token that no prefix token stands before, with the spaces before it.
+
+    0 where a prefix token stands before it, and where it would not count anyway.
+    """
+    if prefix and not isinstance(text, Chat):
+        return 0  # the text is not tokenized again
+    token_ids, counts = encode(tokenizer, text)
+    if prefix_before(text, token_ids, prefix) or not any(counts[:1]):
+        return 0
+    written = text if isinstance(text, str) else text.text
+    if not tokenizer.is_fast:
+        return len(str(tokenizer.decode(token_ids[:1])).encode())
+    encoded = tokenizer(written, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    return len(written[: encoded.offset_mapping[0][1]].encode())
 
 
 def check_tokens(model: PreTrainedModel, windows: list[Window]) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from typer.testing import CliRunner
 
 from hf_mos import MoSForCausalLM
-from hf_mos.tools.blocks import load_text, pack
+from hf_mos.tools.blocks import ValidationText, cut_windows, load_text, pack
 from hf_mos.tools.chat import render
 from hf_mos.tools.cli import app
 from hf_mos.tools.evaluate import evaluate
@@ -111,10 +111,12 @@ def test_evaluate_counts_each_token_or_those_of_the_assistant(
     result = evaluate(model, tokenizer, texts, window=24, stride=5, batch_size=2)
     nats, count, size = 0.0, 0, 0
     for chat in CHATS[:3]:
-        # The template begins with the token that stands before a text, so there is no other before it.
+        # The template begins with the token that stands before a text, so there is no other before it, and it does
+        # not count.
         encoded = tokenizer(rendered(chat), add_special_tokens=False, return_offsets_mapping=True)
         tokens, spans = encoded.input_ids, spans_of_the_assistant(chat)
-        size += len("".join(rendered(chat)[a:b] for a, b in spans) if assistant_only else rendered(chat))
+        whole = rendered(chat).removeprefix("<|end|>")
+        size += len("".join(rendered(chat)[a:b] for a, b in spans) if assistant_only else whole)
         for target in range(1, len(tokens)):
             start, _ = encoded.offset_mapping[target]
             if assistant_only and not any(a <= start < b for a, b in spans):
@@ -127,6 +129,24 @@ def test_evaluate_counts_each_token_or_those_of_the_assistant(
     assert result.num_tokens == count
     assert result.nats == pytest.approx(nats, rel=1e-5)
     assert result.num_bytes == size
+
+
+@pytest.mark.parametrize("assistant_only", [False, True])
+@pytest.mark.parametrize("first", ["user", "assistant"])
+def test_a_beginning_that_the_template_writes_does_not_count(
+    wide: Path, tokenizer: PreTrainedTokenizerFast, first: str, assistant_only: bool
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(wide).eval()
+    chats = [[{"role": first, "content": "Sentence 3 says"}, {"role": "assistant", "content": "3 times 3 is 9."}]]
+    template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    found = []
+    for beginning in ("", "{{ bos_token }}"):
+        tokenizer.chat_template = beginning + template
+        result = evaluate(model, tokenizer, render(tokenizer, chats, assistant_only))
+        validation = cut_windows(ValidationText(chats, "data", None), tokenizer, assistant_only, 128, 64)
+        assert (validation.num_tokens, validation.num_bytes) == (result.num_tokens, result.num_bytes)
+        found.append((result.nats, result.num_tokens, result.num_bytes))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("assistant_only", [False, True])
