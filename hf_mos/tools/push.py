@@ -5,6 +5,7 @@ push(Path("gpt2-mos"), "user/gpt2-mos")
 ```
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,9 @@ TOKENIZER_FILE = "tokenizer_config.json"
 # Files beside the weights: of configs, a tokenizer, a processor or a card. Other files of the folder stay there.
 SENT = (
     *("*config.json", "tokenizer*.json", "vocab*.json", "*tokens*.json", "chat_template*", "*.jinja", "*.model"),
-    *("*.tiktoken", "vocab*.txt", "merges.txt", "LICENSE*", CARD_FILE),
+    *("*.tiktoken", "vocab*.txt", "merges.txt", "LICENSE*", "additional_chat_templates/*.jinja", CARD_FILE),
 )
+CONFIGS_WITH_CODE = (TOKENIZER_FILE, "*processor_config.json")  # beside the model's own
 PICTURES = ("*.png", "*.html")  # those that the card names
 
 
@@ -98,14 +100,25 @@ def pin_card(api: HfApi, repo: str, card: str, revision: str, branch: str | None
 
 
 def code_of(folder: Path, config: dict[str, Any]) -> Iterator[str]:
-    """The names of the Python files that a config asks for, and of those that these import."""
-    places = config.get("auto_map", {})
-    found = [f"{places[name].partition('.')[0]}.py" for name in sorted(places)] or ["modeling_mos.py"]
+    """The names of the Python files that the configs ask for, and of those that these import."""
+    found = code_named_by(config) or ["modeling_mos.py"]
+    for path in (path for pattern in CONFIGS_WITH_CODE for path in folder.glob(pattern)):
+        found += code_named_by(json.loads(path.read_text(encoding="utf-8")))
     for name in found:
         yield name
         for module in get_relative_imports(folder / name):
             if f"{module}.py" not in found:
                 found.append(f"{module}.py")
+
+
+def code_named_by(config: dict[str, Any]) -> list[str]:
+    """The names of the Python files that a config's `auto_map` asks for."""
+    places = config.get("auto_map", {})
+    places = [places[name] for name in sorted(places)] if isinstance(places, dict) else [places]
+    # A tokenizer has a pair of classes, of which one may be null.
+    classes = [name for place in places for name in (place if isinstance(place, list) else [place])]
+    # The code of "user/repo--module.Class" is in that repository.
+    return [f"{name.partition('.')[0]}.py" for name in classes if name is not None and "--" not in name]
 
 
 def files_of(folder: Path) -> list[str]:
@@ -126,7 +139,8 @@ def files_of(folder: Path) -> list[str]:
     if not weights:
         refuse("weights in safetensors", "none")
     weights += [path.name for path in folder.glob("model.safetensors.index.json")]
-    beside = {path.name for pattern in SENT for path in folder.glob(pattern) if path.is_file()}
+    sent = (path for pattern in SENT for path in folder.glob(pattern) if path.is_file())
+    beside = {path.relative_to(folder).as_posix() for path in sent}
     for name in code_of(folder, config):
         if not (folder / name).is_file():
             refuse("the code beside the weights", f"none of {name}; load and save it again")

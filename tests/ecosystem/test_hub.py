@@ -17,6 +17,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load, load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_mos.tools.push import files_of
+
 TOKEN = "hf_of_the_user"
 NAME = "user/name"
 PROMPT = "Sentence 3 says that"
@@ -103,6 +105,55 @@ def test_push_and_load(hub: HubServer, mixture: Path, tmp_path: Path) -> None:
     assert f'from_pretrained("{NAME}", **trusted)' in card.text
     assert "where `main` stands" not in card.text
     assert_equal_when_loaded(hub, folder, commit.sha, tmp_path)
+
+
+LOAD_TOKENIZER = """
+import json, sys
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(json.dumps([tokenizer.name, tokenizer.chat_template]))
+"""
+OWN_TOKENIZER = """
+from transformers import PreTrainedTokenizerFast
+
+from .own_parts import NAME
+
+
+class OwnTokenizer(PreTrainedTokenizerFast):
+    name = NAME
+"""
+
+
+@pytest.mark.parametrize("classes", [[None, "own.OwnTokenizer"], {"AutoTokenizer": ["own.OwnTokenizer", None]}])
+def test_a_tokenizer_is_sent_whole(hub: HubServer, mixture: Path, tmp_path: Path, classes: Any) -> None:
+    """With its code, the code that this imports, and further chat templates."""
+    folder = tmp_path / "folder"
+    shutil.copytree(mixture, folder)
+    tokenizer = AutoTokenizer.from_pretrained(mixture)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"auto_map": classes}))
+    (folder / "own.py").write_text(OWN_TOKENIZER)
+    (folder / "own_parts.py").write_text("NAME = 'own'\n")
+    run_command("push", folder, NAME, cache=tmp_path, **hub.environment(TOKEN))
+    pushed = hub.repos[NAME].at("main").files
+    for name in ("own.py", "own_parts.py", "chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
+        assert pushed[name].content == (folder / name).read_bytes()
+    process = python(LOAD_TOKENIZER, NAME, cache=tmp_path, **hub.environment())
+    assert json.loads(process.stdout) == ["own", tokenizer.chat_template], process.stderr
+
+
+def test_the_code_of_another_repository_is_not_sent(mixture: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(mixture, folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    before = files_of(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["auto_map"] = {"AutoTokenizer": ["someone/model--own.OwnTokenizer", None]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert files_of(folder) == before
 
 
 def test_a_branch_a_private_repository_and_a_second_push(hub: HubServer, mixture: Path, tmp_path: Path) -> None:
