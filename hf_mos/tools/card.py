@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -152,6 +153,7 @@ def read_results(file: Path) -> dict[str, Any]:
 
 
 def eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
+    """The measures of an evaluation for a card, without those that are `None` or not finite."""
     how = f"window {evaluation['window']}, stride {evaluation['stride']}"
     how += ", the assistant's turns alone" if evaluation.get("assistant_only") else ""
     measures = (("perplexity", f"perplexity per token, {how}", 3), ("bits_per_byte", f"bits per byte, {how}", 4))
@@ -166,6 +168,7 @@ def eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
             metric_value=round(evaluation[measure], digits),
         )
         for measure, name, digits in measures
+        if evaluation[measure] is not None and math.isfinite(evaluation[measure])
     ]
 
 

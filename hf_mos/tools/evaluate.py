@@ -48,15 +48,24 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nats_per_token)
+        return perplexity_of(self.nats_per_token)
 
     @property
     def bits_per_byte(self) -> float:
         return self.nats / (math.log(2) * self.num_bytes)
 
     def to_dict(self) -> dict[str, Any]:
-        measures = ("nats_per_token", "perplexity", "bits_per_byte")
-        return {name: getattr(self, name) for name in measures} | vars(self)
+        """The measures and the fields, for JSON: `None` where a measure is infinite, which JSON has no number for."""
+        measures = {name: getattr(self, name) for name in ("nats_per_token", "perplexity", "bits_per_byte")}
+        return {name: value if math.isfinite(value) else None for name, value in measures.items()} | vars(self)
+
+
+def perplexity_of(nats_per_token: float) -> float:
+    """Equivalent to: `math.exp(nats_per_token)`, but infinity above 709 nats, as of a model that diverged."""
+    try:
+        return math.exp(nats_per_token)
+    except OverflowError:
+        return math.inf
 
 
 class Window(NamedTuple):

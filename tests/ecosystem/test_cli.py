@@ -39,6 +39,7 @@ from typer.testing import CliRunner
 import hf_mos
 from hf_mos import MoSForCausalLM
 from hf_mos.tools import cli, loading
+from hf_mos.tools.card import eval_results
 from hf_mos.tools.evaluate import choose_window, evaluate, positions_of
 from hf_mos.training.callbacks import StopOnNonFiniteLoss
 
@@ -713,6 +714,37 @@ def test_a_loss_that_is_not_finite_is_an_error(base: Path) -> None:
         model.get_input_embeddings().weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="expected a finite loss"):
         evaluate(model, AutoTokenizer.from_pretrained(base), ["Sentence"])
+
+
+def test_a_model_that_diverged_is_measured(
+    run: Callable[..., Printed], mixture: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Its perplexity is more than a float holds."""
+    folder, page = tmp_path / "diverged", tmp_path / "page.html"
+    model = AutoModelForCausalLM.from_pretrained(mixture)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(mixture).save_pretrained(folder)
+    printed = run("evaluate", folder, "--validation-file", text_file, "--json")
+    assert printed.code == 0, printed.err
+    result = json.loads(printed.out, parse_constant=pytest.fail)  # no number is NaN or Infinity
+    assert result["nats_per_token"] > 1000
+    assert result["perplexity"] is None
+    (tmp_path / "results.json").write_text(printed.out)
+    assert run("card", folder, "--results", tmp_path / "results.json").code == 0
+    card = ModelCard.load(folder / "README.md")
+    assert [entry.metric_type for entry in card.data.eval_results] == ["bits_per_byte"]
+    assert eval_results(result | {"perplexity": math.inf}) == eval_results(result)
+
+    options = ["--validation-file", text_file, "--max-tokens", 50, "--rank-contexts", 0]
+    for command in (["evaluate", *options[:2]], ["inspect", *options]):
+        printed = run(command[0], folder, *command[1:])
+        assert printed.code == 0, printed.err
+        assert re.search(r"perplexity\W+inf\b", printed.out)
+    printed = run("inspect", folder, *options, "--html", page)
+    assert printed.code == 0, printed.err
+    assert re.search(r"perplexity\s+inf\b", re.sub("<[^>]+>", " ", page.read_text(encoding="utf-8")))
 
 
 def test_a_tokenizer_of_another_model_is_named(base: Path) -> None:

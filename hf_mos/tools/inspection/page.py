@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..evaluate import perplexity_of
 from .inspect_mixture import OLD_SOFTMAX, CorpusInspection, Inspection, Prediction, TextInspection, Token
 from .token_texts import running, visible
 
@@ -204,7 +205,7 @@ def _text_figures(text: TextInspection) -> list[tuple[str, str]]:
 def _corpus_figures(corpus: CorpusInspection) -> list[tuple[str, str]]:
     figures = [("nll per token", f"{corpus.nll:.4f}")]
     figures.append(("old softmax's nll", f"{corpus.softmax_nll:.4f}"))
-    figures.append(("perplexity", f"{math.exp(corpus.nll):,.2f}"))
+    figures.append(("perplexity", f"{perplexity_of(corpus.nll):,.2f}"))
     figures.append(("entropy of the weights", f"{corpus.mixture_weights_entropy:.3f}"))
     figures.append(("entropy of the next token", f"{corpus.entropy:.3f}"))
     if corpus.rank is not None:

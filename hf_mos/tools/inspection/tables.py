@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from ..evaluate import perplexity_of
 from .inspect_mixture import OLD_SOFTMAX, Candidate, CorpusInspection, Inspection, Prediction, TextInspection
 from .token_texts import visible
 
@@ -137,7 +138,7 @@ def summary_table(corpus: CorpusInspection) -> Table:
     table.add_column("mixture", justify="right")
     table.add_column("old softmax", justify="right")
     rows: list[tuple[str, ...]] = [("nll per token", f"{corpus.nll:.4f}", f"{corpus.softmax_nll:.4f}")]
-    rows.append(("perplexity", *(f"{math.exp(nll):,.3f}" for nll in (corpus.nll, corpus.softmax_nll))))
+    rows.append(("perplexity", *(f"{perplexity_of(nll):,.3f}" for nll in (corpus.nll, corpus.softmax_nll))))
     rows.append(("entropy of the next token", f"{corpus.entropy:.4f}"))
     rows.append(("entropy of the weights", f"{corpus.mixture_weights_entropy:.4f}"))
     if corpus.rank is not None:
