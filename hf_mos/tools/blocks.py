@@ -11,7 +11,17 @@ from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from .chat import Chat, Messages, render
-from .evaluate import IGNORED, Window, count_bytes, count_targets, encode, prefix_of, sequence_of, windows_of
+from .evaluate import (
+    IGNORED,
+    Window,
+    count_bytes,
+    count_targets,
+    encode,
+    prefix_of,
+    refuse_no_turns,
+    sequence_of,
+    windows_of,
+)
 from .texts import (
     TEXT_COLUMN,
     TOOLS_COLUMN,
@@ -154,6 +164,7 @@ def cut_windows(
     prefix, texts = prefix_of(tokenizer), [text for text in render(tokenizer, validation.rows, assistant_only) if text]
     windows = [w for text in texts for w in windows_of(*sequence_of(tokenizer, text, prefix), window, stride)]
     if not windows:
+        refuse_no_turns(texts)
         raise ValueError("expected some text in the validation set, given none")
     windows.sort(key=lambda w: len(w.inputs), reverse=True)  # rows of one length pad nothing
     num_bytes = count_bytes(tokenizer, texts, prefix)

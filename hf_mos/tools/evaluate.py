@@ -120,12 +120,16 @@ def evaluate(
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, given {batch_size}")
     window, stride = choose_window(model.config, window, stride)
+    rows = embedding_rows(model)
+    if prefix_token_id is not None and not 0 <= prefix_token_id < rows:
+        raise ValueError(f"prefix_token_id: expected a token below the model's {rows}, given {prefix_token_id}")
     prefix = choose_prefix(tokenizer, prefix_token_id)
     texts = [text for text in texts if text]
     if not texts:
         raise ValueError("texts: expected some text, given none")
     windows = [w for text in texts for w in windows_of(*sequence_of(tokenizer, text, [prefix]), window, stride)]
     if not windows:
+        refuse_no_turns(texts)
         raise ValueError("texts: expected at least one token, given text of which the tokenizer makes none")
     check_tokens(model, windows)
     windows.sort(
@@ -253,9 +257,19 @@ def bytes_of_first(tokenizer: PreTrainedTokenizerBase, text: Text, prefix: list[
     return len(written[: encoded.offset_mapping[0][1]].encode())
 
 
-def check_tokens(model: PreTrainedModel, windows: list[Window]) -> None:
+def refuse_no_turns(texts: Iterable[Text]) -> None:
+    """Raises a ValueError where turns of the assistant were searched, for texts of which no token counts."""
+    if any(isinstance(text, Chat) and text.turns is not None for text in texts):
+        raise ValueError("--assistant-only: expected turns of the assistant in the text, given none")
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
     embeddings: Any = model.get_input_embeddings()
-    rows = embeddings.num_embeddings  # the weight may be sharded
+    return embeddings.num_embeddings  # the weight may be sharded
+
+
+def check_tokens(model: PreTrainedModel, windows: list[Window]) -> None:
+    rows = embedding_rows(model)
     largest = max(int(part.max()) for w in windows for part in w)
     if largest >= rows:
         raise ValueError(

@@ -18,6 +18,9 @@ from ..conversion import refuse_other_models, refuse_unfinished_save
 from ..remote_code.configuration_mos import MoSConfig
 from .places import check_exists
 
+# Others make no weights of a causal LM: integers, complex numbers, and the eight bits of a quantized one.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def load_model(
     model: str | Path,
@@ -116,7 +119,7 @@ def choose_device(device: str | None) -> str:
 
 
 def check_dtype(dtype: str) -> None:
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+    if dtype != "auto" and getattr(torch, dtype, None) not in DTYPES:
         raise ValueError(f"dtype: expected 'auto' or a dtype of torch such as 'bfloat16', given {dtype!r}")
 
 

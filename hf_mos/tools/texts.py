@@ -1,6 +1,7 @@
 """Reads text from files and datasets."""
 
 import glob
+import itertools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -58,14 +59,20 @@ def check_text(file: Path) -> None:
 
 def load_rows(file: Path, streaming: bool = False) -> Any:
     """The rows of a file, by the reader for its suffix; raises a ValueError where it cannot be read as such rows."""
-    from datasets import load_dataset
+    import pandas
+    from datasets import Features, Value, load_dataset
     from datasets.exceptions import DatasetGenerationError
 
     # `load_dataset` takes a name for a pattern, and the working folder too where a name is relative to it.
     name = glob.escape(str(file.absolute()))
+    options: dict[str, Any] = {}
     try:
-        return load_dataset(reader_of(file), data_files=name, split="train", streaming=streaming)
-    except DatasetGenerationError as error:
+        if reader_of(file) == "csv":
+            # Each value as it is written: else a text "NA" is null, and one of digits a number.
+            names = pandas.read_csv(file, nrows=0).columns
+            options = {"features": Features(dict.fromkeys(names, Value("string"))), "keep_default_na": False}
+        return load_dataset(reader_of(file), data_files=name, split="train", streaming=streaming, **options)
+    except (DatasetGenerationError, ValueError) as error:
         cause = error.__cause__ or error
         raise ValueError(f"file: expected rows of {file.suffix}, given {str(file)!r}: {cause}") from error
 
@@ -107,13 +114,25 @@ def check_rows(rows: list[Any], column: str, tools: list[Any] | None = None, sta
         if not (isinstance(row, str) or is_messages(row)):
             kind = "null" if row is None else f"a value of type {type(row).__name__}"
             raise ValueError(f"text_column: expected text or messages in column {column!r}, given {kind} in row {i}")
-    return rows if tools is None else [*map(with_tools, rows, tools)]
+    return rows if tools is None else [with_tools(*each) for each in zip(rows, tools, itertools.count(start))]
 
 
-def with_tools(row: Any, tools: Any) -> Any:
-    """Messages with their tools, a list or its JSON; a text, and messages without tools, as they are."""
-    tools = json.loads(tools) if isinstance(tools, str) and tools else tools
-    return ToolChat(row, tools) if tools and not isinstance(row, str) else row
+def with_tools(row: Any, tools: Any, i: int) -> Any:
+    """Messages with their tools, a list or its JSON; a text, and messages without tools, as they are.
+
+    Raises:
+        ValueError: the tools of row `i` are neither.
+    """
+    if not tools or isinstance(row, str):
+        return row
+    expected = f"tools: expected a list or its JSON in column {TOOLS_COLUMN!r}"
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    except ValueError as error:
+        raise ValueError(f"{expected}, given broken JSON in row {i}: {error}") from error
+    if not isinstance(tools, list | None):
+        raise ValueError(f"{expected}, given a value of type {type(tools).__name__} in row {i}")
+    return ToolChat(row, tools) if tools else row
 
 
 def choose_column(names: list[str], name: str) -> str:
@@ -121,7 +140,7 @@ def choose_column(names: list[str], name: str) -> str:
     if name not in names and name == TEXT_COLUMN and MESSAGES_COLUMN in names:
         return MESSAGES_COLUMN
     if name not in names:
-        raise ValueError(f"text_column: expected one of {names}, given {name!r}")
+        raise ValueError(f"text_column: expected one of {names}, given {name!r}; --text-column names another")
     return name
 
 

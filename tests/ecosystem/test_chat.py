@@ -232,6 +232,26 @@ def test_a_training_set_without_the_assistant_is_named(tokenizer: PreTrainedToke
         pack(rows, tokenizer, 16, options)
 
 
+def test_a_validation_set_without_the_assistant_is_named(wide: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    chats = [chat[:1] for chat in CHATS]
+    message = "--assistant-only: expected turns of the assistant in the text, given none"
+    with pytest.raises(ValueError, match=message):
+        cut_windows(ValidationText(chats, "data", None), tokenizer, True, 16, 8)
+    with pytest.raises(ValueError, match=message):
+        evaluate(AutoModelForCausalLM.from_pretrained(wide).eval(), tokenizer, render(tokenizer, chats, True))
+
+
+@pytest.mark.parametrize(
+    ("tools", "given"), [('[{"name"', "broken JSON in row 1: "), ('{"name": "says"}', "a value of type dict in row 1")]
+)
+def test_tools_that_are_no_list_are_named(tmp_path: Path, tools: str, given: str) -> None:
+    file = tmp_path / "tools.jsonl"
+    rows = [{"messages": CHATS[0], "tools": each} for each in ("[]", tools)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=f"expected a list or its JSON in column 'tools', given {given}"):
+        read_texts(file)
+
+
 def test_the_commands_take_messages(wide: Path, chat_file: Path, tmp_path: Path) -> None:
     def run(*arguments: Any) -> str:
         result = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)

@@ -1,5 +1,6 @@
 """Checks the `hf-mos` command: its output, the files it writes, and its errors."""
 
+import csv
 import json
 import math
 import os
@@ -41,6 +42,7 @@ from hf_mos import MoSForCausalLM
 from hf_mos.tools import cli, loading
 from hf_mos.tools.card import eval_results
 from hf_mos.tools.evaluate import choose_window, evaluate, positions_of
+from hf_mos.tools.texts import load_rows, read_texts
 from hf_mos.training.callbacks import StopOnNonFiniteLoss
 
 COMMANDS = ("convert", "export", "evaluate", "inspect", "train", "card", "push", "serve")
@@ -113,6 +115,14 @@ def test_help_in_a_narrow_terminal_names_each_option_whole(command: str) -> None
         ),
         ("card OLD", 1, "backbone_model_type: expected a model type that transformers knows"),
         ("convert BASE OUT --dtype float12", 2, "dtype: expected 'auto' or a dtype of torch"),
+        ("evaluate BASE --validation-file TEXT --dtype int8", 2, "dtype: expected 'auto' or a dtype of torch"),
+        ("evaluate BASE --validation-file TEXT --dtype float8_e4m3fn", 2, "dtype: expected 'auto' or a dtype of"),
+        ("evaluate BASE --validation-file TEXT --dtype complex64", 2, "dtype: expected 'auto' or a dtype of torch"),
+        (
+            "evaluate BASE --validation-file TEXT --prefix-token-id 99999",
+            1,
+            "prefix_token_id: expected a token below the model's 300, given 99999",
+        ),
         ("convert BASE OUT --device cuda:99", 2, "device: expected one that torch can use, given 'cuda:99'"),
         ("convert BASE BASE", 2, "folder: expected another than the model's own"),
         ("convert BASE MIXTURE", 2, "which holds a checkpoint"),
@@ -134,6 +144,11 @@ def test_help_in_a_narrow_terminal_names_each_option_whole(command: str) -> None
             1,
             "text_column: expected one of ['text'], given 'words'",
         ),
+        (
+            "evaluate BASE --validation-file CONVERSATIONS",
+            1,
+            "text_column: expected one of ['conversations'], given 'text'; --text-column names another",
+        ),
         ("evaluate BASE --validation-file BROKEN", 1, "file: expected rows of .jsonl, given"),
         ("train --model BASE --output-dir out --train-file EMPTY_TXT", 1, "which is empty"),
         ("train --model BASE --output-dir out --train-file BYTES_TXT", 1, "file: expected UTF-8"),
@@ -141,7 +156,7 @@ def test_help_in_a_narrow_terminal_names_each_option_whole(command: str) -> None
         (
             "train --model BASE --output-dir out --train-file LINE",
             1,
-            "--validation-share: expected more rows or lines to take 0.05 of",
+            "--validation-share: expected at least 2 rows or lines for 0.05, --validation-file, or",
         ),
         ("convert ENCODER OUT", 2, "a BertConfig with is_decoder false: each of its tokens sees those after it"),
         ("train --model BASE --output-dir out", 2, "expected --train-file or --dataset-name"),
@@ -185,8 +200,9 @@ def test_what_is_wrong_is_said_without_a_traceback(
         ("BYTES_TXT", b"\xff\xfe"),
         ("LINE", b"One line."),
         ("BROKEN", b'{"text'),
+        ("CONVERSATIONS", b'{"conversations": [{"role": "user", "content": "a"}]}'),
     ):
-        places[name] = (tmp_path / name).with_suffix(".jsonl" if name == "BROKEN" else ".txt")
+        places[name] = (tmp_path / name).with_suffix(".jsonl" if content[:1] == b"{" else ".txt")
         places[name].write_bytes(content)
     places["ENCODER"] = tmp_path / "encoder"
     BertConfig().save_pretrained(places["ENCODER"])
@@ -634,12 +650,27 @@ def test_a_suffix_may_be_in_upper_case(
     assert json.loads(printed.out)["num_bytes"] == len("Sentence 3 says")
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_text_of_csv_is_as_it_is_written(tmp_path: Path, streaming: bool) -> None:
+    """Whatever the column next to it holds, and with no value that means null, or a number."""
+    texts = ["NA", "null", "None", "", "nan", "012", "1e3", "true", "A, b"]
+    numbers = ["1", "", "x", "NA", "2.5", "", "", "", ""]
+    file = tmp_path / "rows.csv"
+    with file.open("w", encoding="utf-8", newline="") as lines:
+        csv.writer(lines).writerows([("id", "text"), *zip(numbers, texts, strict=True)])
+    assert [row["text"] for row in load_rows(file, streaming)] == texts
+    assert read_texts(file) == texts
+    file.write_bytes(b"text\n\xff\n" if streaming else b"\n\n")
+    with pytest.raises(ValueError, match=r"file: expected rows of \.csv, given"):
+        next(iter(load_rows(file)))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "given"),
     [
         ("some.jsonl", '{"text": "Sentence"}\n{"text": null}\n', "null in row 1"),
         ("all.jsonl", '{"text": null}\n{"text": null}\n', "null in row 0"),
-        ("numbers.csv", "text\n1\n2\n", "a value of type int in row 0"),
+        ("numbers.jsonl", '{"text": 1}\n', "a value of type int in row 0"),
         ("lists.jsonl", '{"text": ["Sentence"]}\n{"text": []}\n', "a value of type list in row 0"),
     ],
 )
