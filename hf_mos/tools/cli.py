@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 from .exit_codes import DONE, FAILED, INTERRUPTED, REFUSED, OptionError, before_work
 from .head_options import with_head_options
 from .places import check_checkpoint, check_exists, check_file
-from .texts import ASSISTANT_ONLY_HELP, TEXT_COLUMN, TEXT_COLUMN_HELP
+from .texts import ASSISTANT_ONLY_HELP, SPLIT, TEXT_COLUMN, TEXT_COLUMN_HELP, check_file_options
 
 try:
     import typer
@@ -255,7 +255,7 @@ def evaluate_command(
     dataset_config_name: Annotated[
         str | None, typer.Option(help="Configuration of the dataset.", show_default=False)
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = SPLIT,
     text_column: TextColumn = TEXT_COLUMN,
     assistant_only: Annotated[bool, typer.Option("--assistant-only", help=ASSISTANT_ONLY_HELP)] = False,
     join_rows: Annotated[
@@ -300,7 +300,7 @@ def evaluate_command(
         given = "neither" if validation_file is None else "both"
         raise typer.BadParameter(f"expected --validation-file or --dataset-name, one of the two, given {given}")
     with before_work():
-        check_file(validation_file)
+        check_file_options(validation_file, text_column, dataset_config_name, split)
         check_exists(model)
     from .chat import join, render
     from .evaluate import choose_window, evaluate
@@ -410,7 +410,7 @@ def inspect_command(
     if text is None and validation_file is None:
         raise typer.BadParameter("expected --text or --validation-file, given neither")
     with before_work():
-        check_file(validation_file)
+        check_file_options(validation_file, text_column)
         check_exists(model)
     from .chat import Text, beginning, render
     from .evaluate import choose_window

@@ -11,6 +11,7 @@ from .places import check_file
 Messages: TypeAlias = list[dict[str, Any]]
 
 TEXT_COLUMN, MESSAGES_COLUMN, TOOLS_COLUMN = "text", "messages", "tools"
+SPLIT = "test"
 TEXT_COLUMN_HELP = "Column with the text or the chat messages of each row. If no column is named `text`: `messages`."
 ASSISTANT_ONLY_HELP = "In rows of messages, compute the loss on the assistant's turns only."
 # The readers of `datasets.load_dataset`.
@@ -57,6 +58,21 @@ def check_text(file: Path) -> None:
             raise ValueError(f"file: expected UTF-8, given {str(file)!r}: {error}") from error
 
 
+def check_file_options(
+    file: Path | None, text_column: str, config_name: str | None = None, split: str = SPLIT
+) -> None:
+    """Raises a ValueError where there is no such file, and for an option that has no meaning for it."""
+    check_file(file)
+    if file is None:
+        return
+    if config_name is not None:
+        raise ValueError(f"--dataset-config-name: expected none with --validation-file, given {config_name!r}")
+    if split != SPLIT:
+        raise ValueError(f"--split: expected none with --validation-file, given {split!r}")
+    if reader_of(file) == "text" and text_column != TEXT_COLUMN:
+        raise ValueError(f"--text-column: expected none with a file of plain text, given {text_column!r}")
+
+
 def load_rows(file: Path, streaming: bool = False) -> Any:
     """The rows of a file, by the reader for its suffix; raises a ValueError where it cannot be read as such rows."""
     import pandas
@@ -78,7 +94,7 @@ def load_rows(file: Path, streaming: bool = False) -> Any:
 
 
 def read_dataset(
-    name: str, config_name: str | None = None, split: str = "test", text_column: str = TEXT_COLUMN
+    name: str, config_name: str | None = None, split: str = SPLIT, text_column: str = TEXT_COLUMN
 ) -> list[str] | list[Messages]:
     """Reads the rows of a dataset of the Hub, or of a folder that `load_dataset` reads.
 

@@ -134,6 +134,18 @@ def test_help_in_a_narrow_terminal_names_each_option_whole(command: str) -> None
         ("export ./none OUT", 2, "model: expected a folder or a Hub id, given './none', which is neither"),
         ("evaluate BASE", 2, "expected --validation-file or --dataset-name, one of the two, given neither"),
         ("evaluate BASE --validation-file TEXT --dataset-name x", 2, "given both"),
+        ("evaluate BASE --validation-file ROWS --split x", 2, "--split: expected none with --validation-file, given"),
+        (
+            "evaluate BASE --validation-file ROWS --dataset-config-name x",
+            2,
+            "--dataset-config-name: expected none with --validation-file, given 'x'",
+        ),
+        (
+            "evaluate BASE --validation-file TEXT --text-column x",
+            2,
+            "--text-column: expected none with a file of plain text, given 'x'",
+        ),
+        ("inspect MIXTURE --validation-file TEXT --text-column x", 2, "expected none with a file of plain text"),
         ("evaluate BASE --validation-file none.txt", 2, "file: expected a file, given 'none.txt', which is none"),
         ("evaluate BASE --validation-file EMPTY", 1, "which is empty"),
         ("evaluate BASE --validation-file BYTES", 1, "file: expected UTF-8"),
