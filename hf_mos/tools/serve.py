@@ -4,7 +4,9 @@ The server searches for a model's class inside transformers, so this module firs
 server lists the models of the Hub cache; here it lists the served model instead. The rest is `transformers serve`.
 """
 
+import socket
 import time
+from itertools import pairwise
 from typing import Any
 
 import transformers
@@ -54,6 +56,20 @@ def load_model(manager: ModelManager, name: str, *args: Any, **options: Any) -> 
     return load_by_name(manager, name, *args, **options)
 
 
+def check_address(arguments: list[str]) -> None:
+    """Raises a ValueError where the server could not listen. It would then serve nothing, and not end."""
+    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    given = dict(pairwise(words))
+    host, port = given.get("--host", "localhost"), given.get("--port", "8000")
+    if port.isdecimal():
+        try:
+            socket.create_server((host, int(port))).close()
+        except (OSError, OverflowError) as error:
+            raise ValueError(
+                f"--host, --port: expected an address to listen on, given {host}:{port}: {error}"
+            ) from error
+
+
 def serve(arguments: list[str], prog: str) -> None:
     """Runs the server until it is interrupted.
 
@@ -64,11 +80,12 @@ def serve(arguments: list[str], prog: str) -> None:
     Raises:
         ImportError: the server's packages are not installed.
         OSError: there is no such model.
-        OptionError: the model can only be a folder, and there is no such folder.
+        OptionError: the model can only be a folder, and there is no such folder; or the port is in use.
     """
     if arguments and not arguments[0].startswith("-"):
         with before_work():
             check_exists(arguments[0])
+            check_address(arguments)
     ModelManager.get_gen_models = list_models  # type: ignore[assignment,method-assign]
     ModelManager._load_model = load_model  # type: ignore[assignment,method-assign]
     app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)

@@ -47,7 +47,7 @@ from ..training.callbacks import MixtureUsage, StopOnNonFiniteLoss, last_whole_c
 from ..training.hidden_states import HiddenStateRows, bytes_of, freeze_backbone, keep_hidden_states
 from .blocks import ValidationSet, ValidationText, cut_windows, load_text, pack
 from .card import CARD_FILE, eval_results, model_card
-from .evaluate import IGNORED, Window, check_tokens, choose_window, collate, positions_of, target_nll
+from .evaluate import IGNORED, Window, check_tokens, choose_window, collate, perplexity_of, positions_of, target_nll
 from .exit_codes import REFUSED, OptionError, before_work
 from .head_options import ALL, TIE, describe_head
 from .loading import hub_options, is_mixture, load_config, load_tokenizer
@@ -172,7 +172,7 @@ class CardTrainer(Trainer):
                 "assistant_only": self.assistant_only,
                 "window": self.validation.window,
                 "stride": self.validation.stride,
-                "perplexity": math.exp(losses[-1]),
+                "perplexity": perplexity_of(losses[-1]),
                 "bits_per_byte": nats / (math.log(2) * self.validation.num_bytes),
             }
         )
@@ -189,7 +189,7 @@ def mean_nats(prediction: EvalPrediction) -> dict[str, float]:
         np.asarray(part, dtype=np.float64).sum() for part in (prediction.predictions, prediction.label_ids)
     )
     loss = float(nats / counts)
-    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+    return {"loss": loss, "perplexity": perplexity_of(loss)}
 
 
 def main() -> None:

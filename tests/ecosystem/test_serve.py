@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -121,6 +122,15 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     process = run_command("serve", "./none", cache=tmp_path, code=2)
     assert "Traceback" not in process.stderr
     assert "./none" in process.stderr
+
+
+def test_a_port_in_use_is_refused(mixture: Path, tmp_path: Path) -> None:
+    """The server would say so, and then neither serve nor end."""
+    with socket.create_server(("localhost", 0)) as other:
+        port = other.getsockname()[1]
+        for words in (["--port", port], [f"--port={port}"]):
+            process = run_command("serve", mixture, *words, cache=tmp_path, code=2)
+            assert f"expected an address to listen on, given localhost:{port}" in process.stderr
 
 
 def test_the_help_has_the_options_of_the_server(tmp_path: Path) -> None:
