@@ -31,7 +31,7 @@ from .remote_code.configuration_mos import (
 )
 from .remote_code.modeling_mos import MoSForCausalLM, model_class_for
 from .remote_code.mos_checkpoint import CONFIG_FILE, STAGING_PREFIX
-from .remote_code.mos_head import MoSLMHead, change_class
+from .remote_code.mos_head import change_class, is_own
 from .remote_code.mos_matmul import is_plain
 
 WRITES_LOGITS = ("chameleon",)  # model types whose forward sets the logits of some classes itself
@@ -123,7 +123,7 @@ def to_softmax(model: MoSForCausalLM) -> PreTrainedModel:
     """
     head: Any = model.mos_head
     path = model.head_path()
-    if head is None or type(head).latents is not MoSLMHead.latents:
+    if head is None or not is_own(head):
         given = type(model.get_output_embeddings() if head is None else head).__name__
         raise ValueError(f"{path}: expected a MoSLMHead, whose latents are h and shifts, given {given}")
     refuse_changed_weights(model)

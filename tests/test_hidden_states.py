@@ -234,6 +234,8 @@ def test_a_router_whose_correction_bias_changed_runs_again(tmp_path: Path) -> No
 def test_a_config_and_a_precision_that_changed_run_again(tmp_path: Path) -> None:
     model, rows = frozen("llama"), rows_of(2)
     assert_made_anew(model, rows, tmp_path)
+    model.config.use_cache = not model.config.use_cache  # as the Trainer does
+    assert_read(model, rows, tmp_path)
     model.config.rms_norm_eps = 0.5
     assert_made_anew(model, rows, tmp_path)
     for dtype in (torch.bfloat16, torch.float16):

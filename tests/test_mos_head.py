@@ -1,6 +1,7 @@
 """Checks the head alone: its outputs, its initialisation, and its extension point."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -193,6 +194,31 @@ def test_a_subclass_may_have_latents_of_its_own(options, reduction):
     gradients = (torch.autograd.grad(value.sum(), leaves) for value in (loss, expected))
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        torch.testing.assert_close(head(hidden_states), log_probs)
+
+
+@pytest.mark.parametrize("of_instance", [False, True])
+@pytest.mark.parametrize("options", [{}, {"shortlist_size": 5}, {"shortlist_size": 5, "shift_rank": 4}], ids=str)
+@pytest.mark.parametrize("name", ["latents", "shifts", "codes", "widen", "prior_logits"])
+def test_a_part_that_is_replaced_counts_in_loss_and_log_probabilities(name, options, of_instance):
+    head = trained(make_head(**options)).double()
+    hidden_states, targets = inputs()
+    hidden_states = hidden_states.double()
+    before = head(hidden_states)
+
+    def changed(self, *arguments):
+        return torch.sin(2 * getattr(MoSLMHead, name)(self, *arguments))
+
+    if of_instance:
+        setattr(head, name, types.MethodType(changed, head))
+    else:
+        head.__class__ = type("Changed", (MoSLMHead,), {name: changed})
+    log_probs = head(hidden_states)
+    assert not torch.allclose(log_probs, before)
+    torch.testing.assert_close(
+        head(hidden_states, targets=targets), F.nll_loss(log_probs.flatten(0, 1), targets.flatten())
+    )
     with torch.no_grad():
         torch.testing.assert_close(head(hidden_states), log_probs)
 

@@ -427,7 +427,8 @@ def test_heads_of_a_real_model_by_its_command(tmp_path, data_dir, pretrained):
     printed = run("real_model.py", *arguments)
     heads = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")][2:]
     assert heads[:2] == ["as it is", "softmax"]
-    assert {"contexts K=4", "rescored K=2 M=64", "mixture K=16 M=256", "mixture K=16"} <= set(heads)
+    assert {"contexts K=4", "rescored K=2 M=64", "mixture K=16 M=64 shift_rank=128"} <= set(heads)
+    assert {"mixture K=16 M=256 shift_rank=1000000", "mixture K=16 shift_rank=1000000"} <= set(heads)
     runs = json.loads((tmp_path / "real_model.json").read_text())["runs"]
     base, *trained = runs
     assert base["settings"]["base"] == "llama"

@@ -100,6 +100,10 @@ def with_other_latents(model: Any) -> None:
     model.lm_head.__class__ = OtherLatents
 
 
+def with_another_prior(model: Any) -> None:
+    model.lm_head.prior_logits = lambda hidden_states: MoSLMHead.prior_logits(model.lm_head, hidden_states).tanh()
+
+
 def with_another_head(model: Any) -> None:
     model.lm_head = nn.Linear(32, 97, bias=False)
 
@@ -119,6 +123,7 @@ def offloaded(model: Any) -> None:
     ("change", "message"),
     [
         (with_other_latents, "lm_head: expected a MoSLMHead, whose latents are h and shifts, given OtherLatents"),
+        (with_another_prior, "lm_head: expected a MoSLMHead, whose latents are h and shifts, given MoSLMHead"),
         (with_another_head, "lm_head: expected a MoSLMHead, whose latents are h and shifts, given Linear"),
         (
             with_an_adapter,

@@ -263,3 +263,19 @@ def test_an_adafactor_that_hardly_moves_the_shift_is_named(
     caplog.clear()
     run_trainer(model, tmp_path, optimizers(model)[name], steps=1)  # no longer new
     assert "Adafactor" not in caplog.text
+
+
+@needs_peft
+def test_the_look_at_an_adapter_leaves_other_hooks_removable() -> None:
+    from peft import get_peft_model
+
+    model = get_peft_model(new_mixture(), adapter("LORA", ["shift"]))
+    shift = model.get_base_model().lm_head.shift
+    calls: list[int] = []
+    handle = shift.register_forward_hook(lambda *_: calls.append(1))
+    train(model, 1)
+    assert calls
+    handle.remove()
+    calls.clear()
+    train(model, 1)
+    assert not calls

@@ -96,10 +96,8 @@ class MoSConfig(PreTrainedConfig):
         model_type, backbone_type = config_dict.get("model_type"), config_dict.get(BACKBONE_TYPE)
         own = model_type == MODEL_TYPE or (cls is not MoSConfig and model_type == cls.model_type)
         if not own and "num_mixtures" not in config_dict:
-            raise ValueError(
-                f"model_type: expected {MODEL_TYPE!r}, given {model_type!r}."
-                + (" To put a mixture head on that model, call MoSForCausalLM.from_causal_lm." if model_type else "")
-            )
+            advice = "To put a mixture head on another model, call MoSForCausalLM.from_causal_lm."
+            raise ValueError(f"model_type: expected {MODEL_TYPE!r}, given {model_type!r}. {advice}")
         if (known := backbone_type if model_type == MODEL_TYPE else model_type) not in CONFIG_MAPPING:
             raise ValueError(f"{BACKBONE_TYPE}: expected a model type that transformers knows, given {known!r}")
         backbone: Any = CONFIG_MAPPING[known]  # type: ignore[index]

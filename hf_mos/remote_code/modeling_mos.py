@@ -38,7 +38,7 @@ from .configuration_mos import (
     take_softcap,
 )
 from .mos_checkpoint import SavedCheckpoint, check_files, check_loaded, own_class, replace_checkpoint, whole_state_dict
-from .mos_head import MoSLMHead, hand_on, role, role_of
+from .mos_head import MoSLMHead, hand_on, is_own, role, role_of
 from .mos_log_probs import count_items
 from .mos_matmul import has_foreign_hooks
 
@@ -197,7 +197,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         [`MoSLMHead`], which is what would be loaded.
         """
         head: Any = self.mos_head
-        if head is None or type(head).latents is not MoSLMHead.latents:
+        if head is None or not is_own(head):
             expected = f"{self.head_path()}: expected a MoSLMHead, which the files beside the weights define"
             given = type(self.get_output_embeddings() if head is None else head).__name__
             raise ValueError(f"{expected}, given {given}. Save model.state_dict() and the config instead.")
@@ -417,8 +417,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         logits = LEFT_OUT if logits is None and skip_logits is None else logits
         others = {"logits_ngram": None} if hasattr(outputs, "logits_ngram") else {}  # of ProphetNet, for more tokens
         outputs = dataclasses.replace(outputs, loss=loss, logits=logits, **others)
-        returns_dict = self.config.return_dict if return_dict is None else return_dict
-        return outputs if returns_dict else outputs.to_tuple()
+        return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
 
 
 @functools.cache

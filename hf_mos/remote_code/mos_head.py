@@ -143,7 +143,7 @@ class MoSLMHead(nn.Linear):
         The sum of a hidden state and a small shift is rounded; so the shifts are taken as they are. With
         `widens=False` the offsets are codes (..., K, r), which the widening has still to multiply.
         """
-        if type(self).latents is not MoSLMHead.latents:
+        if not is_own(self):
             return mean_and_rest(self.latents(hidden_states))
         mean, offsets = mean_and_rest(self.shifts(hidden_states) if widens else self.codes(hidden_states))
         return hidden_states.to(mean) + (mean if widens else self.widen(mean)), offsets
@@ -151,7 +151,7 @@ class MoSLMHead(nn.Linear):
     def keeps_codes(self, num_tokens: int, decoder: nn.Module | None) -> bool:
         """Whether the loss gets codes, and multiplies decoder and widening: V rows, fewer than all shortlists have."""
         pays = self.shortlist_size is not None and num_tokens * self.shortlist_size >= self.out_features
-        own = type(self).latents is MoSLMHead.latents and self.widening is not None and is_bare(self.widening)
+        own = is_own(self) and self.widening is not None and is_bare(self.widening)
         return pays and own and self.read_decoder(decoder) is not None and not self.weight.is_meta
 
     def components(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,13 +281,13 @@ class MoSLMHead(nn.Linear):
 
     def as_decoder(self, wrapper: nn.Module | None) -> Callable[[Tensor], Tensor]:
         """The function that makes logits of latents: this layer's own, or that of the module around it."""
-        by_position = "ALora" in str(getattr(wrapper, "lora_variant", ""))  # PEFT's reads (batch, sequence, D)
+        kind = f"{type(wrapper)} {getattr(wrapper, 'lora_variant', '')}"  # two of PEFT's read (batch, sequence, D)
 
         def decode(rows: Tensor) -> Tensor:
             if wrapper is None:
                 return F.linear(rows, *self.weight_and_bias(rows.dtype))
             with role(self, "decoder"):
-                if rows.dim() < 4 or not by_position:
+                if rows.dim() < 4 or not ("ALora" in kind or ".oft." in kind):
                     return wrapper(rows)
                 return torch.stack([wrapper(latent) for latent in rows.unbind(-2)], dim=-2)
 
@@ -306,6 +306,12 @@ class MoSLMHead(nn.Linear):
     def extra_repr(self) -> str:
         names = ("num_mixtures", "shortlist_size", "shift_rank", "latent_scale", "softcap")
         return ", ".join([super().extra_repr(), *(f"{name}={getattr(self, name)}" for name in names)])
+
+
+def is_own(head: Any) -> bool:
+    """Whether a head makes latents and prior as `MoSLMHead` does, which is what the files of a checkpoint define."""
+    names = ("latents", "shifts", "codes", "widen", "prior_logits")
+    return all(name not in vars(head) and getattr(type(head), name) is getattr(MoSLMHead, name) for name in names)
 
 
 def draw_(weight: Any, std: float, seed: int) -> None:

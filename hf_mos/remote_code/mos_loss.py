@@ -258,9 +258,6 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-NOTHING = LossInputs(*[False] * 6)  # of the gradients is wanted
-
-
 class MoSCrossEntropy(torch.autograd.Function):
     """`mos_cross_entropy` without its checks."""
 
@@ -268,7 +265,7 @@ class MoSCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, options: LossOptions, reduction: str, targets: Tensor, *tensors: Tensor | None) -> Tensor:
         ctx.save_for_backward(targets, *tensors)
         ctx.options, ctx.reduction = options, reduction
-        wanted = NOTHING if options.waits(reduction) else LossInputs(*ctx.needs_input_grad[3:])
+        wanted = LossInputs(*[False] * 6 if options.waits(reduction) else ctx.needs_input_grad[3:])
         with torch.autocast(targets.device.type, enabled=False):
             nll, ctx.gradients = loss_of(options)(LossInputs(*tensors), targets, options, wanted)
         return reduce(nll, targets != options.ignore_index, reduction)

@@ -31,9 +31,8 @@ def look(adapter: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     asks = adapter.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if not asks or getattr(adapter, "disable_adapters", False):
         return
-    adapter._forward_hooks = type(adapter._forward_hooks)(
-        (key, hook) for key, hook in adapter._forward_hooks.items() if hook is not look
-    )
+    for key in [key for key, hook in adapter._forward_hooks.items() if hook is look]:
+        del adapter._forward_hooks[key]  # in the same dict, to which the handles of other hooks refer
     kind = type(adapter).__module__.split(".")[-2]
     largest = output.detach().abs().amax()
     advice = 'train it whole, by modules_to_save=["lm_head.shift"], or by LoRA, or name other target_modules'

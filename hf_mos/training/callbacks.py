@@ -24,7 +24,7 @@ from transformers.utils import logging
 from ..remote_code.configuration_mos import option_defaults
 from ..remote_code.modeling_mos import shift
 from ..remote_code.mos_checkpoint import STAGING_PREFIX, check_files, read_header
-from ..remote_code.mos_head import MoSLMHead
+from ..remote_code.mos_head import MoSLMHead, is_own
 from .adapters import NOTICEABLE
 from .mixture_statistics import MixtureStatistics, StatisticsSum, predict_in_chunks
 
@@ -59,6 +59,7 @@ class StopOnNonFiniteLoss(TrainerCallback):
     ) -> None:
         args.logging_nan_inf_filter = False  # so that a log shows the loss itself
         self.is_bad = None
+        forget_hooks(model, StopOnNonFiniteLoss)
         self.hook = model.register_forward_hook(self.look)
 
     def look(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
@@ -93,6 +94,13 @@ class StopOnNonFiniteLoss(TrainerCallback):
         self.hook.remove()
         last = last_whole_checkpoint(args.output_dir) if args.output_dir else None
         raise FloatingPointError(f"{fault}. Last whole checkpoint: {last}")
+
+
+def forget_hooks(module: nn.Module, kind: type) -> None:
+    """Removes the hooks that callbacks of this kind left when a training was interrupted."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), kind)]:
+            del hooks[key]
 
 
 # --------------------------------------------------------------------------------------------------------- the mixture
@@ -156,9 +164,13 @@ class MixtureUsage(TrainerCallback):
         self.starved, self.still, self.mean_weights = {}, [], None
         warn_of_small_steps(self.head, kwargs.get("optimizer"))
         self.decoder = model.get_output_embeddings()  # the head, or what is around it
+        # Under prompt tuning the model inside gets the labels that belong to its tokens.
+        called = model.get_base_model() if hasattr(model, "get_base_model") else model
+        for module in (called, self.head.prior):
+            forget_hooks(module, MixtureUsage)
         # The head itself has no hook, for which the model would compute the loss from logits.
         self.hooks = [
-            model.register_forward_pre_hook(self.note_targets, with_kwargs=True),
+            called.register_forward_pre_hook(self.note_targets, with_kwargs=True),
             self.head.prior.register_forward_pre_hook(self.keep),
         ]
 
@@ -231,8 +243,8 @@ class MixtureUsage(TrainerCallback):
     @torch.no_grad()
     def warn_of_still(self, head: MoSLMHead, hidden_states: Tensor, step: int) -> None:
         """Warns where all components stay equal."""
-        is_own = type(head).latents is MoSLMHead.latents and head.num_mixtures > 1
-        is_still = is_own and float(head.shifts(hidden_states).abs().amax()) < NOTICEABLE
+        can_tell = is_own(head) and head.num_mixtures > 1
+        is_still = can_tell and float(head.shifts(hidden_states).abs().amax()) < NOTICEABLE
         before, self.still = self.still, [*self.still, step] if is_still else []
         if persists(self.still, self.starved_for) and not persists(before, self.starved_for):
             logger.warning(

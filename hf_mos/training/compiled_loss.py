@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..remote_code import mos_loss
 from ..remote_code.mos_log_probs import divisor, reduce
-from ..remote_code.mos_loss import NOTHING, LossInputs, LossOptions, differentiable_once, gradients_for, loss_of
+from ..remote_code.mos_loss import LossInputs, LossOptions, differentiable_once, gradients_for, loss_of
 
 
 def apply_when_compiling(options: LossOptions, reduction: str, targets: Tensor, *inputs: Tensor | None) -> Tensor:
@@ -40,7 +40,7 @@ def cross_entropy_operator(
     options = LossOptions(softcap, shortlist_size, ignore_index, work_dtype)
     inputs = LossInputs(latents, offsets, prior_logits, decoder_weight, decoder_bias, widening)
     waits = options.waits(reduction) and token_weights is None
-    wants = NOTHING if waits else LossInputs(*wanted)
+    wants = LossInputs(*[False] * 6 if waits else wanted)
     with torch.autocast(targets.device.type, enabled=False):
         nll, gradients = loss_of(options)(inputs, targets, options, wants, token_weights)
     loss = reduce(nll, targets != ignore_index, reduction)

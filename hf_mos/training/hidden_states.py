@@ -315,7 +315,8 @@ def tensors_of(model: MoSForCausalLM, rows: Sequence[Row], index: int) -> dict[s
 def digest_of_backbone(model: MoSForCausalLM) -> Any:
     """A digest of the backbone's config, classes, weights, buffers, numbers and hooks, and of its run's precision."""
     head: Any = model.mos_head
-    config = {name: value for name, value in model.config.to_diff_dict().items() if name not in option_defaults()}
+    without_effect = {*option_defaults(), "use_cache"}  # the Trainer changes the latter
+    config = {name: value for name, value in model.config.to_diff_dict().items() if name not in without_effect}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, module in backbone_modules(model):
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())

@@ -11,6 +11,7 @@ from helpers import HEADS, greedy, random_tokens, run_python, tiny_causal_lm, ti
 from peft import (
     IA3Config,
     LoraConfig,
+    OFTConfig,
     PeftConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -269,6 +270,24 @@ def test_adapters_of_positions_and_of_rows_on_the_decoder(
         found.append((logits, model.generate(**given, max_new_tokens=5, do_sample=False)))
     torch.testing.assert_close(found[1][0], found[0][0], atol=1e-4, rtol=1e-4)
     assert torch.equal(found[1][1], found[0][1])
+
+
+@pytest.mark.parametrize("options", [{}, {"shortlist_size": None}], ids=str)
+def test_rotations_of_the_decoder(options: dict[str, Any]) -> None:
+    """OFT takes an input of four dimensions for that of a convolution."""
+    softmax = tiny_causal_lm("llama")
+    found = []
+    for base in (softmax, MoSForCausalLM.from_causal_lm(copy.deepcopy(softmax), **options)):
+        config = OFTConfig(target_modules=["lm_head"], oft_block_size=4, r=0, task_type="CAUSAL_LM")
+        torch.manual_seed(0)
+        model = get_peft_model(base, config)
+        for path, weight in model.named_parameters():
+            if "oft_" in path:
+                weight.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+        losses = [candidate(TOKENS, labels=TOKENS).loss for candidate in (model.train(), model.eval())]
+        found.append((*losses, model(TOKENS).logits.log_softmax(-1)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("target_modules", ["all-linear", ["q_proj", "lm_head"]], ids=str)

@@ -1,5 +1,6 @@
 """Checks the callbacks: a failing run stops and can resume, and a starved component is reported."""
 
+import contextlib
 import functools
 import json
 import math
@@ -58,6 +59,35 @@ def test_a_loss_that_is_not_finite_stops_the_run(options: dict[str, Any], tmp_pa
     assert MoSForCausalLM.from_pretrained(tmp_path / "checkpoint-4").lm_head.prior.weight.isfinite().all()
     # The same model can be trained on, without the callback's hook.
     assert not run.model._forward_hooks
+
+
+def test_interrupted_runs_leave_no_hooks(tmp_path: Path) -> None:
+    """As those of a notebook, and of `auto_find_batch_size`."""
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, *arguments: Any, **options: Any) -> None:
+            raise KeyboardInterrupt
+
+    model = tiny_mos()
+    for callbacks in ([Interrupt()], [Interrupt()], []):
+        run = trainer(tmp_path, model, [StopOnNonFiniteLoss(), *callbacks])
+        MixtureUsage().add_to(run)
+        with pytest.raises(KeyboardInterrupt) if callbacks else contextlib.nullcontext():
+            run.train()
+    for module in (model, model.mos_head.prior):
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
+def test_usage_is_logged_under_prompt_tuning(tmp_path: Path) -> None:
+    """PEFT puts tokens before those of the batch, and labels to them."""
+    peft = pytest.importorskip("peft")
+    prompted = peft.get_peft_model(tiny_mos(), peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    run = trainer(tmp_path, prompted, [])
+    MixtureUsage().add_to(run)
+    run.train()
+    assert all("mixture_entropy" in entry for entry in run.state.log_history if "loss" in entry)
 
 
 def test_a_loss_computed_outside_the_model_stops_the_run_when_logged(tmp_path: Path) -> None:
