@@ -32,7 +32,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_mos import MoSForCausalLM
+from hf_mos import MoSConfig, MoSForCausalLM
 from hf_mos.tools import blocks, train
 from hf_mos.tools.blocks import PIECE, cut_windows, load_text, pack
 from hf_mos.tools.evaluate import evaluate
@@ -372,6 +372,21 @@ def test_new_weights_and_the_softmax_to_compare(
     for head, kind in (("mixture", MoSForCausalLM), ("softmax", LlamaForCausalLM)):
         run(*source, "--head", head, "--train-file", text_file, "--output-dir", tmp_path / head, "--max-steps", 1)
         assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / head), kind)
+
+
+def test_new_weights_by_the_config_of_a_mixture(
+    tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None]
+) -> None:
+    """The scale of the shifts is that of a new model, not that of the conversion."""
+    data = ["--train-file", text_file, "--max-steps", 1]
+    run("--model", base, "--num-mixtures", 3, *data, "--output-dir", tmp_path / "first")
+    assert MoSConfig.from_pretrained(tmp_path / "first").latent_scale == 320 / 32
+    source = ["--from-scratch", tmp_path / "first" / "config.json", "--tokenizer", base]
+    for options, scale in (([], 3.2 / 32), (["--latent-scale", 0.5], 0.5)):
+        out = tmp_path / str(scale)
+        run(*source, *options, *data, "--output-dir", out)
+        model = AutoModelForCausalLM.from_pretrained(out)
+        assert (model.config.num_mixtures, model.mos_head.latent_scale) == (3, pytest.approx(scale))
 
 
 def test_rows_of_a_dataset_end_with_the_end_token(tmp_path: Path, base: Path, run: Callable[..., None]) -> None:

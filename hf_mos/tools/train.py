@@ -416,6 +416,10 @@ def read_config(options: ModelOptions) -> PreTrainedConfig:
         return config
     if options.head == "softmax":
         raise ValueError(f"--head softmax: expected a model without a mixture, given {options.model!r}")
+    if options.from_scratch is not None:  # the scale of a trained model does not suit a new one
+        for name, value in ({"latent_scale": None} | options.head_options).items():
+            setattr(config, name, value)
+        return config
     found = {name: getattr(config, name) for name in (*option_defaults(), TIE)}
     refuse_other_options(options.head_options, found, "the model")
     return config
