@@ -265,7 +265,7 @@ class MoSCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, options: LossOptions, reduction: str, targets: Tensor, *tensors: Tensor | None) -> Tensor:
         ctx.save_for_backward(targets, *tensors)
         ctx.options, ctx.reduction = options, reduction
-        wanted = LossInputs(*[False] * 6 if options.waits(reduction) else ctx.needs_input_grad[3:])
+        wanted = LossInputs(*(wants and not options.waits(reduction) for wants in ctx.needs_input_grad[3:]))
         with torch.autocast(targets.device.type, enabled=False):
             nll, ctx.gradients = loss_of(options)(LossInputs(*tensors), targets, options, wanted)
         return reduce(nll, targets != options.ignore_index, reduction)

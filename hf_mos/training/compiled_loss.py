@@ -40,7 +40,7 @@ def cross_entropy_operator(
     options = LossOptions(softcap, shortlist_size, ignore_index, work_dtype)
     inputs = LossInputs(latents, offsets, prior_logits, decoder_weight, decoder_bias, widening)
     waits = options.waits(reduction) and token_weights is None
-    wants = LossInputs(*[False] * 6 if waits else wanted)
+    wants = LossInputs(*(each and not waits for each in wanted))
     with torch.autocast(targets.device.type, enabled=False):
         nll, gradients = loss_of(options)(inputs, targets, options, wants, token_weights)
     loss = reduce(nll, targets != ignore_index, reduction)
