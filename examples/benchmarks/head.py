@@ -2,7 +2,7 @@
 
     python examples/benchmarks/head.py
     python examples/benchmarks/head.py --num-tokens 2048 --rounds 3
-    python examples/benchmarks/head.py --size 4096x128256 --num-tokens 128
+    python examples/benchmarks/head.py --size 4096x32000 --rounds 3 --head "the default"
 
 Each time is the median of calls that take turns, forward and backward in fp32, in processor seconds of one thread, so
 that other work on the machine changes them less. One softmax is `cross_entropy(h @ W.T)` in plain torch, and
@@ -81,11 +81,11 @@ def decoding(heads: dict[str, MoSLMHead], weight: Tensor, batch: int, rounds: in
     return {name: value / seconds["softmax"] for name, value in seconds.items()}
 
 
-def rows_of(width: int, num_classes: int, num_tokens: int, rounds: int) -> list[dict[str, Any]]:
+def rows_of(width: int, num_classes: int, names: list[str], num_tokens: int, rounds: int) -> list[dict[str, Any]]:
     hidden_states = torch.randn(num_tokens, width).requires_grad_()
     targets = torch.randint(0, num_classes, (num_tokens,))
-    heads = {name: make_head(width, num_classes, **options) for name, options in HEADS.items()}
-    weight = heads["the default"].weight
+    heads = {name: make_head(width, num_classes, **HEADS[name]) for name in names}
+    weight = heads[names[0]].weight
     seconds = {}
     for trains_decoder in (True, False):
         softmax = (weight, hidden_states, targets, trains_decoder)
@@ -112,15 +112,18 @@ def rows_of(width: int, num_classes: int, num_tokens: int, rounds: int) -> list[
 
 def main(
     size: Annotated[list[str] | None, typer.Option(help="DxV; may be repeated.")] = None,
+    head: Annotated[list[str] | None, typer.Option(help="One of: " + "; ".join(HEADS) + ". May be repeated.")] = None,
     num_tokens: int = 512,
     rounds: int = 5,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     torch.set_num_threads(1)
+    if unknown := set(head or []) - set(HEADS):
+        raise typer.BadParameter(f"expected some of {list(HEADS)}, given {sorted(unknown)}", param_hint="--head")
     rows = []
     for each in size or SIZES:
         width, num_classes = map(int, each.split("x"))
-        rows += rows_of(width, num_classes, num_tokens, rounds)
+        rows += rows_of(width, num_classes, head or list(HEADS), num_tokens, rounds)
     settings = {"num_tokens": num_tokens, "rounds": rounds}
     report("Heads, of one softmax head: forward and backward", rows, settings, json_)
 
