@@ -25,7 +25,7 @@ from .evaluate import positions_of
 from .exit_codes import before_work
 from .head_options import check_head_options, describe_head
 from .loading import check_options, load_model, load_tokenizer
-from .places import delete_unchanged, leftovers
+from .places import check_is_folder, delete_unchanged, leftovers
 
 logger = logging.get_logger(__name__)
 
@@ -126,13 +126,12 @@ def check_folder(folder: Path, model: str | Path, overwrite: bool) -> None:
     """Raises a ValueError if saving would overwrite something, an OSError if it would fail."""
     if Path(model).is_dir() and folder.resolve() == Path(model).resolve():
         raise ValueError(f"folder: expected another than the model's own, given {str(folder)!r}")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"folder: expected a folder, given {str(folder)!r}, a file")
+    check_is_folder(folder, "folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         kind = "a checkpoint" if (folder / "config.json").is_file() else "something else than a checkpoint"
         raise ValueError(f"folder: expected an empty one, or --force, given {str(folder)!r}, which holds {kind}")
     parent = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+    if not os.access(parent, os.W_OK):
         raise OSError(f"folder: expected one that can be written, given {str(folder)!r}: {parent} cannot be")
 
 

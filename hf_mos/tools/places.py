@@ -23,6 +23,12 @@ def check_file(file: Path | None) -> None:
         raise ValueError(f"file: expected a file, given {str(file)!r}, which is none")
 
 
+def check_is_folder(folder: Path, name: str) -> None:
+    """Raises a ValueError where a file is in the place of the folder, or of a folder above it."""
+    if (file := next((path for path in (folder, *folder.parents) if path.is_file()), None)) is not None:
+        raise ValueError(f"{name}: expected a folder, given {str(folder)!r}, where {str(file)!r} is a file")
+
+
 def check_exists(model: str | Path) -> None:
     """Raises a ValueError if the name can only be that of a folder, and there is no such folder."""
     name = str(model)

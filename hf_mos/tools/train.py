@@ -51,7 +51,7 @@ from .evaluate import IGNORED, Window, check_tokens, choose_window, collate, per
 from .exit_codes import REFUSED, OptionError, before_work
 from .head_options import ALL, TIE, describe_head
 from .loading import hub_options, is_mixture, load_config, load_tokenizer
-from .places import delete_unchanged, leftovers
+from .places import check_is_folder, delete_unchanged, leftovers
 from .provenance import describe_machine, own_command
 from .push import pin_card
 from .train_options import LONGEST_DEFAULT_BLOCK, DataOptions, ModelOptions, parse_options
@@ -303,8 +303,7 @@ def train_or_load(trainer: CardTrainer, resume_from: str | None) -> dict[str, fl
 
 def check_output(folder: Path, options: ModelOptions) -> None:
     """Raises a ValueError where the run would overwrite another run, or with --force the model that it starts from."""
-    if (file := next((path for path in (folder, *folder.parents) if path.is_file()), None)) is not None:
-        raise ValueError(f"--output-dir: expected a folder, given {str(folder)!r}, where {str(file)!r} is a file")
+    check_is_folder(folder, "--output-dir")
     if options.force:
         source = Path(options.source).resolve()
         is_checkpoint = source.name.startswith(PREFIX_CHECKPOINT_DIR) and source.parent == folder.resolve()
