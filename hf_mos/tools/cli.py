@@ -60,6 +60,19 @@ Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, mps, or auto to spread the model.", show_default="the fastest")
 ]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the repository's own code.")]
+Out = Annotated[Path, typer.Argument(help="Folder for the checkpoint.", show_default=False)]
+MaxShardSize = Annotated[str, typer.Option(help="Weights in files of at most this size.")]
+Force = Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")]
+Window = Annotated[
+    int | None, typer.Option(help="Tokens read at a time.", show_default="the model's positions, at most 2048")
+]
+Stride = Annotated[
+    int | None, typer.Option(help="Tokens by which the window slides.", show_default="half of the window")
+]
+Tokenizer = Annotated[
+    str | None, typer.Option(help="Folder or Hub id, where it is not the model's own.", show_default=False)
+]
+MixtureFolder = Annotated[Path, typer.Argument(help="Folder with a mixture.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
 
 
@@ -125,14 +138,14 @@ def main(
 @with_head_options
 def convert_command(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="Folder for the checkpoint.", show_default=False)],
+    out: Out,
     head_options: dict[str, Any],
     dtype: Dtype = "auto",
     device: Device = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
-    max_shard_size: Annotated[str, typer.Option(help="Weights in files of at most this size.")] = "50GB",
-    force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
+    max_shard_size: MaxShardSize = "50GB",
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Replace a model's softmax with a mixture, without a change of its predictions.
@@ -190,12 +203,12 @@ def convert_command(
 @app.command("export")
 def export_command(
     mixture: Annotated[str, typer.Argument(help="Folder or Hub id of a mixture.", show_default=False)],
-    out: Annotated[Path, typer.Argument(help="Folder for the checkpoint.", show_default=False)],
+    out: Out,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     revision: Revision = None,
-    max_shard_size: Annotated[str, typer.Option(help="Weights in files of at most this size.")] = "50GB",
-    force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
+    max_shard_size: MaxShardSize = "50GB",
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Save the softmax model inside a mixture, for tools that know no mixture, such as llama.cpp and MLX.
@@ -261,12 +274,8 @@ def evaluate_command(
     join_rows: Annotated[
         bool, typer.Option("--join-rows", help="Take all rows as one text, as the lines of WikiText are.")
     ] = False,
-    window: Annotated[
-        int | None, typer.Option(help="Tokens read at a time.", show_default="the model's positions, at most 2048")
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option(help="Tokens by which the window slides.", show_default="half of the window")
-    ] = None,
+    window: Window = None,
+    stride: Stride = None,
     prefix_token_id: Annotated[
         int | None,
         typer.Option(
@@ -274,9 +283,7 @@ def evaluate_command(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or Hub id, where it is not the model's own.", show_default=False)
-    ] = None,
+    tokenizer: Tokenizer = None,
     dtype: Dtype = "auto",
     device: Device = None,
     revision: Revision = None,
@@ -380,15 +387,9 @@ def inspect_command(
         int,
         typer.Option(min=0, help="Contexts whose rank is measured; choose more than the hidden size."),
     ] = 2048,
-    window: Annotated[
-        int | None, typer.Option(help="Tokens read at a time.", show_default="the model's positions, at most 2048")
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option(help="Tokens by which the window slides.", show_default="half of the window")
-    ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or Hub id, where it is not the model's own.", show_default=False)
-    ] = None,
+    window: Window = None,
+    stride: Stride = None,
+    tokenizer: Tokenizer = None,
     dtype: Dtype = "auto",
     device: Device = None,
     revision: Revision = None,
@@ -475,7 +476,7 @@ def train_command(context: typer.Context) -> None:
 
 @app.command("card")
 def card_command(
-    folder: Annotated[Path, typer.Argument(help="Folder with a mixture.", show_default=False)],
+    folder: MixtureFolder,
     model_id: Annotated[
         str | None, typer.Option(help="Where the card's code loads it from.", show_default="the folder's name")
     ] = None,
@@ -548,7 +549,7 @@ def card_command(
 
 @app.command("push")
 def push_command(
-    folder: Annotated[Path, typer.Argument(help="Folder with a mixture.", show_default=False)],
+    folder: MixtureFolder,
     repo: Annotated[str, typer.Argument(help="user/name, made if there is none.", show_default=False)],
     revision: Annotated[
         str | None, typer.Option(help="Branch, made if there is none.", show_default="the default branch")
