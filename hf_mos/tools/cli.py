@@ -323,8 +323,7 @@ def evaluate_command(
     else:
         assert dataset_name is not None
         rows = read_dataset(dataset_name, dataset_config_name, split, text_column)
-    own_tokenizer = {} if tokenizer is not None else {"revision": revision}
-    loaded_tokenizer = load_tokenizer(tokenizer or model, trust_remote_code=trust_remote_code, **own_tokenizer)
+    loaded_tokenizer = load_tokenizer(model, tokenizer, revision=revision, trust_remote_code=trust_remote_code)
     texts = render(loaded_tokenizer, rows, assistant_only)
     if join_rows:
         texts = [join(texts)]
@@ -428,8 +427,7 @@ def inspect_command(
 
             check_target(html)
     rows = None if validation_file is None else read_texts(validation_file, text_column)
-    own_tokenizer = {} if tokenizer is not None else {"revision": revision}
-    loaded_tokenizer = load_tokenizer(tokenizer or model, trust_remote_code=trust_remote_code, **own_tokenizer)
+    loaded_tokenizer = load_tokenizer(model, tokenizer, revision=revision, trust_remote_code=trust_remote_code)
     corpus = None if rows is None else render(loaded_tokenizer, rows, assistant_only=False)
     shown: Text | None = text
     if text is None and html is not None and corpus is not None:

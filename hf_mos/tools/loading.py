@@ -88,19 +88,25 @@ def refuse_encoder(config: PreTrainedConfig, given: str) -> None:
 
 
 def load_tokenizer(
-    model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+    model: str | Path, tokenizer: str | None = None, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """Equivalent to: `AutoTokenizer.from_pretrained(model, ...)`.
+
+    Args:
+        model: folder or Hub id of the model.
+        tokenizer: folder or Hub id of a tokenizer that is not the model's own; `revision` does not choose its commit.
+        revision, trust_remote_code: as in [`load_model`].
 
     Raises:
         OSError: there is no such model.
         ValueError: it has no tokenizer. For some architectures transformers makes one up, of special tokens alone.
     """
-    check_exists(model)
-    tokenizer = AutoTokenizer.from_pretrained(model, **hub_options(revision, trust_remote_code))
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise ValueError(f"tokenizer: expected the files of one in {str(model)!r}, given none")
-    return tokenizer
+    source, revision = (model, revision) if tokenizer is None else (tokenizer, None)
+    check_exists(source)
+    loaded = AutoTokenizer.from_pretrained(source, **hub_options(revision, trust_remote_code))
+    if set(loaded.get_vocab()) <= set(loaded.all_special_tokens):
+        raise ValueError(f"tokenizer: expected the files of one in {str(source)!r}, given none")
+    return loaded
 
 
 def hub_options(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:

@@ -219,8 +219,9 @@ def train(model_options: ModelOptions, data_options: DataOptions, training_argum
     set_seed(training_arguments.seed)
 
     tokenizer = load_tokenizer(
-        model_options.tokenizer or model_options.source,
-        revision=model_options.revision if model_options.tokenizer is None else None,
+        model_options.source,
+        model_options.tokenizer,
+        revision=model_options.revision,
         trust_remote_code=model_options.trust_remote_code,
     )
     with training_arguments.main_process_first(desc="reading the text"):
