@@ -31,6 +31,7 @@ from .texts import (
     column,
     load_named,
     load_rows,
+    read_lines,
     read_texts,
 )
 from .train_options import DataOptions
@@ -80,12 +81,11 @@ def load_text(options: DataOptions) -> tuple[Rows, ValidationText | None]:
             validation, split = rows_of(dataset["validation"], options.text_column), "validation"
     else:
         file, end = Path(str(options.train_file)), None
-        check_text(file)
+        num_lines = check_text(file)
         if options.validation_file is not None:
             validation = read_texts(Path(options.validation_file), options.text_column)
             name = Path(options.validation_file).name
         elif options.is_lines and share > 0:
-            num_lines = sum(1 for _ in read_lines(file))
             end = num_lines - held_out_rows(num_lines, share)
             validation, split = ["".join(itertools.islice(read_lines(file), end, None))], last_part
         train = pieces_of(file, end, options.streaming) if options.is_lines else load_rows(file, options.streaming)
@@ -133,12 +133,6 @@ def read_pieces(file: str, end: int | None, changed: Any = None) -> Iterator[dic
             piece, length = [], 0
     if piece:
         yield {TEXT_COLUMN: "".join(piece)}
-
-
-def read_lines(file: Path) -> Iterator[str]:
-    """Yields the lines of a text file with their ends, as they are in the file."""
-    with file.open(encoding="utf-8", newline="") as lines:
-        yield from lines
 
 
 def columns_of(rows: Rows) -> list[str]:

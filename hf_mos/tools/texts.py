@@ -3,6 +3,7 @@
 import glob
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -44,18 +45,25 @@ def reader_of(file: Path) -> str:
     return FILE_READERS.get(file.suffix.lower(), "text")
 
 
-def check_text(file: Path) -> None:
-    """Raises a ValueError where there is no such file, where it is empty, and where a text is no UTF-8."""
+def check_text(file: Path) -> int:
+    """Returns the number of lines of a text, 0 of a file of rows.
+
+    Raises:
+        ValueError: there is no such file, it is empty, or a text is no UTF-8.
+    """
     check_file(file)
     if file.stat().st_size == 0:
         raise ValueError(f"file: expected some text, given {str(file)!r}, which is empty")
-    if reader_of(file) == "text":
-        try:
-            with file.open(encoding="utf-8") as lines:
-                for _ in lines:
-                    pass
-        except UnicodeDecodeError as error:
-            raise ValueError(f"file: expected UTF-8, given {str(file)!r}: {error}") from error
+    try:
+        return sum(1 for _ in read_lines(file)) if reader_of(file) == "text" else 0
+    except UnicodeDecodeError as error:
+        raise ValueError(f"file: expected UTF-8, given {str(file)!r}: {error}") from error
+
+
+def read_lines(file: Path) -> Iterator[str]:
+    """Yields the lines of a text file with their ends, as they are in the file."""
+    with file.open(encoding="utf-8", newline="") as lines:
+        yield from lines
 
 
 def check_file_options(
