@@ -11,17 +11,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from .chat import Chat, Messages, render
-from .evaluate import (
-    IGNORED,
-    Window,
-    count_bytes,
-    count_targets,
-    encode,
-    prefix_of,
-    refuse_no_turns,
-    sequence_of,
-    windows_of,
-)
+from .evaluate import IGNORED, Window, count_bytes, count_targets, encode, prefix_of, windows_over
 from .texts import (
     TEXT_COLUMN,
     TOOLS_COLUMN,
@@ -156,11 +146,9 @@ def cut_windows(
     nor do its bytes.
     """
     prefix, texts = prefix_of(tokenizer), [text for text in render(tokenizer, validation.rows, assistant_only) if text]
-    windows = [w for text in texts for w in windows_of(*sequence_of(tokenizer, text, prefix), window, stride)]
+    windows = windows_over(texts, tokenizer, prefix, window, stride)
     if not windows:
-        refuse_no_turns(texts)
         raise ValueError("expected some text in the validation set, given none")
-    windows.sort(key=lambda w: len(w.inputs), reverse=True)  # rows of one length pad nothing
     num_bytes = count_bytes(tokenizer, texts, prefix)
     return ValidationSet(windows, count_targets(windows), num_bytes, window, stride)
 

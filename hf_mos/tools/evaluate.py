@@ -127,14 +127,10 @@ def evaluate(
     texts = [text for text in texts if text]
     if not texts:
         raise ValueError("texts: expected some text, given none")
-    windows = [w for text in texts for w in windows_of(*sequence_of(tokenizer, text, [prefix]), window, stride)]
+    windows = windows_over(texts, tokenizer, [prefix], window, stride)
     if not windows:
-        refuse_no_turns(texts)
         raise ValueError("texts: expected at least one token, given text of which the tokenizer makes none")
     check_tokens(model, windows)
-    windows.sort(
-        key=lambda w: len(w.inputs), reverse=True
-    )  # rows of one length pad nothing; the widest batch is first
     batches = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
     nats = 0.0
     for batch in track(batches):
@@ -219,6 +215,20 @@ def prefix_before(text: Text, token_ids: list[int], prefix: list[int]) -> list[i
     return [] if isinstance(text, Chat) and token_ids[:1] == prefix else prefix
 
 
+def windows_over(
+    texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, prefix: list[int], window: int, stride: int
+) -> list[Window]:
+    """The windows over all texts, the longest first: rows of one length pad nothing.
+
+    Raises:
+        ValueError: turns of the assistant were searched, and no token counts.
+    """
+    windows = [w for text in texts for w in windows_of(*sequence_of(tokenizer, text, prefix), window, stride)]
+    if not windows and any(isinstance(text, Chat) and text.turns is not None for text in texts):
+        raise ValueError("--assistant-only: expected turns of the assistant in the text, given none")
+    return sorted(windows, key=lambda w: len(w.inputs), reverse=True)
+
+
 def windows_of(token_ids: list[int], counts: list[bool], window: int, stride: int) -> Iterator[Window]:
     """Yields windows over a prefix token and a text. Each token of the text that counts is a target once."""
     tokens = torch.tensor(token_ids, dtype=torch.int32)  # windows are views of it
@@ -255,12 +265,6 @@ def bytes_of_first(tokenizer: PreTrainedTokenizerBase, text: Text, prefix: list[
         return len(str(tokenizer.decode(token_ids[:1])).encode())
     encoded = tokenizer(written, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
     return len(written[: encoded.offset_mapping[0][1]].encode())
-
-
-def refuse_no_turns(texts: Iterable[Text]) -> None:
-    """Raises a ValueError where turns of the assistant were searched, for texts of which no token counts."""
-    if any(isinstance(text, Chat) and text.turns is not None for text in texts):
-        raise ValueError("--assistant-only: expected turns of the assistant in the text, given none")
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
