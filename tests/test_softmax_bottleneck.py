@@ -453,8 +453,8 @@ def test_one_head_of_a_real_model_and_an_unknown_one(tmp_path, data_dir, pretrai
         "as it is",
         "mixture K=2",
     ]
-    with pytest.raises(AssertionError, match="expected some of mixture K=1"):
-        run("real_model.py", *arguments, "--heads", "mixture K=3")
+    with pytest.raises(AssertionError, match="--heads: head: expected a kind of softmax"):
+        run("real_model.py", *arguments, "--heads", "tree K=3")
 
 
 def test_learning_rates_of_a_real_model_by_their_command(tmp_path, data_dir, pretrained):

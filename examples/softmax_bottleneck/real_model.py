@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from corpus import BLOCK_SIZE, Corpus, KeptCorpus
-from models import SOFTMAX, ContextsHead, Head, contexts, mixture, rescored, with_head
+from models import SOFTMAX, ContextsHead, Head, contexts, heads_named, mixture, rescored, with_head
 from plots import plot_costs
 from results import DEFAULT_OUT, Out, Quick, Results, Seeds, mean, perplexities, show, spread, start
 from text import Source, with_source
@@ -44,7 +44,6 @@ CONTROLS = [mixture(1), rescored(64), contexts(4)]
 RANKS_OF_SHIFTS = [mixture(16, shortlist_size=64, shift_rank=r) for r in (32, 64, 128, 256)]
 HEADS = [*CONTROLS, *SHORTLISTS, *FULL, *RANKS_OF_SHIFTS]
 QUICK_HEADS = [mixture(1), mixture(16, shortlist_size=64), mixture(4)]
-NAMES = [head.name for head in HEADS]
 # A slower head too: adapters learn best at a rate that is too high for a head at its default scale.
 ADAPTED = [
     SOFTMAX,
@@ -178,19 +177,16 @@ def main(
     converge: Annotated[bool, typer.Option("--converge", help="Train until the validation loss stays.")] = False,
     adapters: Annotated[bool, typer.Option("--adapters", help="The table of adapters, not that of heads.")] = False,
     lora_ranks: Annotated[list[int] | None, typer.Option(help=f"Ranks of the adapters, {RANKS} by default.")] = None,
-    heads: Annotated[list[str] | None, typer.Option(help=f"Only these heads: {', '.join(NAMES)}.")] = None,
+    heads: Annotated[list[str] | None, typer.Option(help="Only these heads, such as 'mixture K=4 M=64'.")] = None,
     seeds: Seeds = 3,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     out: Out = DEFAULT_OUT,
     quick: Quick = False,
 ) -> None:
     start(threads)
-    if unknown := set(heads or ()) - set(NAMES):
-        raise typer.BadParameter(f"--heads: expected some of {', '.join(NAMES)}, given {', '.join(sorted(unknown))}")
-    chosen = [head for head in HEADS if not heads or head.name in heads]
+    chosen = heads_named(heads) if heads else QUICK_HEADS if quick else HEADS
     rates = ADAPTER_RATES if adapters else RATES
     if quick:
-        chosen = QUICK_HEADS if heads is None else chosen
         rates, seeds, steps, train_tokens, valid_tokens = rates[:2], 1, 20, 12_000, 3_000
     tokenizer = AutoTokenizer.from_pretrained(model)
     corpus = Corpus.read(source, tokenizer, train_tokens, valid_tokens)
