@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +13,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+from hf_mos.tools.provenance import processor
 
 
 def time_in_turn(
@@ -74,13 +75,10 @@ def status_bytes(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def machine(device: str = "cpu") -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":")[1].strip() if names else cpu
-    found = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    return found | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {})
+def machine() -> dict[str, Any]:
+    cores, threads = os.cpu_count(), torch.get_num_threads()
+    found = {"cpu": processor(), "cores": cores, "threads": threads, "torch": torch.__version__}
+    return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_initialized() else {})
 
 
 def report(title: str, rows: list[dict[str, Any]], settings: dict[str, Any], as_json: bool) -> None:

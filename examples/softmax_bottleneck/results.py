@@ -5,7 +5,6 @@ import json
 import math
 import os
 import platform
-import re
 import shlex
 import shutil
 import statistics
@@ -18,6 +17,8 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+
+from hf_mos.tools.provenance import processor
 
 # Flags that all questions have.
 Out = Annotated[Path, typer.Option(help="Folder of the JSON of every run and of the plots.")]
@@ -90,14 +91,6 @@ def versions() -> dict[str, str]:
     if shutil.which("git") and not (commit := subprocess.run(git, capture_output=True, text=True)).returncode:
         found["commit"] = commit.stdout.strip()
     return found
-
-
-def processor() -> str:
-    """The vendor, family and model where Linux tells them, such as "AuthenticAMD 25 17"."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else ""
-    found = re.findall(r"^(?:vendor_id|cpu family|model)\s*: (.+)$", text, re.MULTILINE)[:3]
-    return " ".join(found) or platform.machine()
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:

@@ -1,6 +1,7 @@
 """The provenance of a figure: the command that reprints it, and the machine."""
 
 import os
+import platform
 import re
 import shlex
 import sys
@@ -51,6 +52,14 @@ def without_folders(word: str) -> str:
     option, sign, value = word.partition("=") if word.startswith("--") else ("", "", word)
     path = Path(value).expanduser()
     return f"{option}{sign}{path.name}" if path.is_absolute() and path.name else word
+
+
+def processor() -> str:
+    """The vendor, family and model where Linux tells them, such as "AuthenticAMD 25 17"."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else ""
+    found = re.findall(r"^(?:vendor_id|cpu family|model)\s*: (.+)$", text, re.MULTILINE)[:3]
+    return " ".join(found) or platform.machine()
 
 
 def describe_machine(device: torch.device) -> str:
