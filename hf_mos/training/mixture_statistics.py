@@ -184,8 +184,8 @@ class StatisticsSum:
         self.responsibilities = torch.zeros(num_mixtures, dtype=torch.float64)
         self.divergence = torch.zeros(num_mixtures, num_mixtures, dtype=torch.float64)
 
-    def add(self, predictions: Predictions, targets: Tensor) -> None:
-        """Adds a chunk with its targets (n,), class indices of which none is ignored."""
+    def add(self, predictions: Predictions, targets: Tensor) -> Tensor:
+        """Adds a chunk with its targets (n,), class indices of which none is ignored; returns its responsibilities."""
         log_prior = predictions.log_prior
         responsibilities = F.softmax(log_prior - predictions.component_nll(targets), dim=-1)
         self.count += len(targets)
@@ -193,13 +193,13 @@ class StatisticsSum:
         self.entropy += _sum(entropy(log_prior))
         self.responsibilities += _sum(responsibilities)
         self.divergence += _sum(predictions.divergence())
+        return responsibilities
 
     def add_up_over_processes(self, device: torch.device) -> None:
         """Sums over all processes. Every process must call this."""
         parts = [self.weights, self.entropy, self.responsibilities, self.divergence]
-        sums = torch.cat([torch.tensor([self.count], dtype=torch.float64), *(part.flatten() for part in parts)]).to(
-            device
-        )
+        count = torch.tensor([self.count], dtype=torch.float64)
+        sums = torch.cat([count, *(part.flatten() for part in parts)]).to(device)
         torch.distributed.all_reduce(sums)
         count, *summed = sums.cpu().split([1, *(part.numel() for part in parts)])
         self.count = int(count)

@@ -443,8 +443,7 @@ class CorpusSum:
 
     def add(self, chunk: Chunk) -> None:
         targets, mixture = chunk.targets, chunk.mixture
-        self.statistics.add(mixture, targets)
-        responsibilities = F.softmax(mixture.log_prior - mixture.component_nll(targets), dim=-1).cpu().double()
+        responsibilities = self.statistics.add(mixture, targets).cpu().double()
         self.nll -= float(_gather(chunk.log_probs, targets).cpu().double().sum())
         self.softmax_nll -= float(_gather(chunk.softmax_log_probs, targets).cpu().double().sum())
         self.entropy += float(entropy(chunk.log_probs).cpu().double().sum())
