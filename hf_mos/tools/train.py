@@ -385,7 +385,7 @@ def checkpoint_to_resume(training_arguments: TrainingArguments) -> str | None:
 
 def has_optimizer(checkpoint: str) -> bool:
     """Whether a checkpoint has the state of its optimizer: the Trainer's, FSDP's or DeepSpeed's."""
-    return any(True for pattern in ("optimizer*", "global_step*") for _ in Path(checkpoint).glob(pattern))
+    return any(next(Path(checkpoint).glob(pattern), None) for pattern in ("optimizer*", "global_step*"))
 
 
 def pin(trainer: CardTrainer, commit: CommitInfo | None) -> None:

@@ -146,10 +146,9 @@ class MixtureUsage(TrainerCallback):
         self.targets: Tensor | None = None  # of the batch, -100 where ignored
         self.sample: tuple[Tensor, Tensor] | None = None
         self.mean_weights: Tensor | None = None  # over the last `ENOUGH_TOKENS`, for the warning
-        self.starved: dict[
-            int, list[int]
-        ] = {}  # the steps of the logs at which a component has starved, without a gap
-        self.still: list[int] = []  # those at which no shift has moved
+        # The steps of the logs, without a gap, at which a component has starved, and at which no shift has moved.
+        self.starved: dict[int, list[int]] = {}
+        self.still: list[int] = []
 
     def add_to(self, trainer: Trainer) -> None:
         """Inserts this callback before the tracker callbacks, so that they report its numbers."""
@@ -351,7 +350,6 @@ def faults_of(folder: Path) -> Iterator[str]:
     for path in folder.glob("*.pt*"):
         if path.is_file() and not zipfile.is_zipfile(path):
             yield f"{path.name} is cut short"
-    if not any(
-        True for pattern in ("*.safetensors", "*/*.safetensors", "*/*.distcp", "*/*.pt") for _ in folder.glob(pattern)
-    ):
+    patterns = ("*.safetensors", "*/*.safetensors", "*/*.distcp", "*/*.pt")
+    if not any(next(folder.glob(pattern), None) for pattern in patterns):
         yield "it holds no weights"
