@@ -75,8 +75,9 @@ class Experiment:
         """The result of `train` with these arguments, if it has run."""
         return self.results.find(self.settings(head, seed))
 
-    def from_checkpoint(self, seed: int = 0) -> "Experiment":
+    def from_checkpoint(self) -> "Experiment":
         """The experiment from a softmax model, which this recipe trains once and keeps beside the results."""
+        seed = 0
         settings = self.settings(SOFTMAX, seed)
         folder = self.results.path.parent / "models" / folder_name("checkpoint", settings)
         if not folder.exists():

@@ -163,11 +163,8 @@ class Inspection:
     text: TextInspection | None
     corpus: CorpusInspection | None
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def to_json(self, indent: int | None = 2) -> str:
-        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False, allow_nan=False)
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 # ------------------------------------------------------------------------------------------------------------ the work
