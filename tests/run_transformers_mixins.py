@@ -64,10 +64,9 @@ class Tester:
 
     is_training = True
     batch_size, seq_length = 3, 7
-    backbone = "llama"
 
-    def __init__(self, parent: unittest.TestCase) -> None:
-        self.parent = parent
+    def __init__(self, parent: Any) -> None:
+        self.parent, self.backbone = parent, parent.backbone
         config: Any = self.get_config()
         self.causal_lm_class = class_of(self.backbone)
         self.hidden_size = config.hidden_size
@@ -98,15 +97,15 @@ if "tests.test_modeling_common" in sys.modules:
     from tests.test_training_mixin import TrainingTesterMixin
 
     class MixtureTest(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
-        make_tester = Tester
+        backbone = "llama"
         model_tester = None
 
         def __init_subclass__(cls) -> None:
             super().__init_subclass__()
-            cls.all_model_classes = cls.all_generative_model_classes = (class_of(cls.make_tester.backbone),)
+            cls.all_model_classes = cls.all_generative_model_classes = (class_of(cls.backbone),)
 
         def setUp(self) -> None:
-            self.model_tester = self.make_tester(self)
+            self.model_tester = Tester(self)
 
         def test_config(self) -> None:
             config = self.model_tester.get_config()
@@ -123,29 +122,17 @@ if "tests.test_modeling_common" in sys.modules:
 
     class MoSLlamaTest(MixtureTest, unittest.TestCase): ...
 
-    class TiedTester(Tester):
+    class MoSTiedLlamaTest(MixtureTest, unittest.TestCase):
         backbone = "llama-tied"
 
-    class MoSTiedLlamaTest(MixtureTest, unittest.TestCase):
-        make_tester = TiedTester
-
-    class GPT2Tester(Tester):
+    class MoSGPT2Test(MixtureTest, unittest.TestCase):
         backbone = "gpt2"
 
-    class MoSGPT2Test(MixtureTest, unittest.TestCase):
-        make_tester = GPT2Tester
-
-    class Gemma2Tester(Tester):
+    class MoSGemma2Test(MixtureTest, unittest.TestCase):
         backbone = "gemma2"
 
-    class MoSGemma2Test(MixtureTest, unittest.TestCase):
-        make_tester = Gemma2Tester
-
-    class MixtralTester(Tester):
-        backbone = "mixtral"
-
     class MoSMixtralTest(MixtureTest, unittest.TestCase):
-        make_tester = MixtralTester
+        backbone = "mixtral"
 
 
 if __name__ == "__main__":
