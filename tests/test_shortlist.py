@@ -251,10 +251,10 @@ def test_mixture_weights_are_the_mixtures_own() -> None:
     with torch.no_grad():
         _, predictions = next(predict_in_chunks(head, hidden))
         torch.testing.assert_close(predictions.log_probs(), head(hidden))
-        torch.testing.assert_close(predictions.log_prior.exp().sum(-1), torch.ones(6, dtype=torch.float64))
-        assert not torch.allclose(predictions.log_prior, head.prior_logits(hidden).log_softmax(-1))
+        torch.testing.assert_close(predictions.log_weights.exp().sum(-1), torch.ones(6, dtype=torch.float64))
+        assert not torch.allclose(predictions.log_weights, head.prior_logits(hidden).log_softmax(-1))
         statistics = mixture_statistics(head, hidden, torch.arange(6))
-    torch.testing.assert_close(statistics.mean_weights, predictions.log_prior.exp().mean(0))
+    torch.testing.assert_close(statistics.mean_weights, predictions.log_weights.exp().mean(0))
 
 
 def test_trains_and_its_components_part(tmp_path: Any) -> None:

@@ -31,7 +31,7 @@ BYTES_PER_LOGIT = 24  # log-probabilities, probabilities and temporaries
 class MixturePredictions(NamedTuple):
     """The predictions of each component for a chunk of tokens."""
 
-    log_prior: Tensor  # (n, K), of the mixture itself
+    log_weights: Tensor  # (n, K), the logarithms of the mixture weights
     component_log_probs: Tensor  # (n, K, V)
     component_probs: Tensor  # (n, K, V)
 
@@ -41,7 +41,7 @@ class MixturePredictions(NamedTuple):
 
     def log_probs(self) -> Tensor:
         """The mixture's natural log-probabilities, (n, V)."""
-        return torch.logsumexp(self.log_prior.unsqueeze(-1) + self.component_log_probs, dim=-2)
+        return torch.logsumexp(self.log_weights.unsqueeze(-1) + self.component_log_probs, dim=-2)
 
     def component_nll(self, targets: Tensor) -> Tensor:
         """The nll of each component (n, K), in nats, for targets (n,)."""
@@ -61,7 +61,7 @@ class MixturePredictions(NamedTuple):
 class ShortlistPredictions(NamedTuple):
     """The same as [`MixturePredictions`], of components that differ on a shortlist."""
 
-    log_prior: Tensor  # (n, K), of the mixture itself
+    log_weights: Tensor  # (n, K), the logarithms of the mixture weights
     shortlist: Tensor  # (n, M), classes
     log_own: Tensor  # (n, K, M), the log-probabilities of the shortlist's classes
     log_rest: Tensor  # (n, K), the log-probability of all other classes together
@@ -72,8 +72,8 @@ class ShortlistPredictions(NamedTuple):
         return entropy(self._parts()) + self.log_rest.exp() * of_shared.unsqueeze(-1)
 
     def log_probs(self) -> Tensor:
-        elsewhere = self.log_shared + torch.logsumexp(self.log_prior + self.log_rest, dim=-1, keepdim=True)
-        on_shortlist = torch.logsumexp(self.log_prior.unsqueeze(-1) + self.log_own, dim=-2)
+        elsewhere = self.log_shared + torch.logsumexp(self.log_weights + self.log_rest, dim=-1, keepdim=True)
+        on_shortlist = torch.logsumexp(self.log_weights.unsqueeze(-1) + self.log_own, dim=-2)
         return elsewhere.scatter(-1, self.shortlist, on_shortlist)
 
     def component_nll(self, targets: Tensor) -> Tensor:
@@ -124,8 +124,8 @@ def predict_in_chunks(
         if tensors is not None:
             yield tokens, predict_on_shortlist(latents, prior_logits, tensors[0], tensors[1], head.softcap, M)
         else:
-            log_prior, logits = components(head.as_decoder(decoder), latents, prior_logits, head.softcap, M)
-            yield tokens, MixturePredictions(log_prior, F.log_softmax(logits, dim=-1), F.softmax(logits, dim=-1))
+            log_weights, logits = components(head.as_decoder(decoder), latents, prior_logits, head.softcap, M)
+            yield tokens, MixturePredictions(log_weights, F.log_softmax(logits, dim=-1), F.softmax(logits, dim=-1))
 
 
 def predict_on_shortlist(
@@ -186,11 +186,11 @@ class StatisticsSum:
 
     def add(self, predictions: Predictions, targets: Tensor) -> Tensor:
         """Adds a chunk with its targets (n,), class indices of which none is ignored; returns its responsibilities."""
-        log_prior = predictions.log_prior
-        responsibilities = F.softmax(log_prior - predictions.component_nll(targets), dim=-1)
+        log_weights = predictions.log_weights
+        responsibilities = F.softmax(log_weights - predictions.component_nll(targets), dim=-1)
         self.count += len(targets)
-        self.weights += _sum(log_prior.exp())
-        self.entropy += _sum(entropy(log_prior))
+        self.weights += _sum(log_weights.exp())
+        self.entropy += _sum(entropy(log_weights))
         self.responsibilities += _sum(responsibilities)
         self.divergence += _sum(predictions.divergence())
         return responsibilities

@@ -326,7 +326,7 @@ def test_statistics_on_a_shortlist_are_those_of_the_whole_components(
     decoder = torch.nn.Sequential(head) if wrapped else head
     ((_, predictions),) = predict_in_chunks(head, hidden, decoder)
     same = functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
-    same(predictions.log_prior, log_prior)
+    same(predictions.log_weights, log_prior)
     same(predictions.component_entropies(), entropies)
     same(predictions.log_probs(), (log_prior.unsqueeze(-1) + whole).logsumexp(1))
     same(predictions.component_nll(targets), -whole[torch.arange(9), :, targets])

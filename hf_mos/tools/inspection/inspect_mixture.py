@@ -313,17 +313,17 @@ class Inspector:
         return TextInspection(written, prefix[0] if prefix else None, tokens, following)
 
     def predictions(self, chunk: Chunk) -> Iterator[Prediction]:
-        log_prior = chunk.mixture.log_prior
+        log_weights = chunk.mixture.log_weights
         component_nll = chunk.mixture.component_nll(chunk.targets.clamp(min=0))
-        log_joint = log_prior - component_nll
+        log_joint = log_weights - component_nll
         softmax = chunk.softmax_log_probs
         columns = {
-            "mixture_weights": log_prior.exp(),
+            "mixture_weights": log_weights.exp(),
             "responsibilities": F.softmax(log_joint, dim=-1),
             "nll": -torch.logsumexp(log_joint, dim=-1),
             "component_nll": component_nll,
             "softmax_nll": -_gather(softmax, chunk.targets.clamp(min=0)),
-            "mixture_weights_entropy": entropy(log_prior),
+            "mixture_weights_entropy": entropy(log_weights),
             "entropy": entropy(chunk.log_probs),
             "component_entropies": chunk.mixture.component_entropies(),
             "softmax_entropy": entropy(softmax),
