@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .remote_code.mos_decoder import widen
+from .remote_code.mos_decoder import upcast
 from .remote_code.mos_log_probs import REDUCTIONS, mix_log_probs, reduce
 
 
@@ -57,7 +57,7 @@ class MixtureOfSoftmaxes(nn.Module):
             one. Train through `log_prob` or `loss`: a probability that underflows to zero has no logarithm.
         """
         probs = self.log_prob(x).exp()
-        return (probs, widen(self.prior(x)).softmax(dim=-1)) if need_weights else probs
+        return (probs, upcast(self.prior(x)).softmax(dim=-1)) if need_weights else probs
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Natural log-probabilities (..., num_classes) for `x` (..., input_size), in fp32 or wider."""

@@ -67,8 +67,8 @@ class Decoder(NamedTuple):
     narrow: Tensor | None = None  # (V, r), the weight times the widening: what offsets (n, K, r) are multiplied with
 
     def logits(self, rows: Tensor) -> Tensor:
-        """Equivalent to: `F.linear(rows, weight, bias)` (R, V), widened, without gradients."""
-        return widen(multiply(rows, self.weight, self.bias) if self.matmul is None else self.matmul(rows))
+        """Equivalent to: `F.linear(rows, weight, bias)` (R, V), upcast, without gradients."""
+        return upcast(multiply(rows, self.weight, self.bias) if self.matmul is None else self.matmul(rows))
 
     def rows_of(self, classes: Tensor) -> Iterator[tuple[Tokens, Tensor]]:
         """The rows (n, M, D or r) that offsets are multiplied with, of classes (n, M), as many as a cache holds."""
@@ -151,7 +151,7 @@ def tokens_per_chunk(
     return max(1, rows // rows_per_token)
 
 
-def widen(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """Equivalent to: `x.float()`, or `x` itself in fp64."""
     return x if x.dtype == torch.float64 else x.float()
 

@@ -335,7 +335,7 @@ def change_class(module: nn.Module, cls: Any) -> None:
 
 
 def hand_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Equivalent to: the identity; fp16 is widened, as it cannot hold what some models compute next (`NO_SOFTCAP`)."""
+    """Equivalent to: the identity; fp16 is upcast, as it cannot hold what some models compute next (`NO_SOFTCAP`)."""
     return hidden_states.float() if hidden_states.dtype == torch.float16 else hidden_states
 
 

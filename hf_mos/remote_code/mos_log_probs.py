@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mos_decoder import Decoder, WholeVocabulary, cap_, cap_logits, even, logsumexp_, tokens_per_chunk, widen
+from .mos_decoder import Decoder, WholeVocabulary, cap_, cap_logits, even, logsumexp_, tokens_per_chunk, upcast
 from .mos_shortlist import mix_on_shortlist_, top_classes
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -67,14 +67,14 @@ def components(
 ) -> tuple[Tensor, Tensor]:
     """The log-weights (..., K) and logits (..., K, V) of the components, in fp32 or wider, by any decoder."""
     latents, offsets = split_latents(latents, shortlist_size)
-    shared = widen(decoder(latents))  # (..., K, V); on a shortlist (..., V)
-    log_gate = F.log_softmax(widen(prior_logits.to(shared.device)), dim=-1)
+    shared = upcast(decoder(latents))  # (..., K, V); on a shortlist (..., V)
+    log_gate = F.log_softmax(upcast(prior_logits.to(shared.device)), dim=-1)
     expected = log_gate.shape if offsets is None else log_gate.shape[:-1]
     if shared.shape[:-1] != expected:
         raise ValueError(f"decoder: expected the logits of {tuple(expected)} latents, given {tuple(shared.shape)}")
     if offsets is None or shortlist_size is None:
         return log_gate, cap_logits(shared, softcap)
-    own = widen(decoder(latents.unsqueeze(-2) + offsets))  # (..., K, V)
+    own = upcast(decoder(latents.unsqueeze(-2) + offsets))  # (..., K, V)
     classes = top_classes(shared.detach(), shortlist_size)[1].unsqueeze(-2).expand(*own.shape[:-1], -1)  # (..., K, M)
     logits = cap_logits(shared.unsqueeze(-2).expand_as(own).scatter(-1, classes, own.gather(-1, classes)), softcap)
     return F.log_softmax(log_gate + torch.logsumexp(logits, dim=-1), dim=-1), logits
@@ -106,8 +106,8 @@ def mix_log_probs(component_logits: Tensor, prior_logits: Tensor, add_log_partit
             for all classes: the logarithm of the harmonic mean of the components' partition functions. Where all
             components are one softmax, the result is that softmax's logits.
     """
-    log_gate = F.log_softmax(widen(prior_logits), dim=-1)
-    component_logits = widen(component_logits)
+    log_gate = F.log_softmax(upcast(prior_logits), dim=-1)
+    component_logits = upcast(component_logits)
     component_log_probs = F.log_softmax(component_logits, dim=-1)
     joint = log_gate.unsqueeze(-1) + component_log_probs
     # A class that all components give -inf: the gradient of its logsumexp is 0, where torch's is NaN.
@@ -147,9 +147,9 @@ def infer_log_probs(
     latents, offsets = split_latents(latents, shortlist_size)
     N, V_r, device = prior_logits.shape[0], decoder_weight.shape[0], decoder_weight.device
     vocabulary = WholeVocabulary(V_r) if vocabulary is None else vocabulary
-    dtype = widen(decoder_weight[:0]).dtype
+    dtype = upcast(decoder_weight[:0]).dtype
     decoder = Decoder(decoder_weight, decoder_bias, softcap, vocabulary, dtype, matmul)
-    log_gate = F.log_softmax(widen(prior_logits), dim=-1)
+    log_gate = F.log_softmax(upcast(prior_logits), dim=-1)
     rows_per_token = log_gate.shape[1] if offsets is None else 1
     bytes_per_logit = dtype.itemsize + (decoder_weight.itemsize if decoder_weight.dtype != dtype else 0)
     size = even(N, tokens_per_chunk(rows_per_token, vocabulary.num_classes, bytes_per_logit, device))

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mos_decoder import Decoder, cap_, cap_logits, logsumexp_, widen
+from .mos_decoder import Decoder, cap_, cap_logits, logsumexp_, upcast
 from .mos_matmul import is_recorded, multiply
 
 GROUP = 8  # classes whose maximum is searched in their place
@@ -57,15 +57,15 @@ def shortlist_logits(
 ) -> Tensor:
     """The logits (n, V) of the one softmax that the mixture equals, in fp32 or wider. Differentiable."""
     mean_latent, offsets = latents  # by few operations, as a token that is decoded waits for each of them
-    linear, table = (F.linear, widen(weight)) if is_recorded() else (multiply, weight)
-    z = widen(linear(mean_latent, weight, bias))  # (n, V)
+    linear, table = (F.linear, upcast(weight)) if is_recorded() else (multiply, weight)
+    z = upcast(linear(mean_latent, weight, bias))  # (n, V)
     chosen, shortlist = top_classes(z, size)  # (n, M)
     # Many tokens share a row: in fp32 its gradient is the exact sum.
     rows = F.embedding(shortlist, table).to(offsets.dtype)  # (n, M, D)
-    differences = widen(torch.bmm(offsets, rows.transpose(1, 2)))  # (n, K, M)
+    differences = upcast(torch.bmm(offsets, rows.transpose(1, 2)))  # (n, K, M)
     if softcap is not None:
         differences = cap_logits(chosen.unsqueeze(1) + differences, softcap) - cap_logits(chosen, softcap).unsqueeze(1)
-    joint = widen(prior_logits.to(z.device)).log_softmax(dim=-1).unsqueeze(-1) + differences  # finite
+    joint = upcast(prior_logits.to(z.device)).log_softmax(dim=-1).unsqueeze(-1) + differences  # finite
     mixed = cap_logits(chosen, softcap) + (joint.amax(dim=1) - joint.log_softmax(dim=1).amax(dim=1))  # logsumexp
     return cap_logits(z, softcap).scatter(1, shortlist, mixed.to(z.dtype))
 

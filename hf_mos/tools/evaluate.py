@@ -27,7 +27,7 @@ POSITIONS_AFTER_PAD = (
     *("camembert", "data2vec-text", "roberta", "roberta-prelayernorm"),
     *("xlm-roberta", "xlm-roberta-xl", "xmod"),
 )
-ROWS_AT_A_TIME = 256  # rows of a softmax's logits that are widened to fp32 at a time
+ROWS_AT_A_TIME = 256  # rows of a softmax's logits that are upcast to fp32 at a time
 
 
 @dataclass(frozen=True)

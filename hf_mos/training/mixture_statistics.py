@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..remote_code.mos_decoder import cap_logits, tokens_per_chunk, widen
+from ..remote_code.mos_decoder import cap_logits, tokens_per_chunk, upcast
 from ..remote_code.mos_log_probs import components
 from ..remote_code.mos_matmul import multiply
 from ..remote_code.mos_shortlist import top_classes
@@ -139,16 +139,16 @@ def predict_on_shortlist(
     """The predictions for mean latents (n, D) and offsets (n, K, D), with one product as wide as V."""
     mean, offsets = latents
     weight = weight.to(mean.dtype)
-    shared = widen(multiply(mean, weight, bias))  # (n, V)
+    shared = upcast(multiply(mean, weight, bias))  # (n, V)
     chosen, shortlist = top_classes(shared, shortlist_size)
     size = max(1, weight.shape[0] // shortlist.shape[1])  # tokens whose rows take no more memory than the decoder
     parts = zip(offsets.split(size), shortlist.split(size), strict=True)
     own = [torch.bmm(part, F.embedding(classes, weight).transpose(1, 2)) for part, classes in parts]
-    logits = cap_logits(chosen.unsqueeze(1) + widen(torch.cat(own)), softcap)  # (n, K, M)
+    logits = cap_logits(chosen.unsqueeze(1) + upcast(torch.cat(own)), softcap)  # (n, K, M)
     shared = cap_logits(shared, softcap).scatter_(-1, shortlist, -torch.inf)
     rest = torch.logsumexp(shared, dim=-1, keepdim=True)  # -inf where the shortlist has all classes
     log_partition = torch.logaddexp(rest, torch.logsumexp(logits, dim=-1))  # (n, K)
-    log_gate = F.log_softmax(widen(prior_logits.to(rest.device)), dim=-1)
+    log_gate = F.log_softmax(upcast(prior_logits.to(rest.device)), dim=-1)
     return ShortlistPredictions(
         F.log_softmax(log_gate + log_partition, dim=-1),
         shortlist,

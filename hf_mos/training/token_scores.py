@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from ..remote_code.modeling_mos import MoSForCausalLM
-from ..remote_code.mos_decoder import AUTOGRAD_BYTES_PER_LOGIT, tokens_per_chunk, widen
+from ..remote_code.mos_decoder import AUTOGRAD_BYTES_PER_LOGIT, tokens_per_chunk, upcast
 from ..remote_code.mos_head import MoSLMHead
 from ..remote_code.mos_log_probs import Latents, count_items, infer_log_probs, mos_log_probs, split_latents
 from ..remote_code.mos_loss import LossInputs, LossOptions, differentiable_once, gradients_for, loss_of, work_dtype_of
@@ -144,7 +144,7 @@ def gradients_by_autograd(
     """The gradients of both scores, summed in fp32 or wider."""
     leaves = LossInputs(*(None if x is None else x.detach().requires_grad_() for x in inputs))
     wanted_leaves = [x for x, want in zip(leaves, wanted, strict=True) if x is not None and want]
-    totals = [torch.zeros_like(x, dtype=widen(x[:0]).dtype) for x in wanted_leaves]
+    totals = [torch.zeros_like(x, dtype=upcast(x[:0]).dtype) for x in wanted_leaves]
     for tokens in token_chunks(inputs, AUTOGRAD_BYTES_PER_LOGIT):
         with torch.enable_grad():
             scores = score(log_probs_of(leaves, tokens, work, mos_log_probs), targets[tokens], options)
@@ -230,7 +230,7 @@ def score_batch(
         function = functools.partial(score_tokens, options)
         flat = head(hidden_states[counts], targets=targets[counts], function=function)
     else:
-        flat = score(widen(head(hidden_states)[counts]), targets[counts], options, are_log_probs=False)
+        flat = score(upcast(head(hidden_states)[counts]), targets[counts], options, are_log_probs=False)
     # masked_scatter stays differentiable where no label counts
     scores: dict[str, Any] = {
         name: None if part is None else part.new_zeros(counts.shape).masked_scatter(counts, part)

@@ -55,13 +55,13 @@ def loss(mixture: dict, **changes) -> torch.Tensor:
         return mos_cross_entropy(*positional, **arguments)
 
 
-def widened(value):
+def in_fp64(value):
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def tolerance(mixture: dict) -> float:
     """What rounding the logits allows: they are up to some hundred."""
-    size = float(log_probs({name: widened(value) for name, value in mixture.items()}).abs().max())
+    size = float(log_probs({name: in_fp64(value) for name, value in mixture.items()}).abs().max())
     return 60 * EPSILON[mixture["latents"].dtype] * (1 + size)
 
 
@@ -76,7 +76,7 @@ def test_rows_sum_to_one(mixture: dict) -> None:
 @MANY
 @given(mixtures())
 def test_the_loss_is_the_references(mixture: dict) -> None:
-    exact = log_probs({name: widened(value) for name, value in mixture.items()})
+    exact = log_probs({name: in_fp64(value) for name, value in mixture.items()})
     expected = F.nll_loss(exact, mixture["targets"], reduction="none")
     if mixture["reduction"] != "none":
         expected = expected.sum()
@@ -105,7 +105,7 @@ def test_gradients_are_finite(mixture: dict) -> None:
 @given(mixtures(num_mixtures=1))
 def test_one_component_is_a_softmax(mixture: dict) -> None:
     logits = F.linear(
-        widened(mixture["latents"])[:, 0], widened(mixture["decoder_weight"]), widened(mixture["decoder_bias"])
+        in_fp64(mixture["latents"])[:, 0], in_fp64(mixture["decoder_weight"]), in_fp64(mixture["decoder_bias"])
     )
     if mixture["softcap"]:
         logits = mixture["softcap"] * torch.tanh(logits / mixture["softcap"])

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ...remote_code.mos_decoder import cap_logits, widen
+from ...remote_code.mos_decoder import cap_logits, upcast
 from ...training.mixture_statistics import Predictions, StatisticsSum, entropy, predict_in_chunks
 from ..chat import Text
 from ..evaluate import Window, check_tokens, choose_window, prefix_of, sequence_of, windows_of
@@ -457,7 +457,7 @@ class CorpusSum:
 def softmax_log_probs(head: Any, hidden_states: Tensor, decoder: nn.Module) -> Tensor:
     """The log-probabilities (n, V) of one softmax with the head's decoder."""
     logits = head.as_decoder(decoder)(hidden_states.to(head.weight.dtype))
-    return F.log_softmax(cap_logits(widen(logits), head.softcap), dim=-1)
+    return F.log_softmax(cap_logits(upcast(logits), head.softcap), dim=-1)
 
 
 def _gather(log_probs: Tensor, targets: Tensor) -> Tensor:
