@@ -1,4 +1,4 @@
-"""The `hf-mos` command. Each command is a few lines over the module beside this one that does the work."""
+"""The `hf-mos` command. Each command checks its options, calls a module beside this one, and prints the result."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""Flags that several commands share: they stand in place of one parameter of a command."""
+"""Flags that several commands share: each command has one parameter in their place."""
 
 import functools
 import inspect

@@ -95,8 +95,8 @@ def head_cost(
 
     On all classes each of the K components reads V rows. On a shortlist the components share one product with V rows,
     and each reads M rows again. The prior has K rows of that width and the shift K r, and the widening is applied K
-    times to r numbers. Where the shortlists of a training step have more rows than the decoder, it is widened once,
-    and the components read M rows of width r.
+    times to r numbers. Where the shortlists of a training step have more rows than the decoder, the step multiplies
+    decoder and widening once, and the components read M rows of width r.
 
     Args:
         num_tokens: of a training step; `None`: a step of decoding.

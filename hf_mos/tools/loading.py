@@ -18,7 +18,7 @@ from ..conversion import refuse_other_models, refuse_unfinished_save
 from ..remote_code.configuration_mos import MoSConfig
 from .places import check_exists
 
-# Others make no weights of a causal LM: integers, complex numbers, and the eight bits of a quantized one.
+# Weights of a causal LM cannot be loaded in others: integers, complex numbers, and the eight bits of a quantizer.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

@@ -49,7 +49,7 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def leftovers(folder: Path, more: Sequence[str] = (), before: str | Path | None = None) -> dict[Path, os.stat_result]:
-    """The files of a former model, of which a new one in the same folder may have none, for [`delete_unchanged`].
+    """Finds the files of a former model that the save of a new one may not replace, for [`delete_unchanged`].
 
     Args:
         more: further patterns of names.
@@ -61,7 +61,7 @@ def leftovers(folder: Path, more: Sequence[str] = (), before: str | Path | None 
 
 
 def delete_unchanged(files: dict[Path, os.stat_result]) -> None:
-    """Deletes the files that nothing has written since `leftovers`: the new model is saved, and has none of them."""
+    """Deletes those of the files that nothing has written since `leftovers`. Call it after the new model is saved."""
     for path, before in files.items():
         if path.exists() and os.path.samestat(now := path.stat(), before) and now.st_mtime_ns == before.st_mtime_ns:
             path.unlink()

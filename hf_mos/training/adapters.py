@@ -1,4 +1,4 @@
-"""Says so where an adapter of PEFT cannot train the shift of a new mixture, which nothing else would show.
+"""Warns where an adapter of PEFT cannot train the shift of a new mixture: nothing else would show it.
 
 The weight of a new shift is so small that no prediction sees it. LoRA and its like add to a weight, and move it. OFT,
 IA3 and others only multiply it, so the components would stay equal. This module does not travel with a checkpoint.
@@ -20,7 +20,7 @@ NOTICEABLE = 1e-10
 
 
 def set_attribute(head: Any, name: str, value: Any) -> None:
-    """Like `nn.Module.__setattr__`, by which PEFT puts an adapter around the shift; its first step is looked at."""
+    """Like `nn.Module.__setattr__`, by which PEFT puts an adapter around the shift; checks its first step."""
     nn.Module.__setattr__(head, name, value)
     if name == "shift" and hasattr(value, "base_layer"):
         value.register_forward_hook(look)

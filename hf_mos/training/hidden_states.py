@@ -39,7 +39,7 @@ Row = Mapping[str, Any]
 
 
 def freeze_backbone(model: MoSForCausalLM, train_decoder: bool | None = None) -> None:
-    """Freezes all parameters but the head's, so that hidden states that were computed once stay true.
+    """Freezes all parameters but the head's, so that the hidden states stay as they were computed once.
 
     Prior, shift and widening of the head train. The decoder, its own weight and bias, trains too unless it is tied.
 
@@ -99,7 +99,7 @@ def dropout_rates(model: MoSForCausalLM) -> Iterator[tuple[str, float]]:
 
 
 class KeptRow(UserDict):
-    """A row of hidden states; no `dict`, of which the Trainer drops what a softmax model's forward does not name."""
+    """A row of hidden states. The Trainer would drop them from a `dict`, as no softmax model's forward names them."""
 
 
 class HiddenStateRows(Dataset):
