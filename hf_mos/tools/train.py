@@ -12,6 +12,7 @@ card and its metrics.
 import contextlib
 import functools
 import math
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -270,19 +271,7 @@ def train(model_options: ModelOptions, data_options: DataOptions, training_argum
             delete_checkpoints(output, kept=resume_from)
     metrics = train_or_load(trainer, resume_from)
     former = leftovers(output, before=resume_from if goes_on else None) if model_options.force or goes_on else {}
-    trainer.save_model(_internal_call=True)  # else it would be pushed here, without the card
-    trainer.is_saved = True
-    if trainer.is_world_process_zero():
-        delete_unchanged(former)
-    if metrics is not None:
-        trainer.log_metrics("train", metrics)
-        trainer.save_metrics("train", metrics)
-    if validation is not None:
-        metrics = trainer.evaluate()
-        metrics |= {"perplexity": metrics.pop("eval_perplexity"), "eval_window": window, "eval_stride": stride}
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-    trainer.save_state()
+    save_and_evaluate(trainer, metrics, former)
     if training_arguments.push_to_hub:
         pin(trainer, trainer.push_to_hub())
     else:
@@ -300,6 +289,26 @@ def train_or_load(trainer: CardTrainer, resume_from: str | None) -> dict[str, fl
         if trainer.is_world_process_zero():
             print(how_to_resume(trainer), file=sys.stderr)
         raise
+
+
+def save_and_evaluate(
+    trainer: CardTrainer, metrics: dict[str, float] | None, former: dict[Path, os.stat_result]
+) -> None:
+    """Saves the trained model, deletes what a former one left, evaluates, and writes the metrics of both."""
+    trainer.save_model(_internal_call=True)  # else it would be pushed here, without the card
+    trainer.is_saved = True
+    if trainer.is_world_process_zero():
+        delete_unchanged(former)
+    if metrics is not None:
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+    if (validation := trainer.validation) is not None:
+        metrics = trainer.evaluate()
+        metrics["perplexity"] = metrics.pop("eval_perplexity")
+        metrics |= {"eval_window": validation.window, "eval_stride": validation.stride}
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    trainer.save_state()
 
 
 def check_output(folder: Path, options: ModelOptions) -> None:
