@@ -14,7 +14,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..remote_code.configuration_mos import MoSConfig
 from ..remote_code.modeling_mos import MoSForCausalLM
 from .head_options import head_cost, num_new_weights
-from .loading import softmax_class
 from .places import check_checkpoint
 
 CARD_FILE = "README.md"
@@ -89,7 +88,7 @@ def model_card(
         template_path=str(TEMPLATE),
         model_name=model_name,
         model_id=model_id,
-        backbone=softmax_class(model),
+        backbone=model.backbone_class.__name__,
         base_model=base_model,
         num_mixtures=head.num_mixtures,
         hidden_size=D,

@@ -140,8 +140,3 @@ def check_device(device: str) -> None:
 def is_mixture(config: PreTrainedConfig) -> bool:
     """Whether the config is that of a mixture, from the installed hf_mos or from the code beside a checkpoint."""
     return any(base.__name__ == MoSConfig.__name__ for base in type(config).__mro__)
-
-
-def softmax_class(model: PreTrainedModel) -> str:
-    """The name of the class whose head a mixture replaces: `LlamaForCausalLM` for a `MoSLlamaForCausalLM`."""
-    return type(model).__name__.removeprefix("FSDP").removeprefix("MoS")

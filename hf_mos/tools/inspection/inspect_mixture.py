@@ -27,7 +27,7 @@ from ...remote_code.mos_decoder import cap_logits, upcast
 from ...training.mixture_statistics import Predictions, StatisticsSum, entropy, predict_in_chunks
 from ..chat import Text
 from ..evaluate import Window, check_tokens, choose_window, prefix_of, sequence_of, windows_of
-from ..loading import is_mixture, softmax_class
+from ..loading import is_mixture
 from ..rank import log_prob_rank
 from .token_texts import TokenTexts
 
@@ -243,7 +243,7 @@ def describe(model: Any) -> ModelInspection:
     head = model.mos_head
     return ModelInspection(
         name=str(model.name_or_path or model.config.name_or_path),
-        backbone=softmax_class(model),
+        backbone=model.backbone_class.__name__,
         num_mixtures=head.num_mixtures,
         shortlist_size=head.shortlist_size,
         hidden_size=head.in_features,
