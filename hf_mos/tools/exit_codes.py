@@ -1,4 +1,4 @@
-"""The exit codes of the commands: 0 done, 2 an argument or option was refused before any work, 1 the work failed.
+"""The exit codes: 0 done, 1 the work failed, 2 an argument or option was refused before any work, 130 interrupted.
 
 A check that needs neither the text nor the weights runs `before_work`, so that a wrong option costs no waiting.
 """
