@@ -318,8 +318,9 @@ def evaluate_command(
     with before_work():
         config = check_options(model, tokenizer, revision, dtype, device, trust_remote_code)
         choose_window(config, window, stride)
+    data: dict[str, str | None] = {"data": dataset_name, "split": split}
     if validation_file is not None:
-        rows = read_texts(validation_file, text_column)
+        rows, data = read_texts(validation_file, text_column), {"data": validation_file.name, "split": None}
     else:
         assert dataset_name is not None
         rows = read_dataset(dataset_name, dataset_config_name, split, text_column)
@@ -338,9 +339,6 @@ def evaluate_command(
         prefix_token_id=prefix_token_id,
         track=functools.partial(track, description="evaluating"),
     )
-    data = {"data": dataset_name, "split": split}
-    if validation_file is not None:
-        data = {"data": validation_file.name, "split": None}
     if as_json:
         machine = {"dtype": str(loaded.dtype).removeprefix("torch."), "machine": describe_machine(loaded.device)}
         measured = {"model": model, "revision": revision, **data, **result.to_dict(), **machine}
