@@ -17,10 +17,10 @@ LEFTOVERS = (
 )
 
 
-def check_file(file: Path | None) -> None:
+def check_file(file: Path | None, name: str = "file") -> None:
     """Raises a ValueError where there is no such file."""
     if file is not None and not file.is_file():
-        raise ValueError(f"file: expected a file, given {str(file)!r}, which is none")
+        raise ValueError(f"{name}: expected a file, given {str(file)!r}, which is none")
 
 
 def check_is_folder(folder: Path, name: str) -> None:

@@ -12,6 +12,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from .exit_codes import OptionError, before_work
 from .head_options import add_head_options, head_flags, read_head_options
+from .places import check_file
 from .texts import ASSISTANT_ONLY_HELP, FILE_READERS, TEXT_COLUMN, TEXT_COLUMN_HELP, reader_of
 
 LONGEST_DEFAULT_BLOCK = 1024
@@ -157,8 +158,7 @@ class DataOptions:
         for option, file in (("--train-file", self.train_file), ("--validation-file", self.validation_file)):
             if file is None:
                 continue
-            if not Path(file).is_file():
-                raise ValueError(f"{option}: expected a file, given {file!r}, which is none")
+            check_file(Path(file), option)
             if Path(file).suffix.lower() not in FILE_READERS:
                 raise ValueError(f"{option}: expected one of {', '.join(FILE_READERS)}, given {file!r}")
         if not 0 <= self.validation_share < 1:
