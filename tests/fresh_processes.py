@@ -19,7 +19,7 @@ import sys
 import tempfile
 import types
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +51,20 @@ ERROR = ("error", None, Warning, None, 0)  # the filter of `python -W error`
 
 
 class ForkServer:
-    """Starts programs in forks of one process that has imported the modules."""
+    """Starts programs in forks of one process that has imported the modules.
 
-    def __init__(self, *modules: str) -> None:
+    The variables are those that libraries read when they are imported, such as HF_ENDPOINT.
+    """
+
+    def __init__(self, *modules: str, **variables: str) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="fork-server-")
-        environment = os.environ | {"HF_HOME": self._path("home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        self.variables = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
         self.process = subprocess.Popen(
             [sys.executable, "-W", "error", __file__, *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=os.environ | self.variables | {"HF_HOME": self._path("home")},
         )
         atexit.register(self.stop)
         if self._answer() != "ready":
@@ -79,40 +82,60 @@ class ForkServer:
         self,
         program: str,
         *arguments: Any,
+        environment: Mapping[str, str] = {},
+        timeout: int = 300,
+        **options: Any,
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs one process of `run_together`, as `subprocess.run` would."""
+        (process,) = self.run_together(program, *arguments, environments=[environment], timeout=timeout, **options)
+        if process.returncode == -signal.SIGALRM:
+            raise subprocess.TimeoutExpired(program, timeout)
+        return process
+
+    def run_together(
+        self,
+        program: str,
+        *arguments: Any,
+        environments: Iterable[Mapping[str, str]],
         kind: str = "code",
         cwd: Path | None = None,
-        environment: Mapping[str, str] = {},
         warnings_are_errors: bool = False,
         without: tuple[str, ...] = (),
         timeout: int = 300,
-    ) -> subprocess.CompletedProcess[str]:
-        """Runs Python code, or a `kind` of "script" or "module", as `subprocess.run` would.
+    ) -> list[subprocess.CompletedProcess[str]]:
+        """Runs Python code, or a `kind` of "script" or "module", in one process for each of the environments.
+
+        The processes run at the same time. If one fails, the others are killed. One that takes too long ends by
+        SIGALRM.
 
         Args:
-            environment: What differs from the environment of this process. HF_HOME and PYTHONPATH are obeyed; other
-                variables that libraries read when they are imported are not.
+            environments: What differs from the environment of this process. HF_HOME and PYTHONPATH are obeyed; other
+                variables that libraries read when they are imported must be given to the server.
             without: Modules that cannot be imported.
         """
-        request = {
-            "program": program,
-            "arguments": [*map(str, arguments)],
-            "kind": kind,
-            "cwd": str(cwd or Path.cwd()),
-            "environment": os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment,
-            "warnings_are_errors": warnings_are_errors,
-            "without": without,
-            "timeout": timeout,
-            "stdout": self._path("stdout"),
-            "stderr": self._path("stderr"),
-        }
+        requests = [
+            {
+                "program": program,
+                "arguments": [*map(str, arguments)],
+                "kind": kind,
+                "cwd": str(cwd or Path.cwd()),
+                "environment": os.environ | self.variables | environment,
+                "warnings_are_errors": warnings_are_errors,
+                "without": without,
+                "timeout": timeout,
+                "stdout": self._path(f"stdout-{i}"),
+                "stderr": self._path(f"stderr-{i}"),
+            }
+            for i, environment in enumerate(environments)
+        ]
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.write(json.dumps(requests) + "\n")
         self.process.stdin.flush()
-        code = int(self._answer())
-        if code == -signal.SIGALRM:
-            raise subprocess.TimeoutExpired(program, timeout)
-        printed = (Path(self._path(name)).read_text() for name in ("stdout", "stderr"))
-        return subprocess.CompletedProcess([program, *map(str, arguments)], code, *printed)
+        processes = []
+        for code, request in zip(json.loads(self._answer()), requests, strict=True):
+            printed = (Path(request[name]).read_text() for name in ("stdout", "stderr"))
+            processes.append(subprocess.CompletedProcess([program, *map(str, arguments)], code, *printed))
+        return processes
 
     def stop(self) -> None:
         assert self.process.stdin is not None
@@ -124,21 +147,30 @@ class ForkServer:
 
 
 @functools.cache
-def fork_server(*modules: str) -> ForkServer:
-    """The server of this process with these modules; it ends with this process."""
-    return ForkServer(*modules)
+def fork_server(*modules: str, **variables: str) -> ForkServer:
+    """The server of this process with these modules and variables; it ends with this process."""
+    return ForkServer(*modules, **variables)
 
 
 # --------------------------------------------------------------------------------------------- in the server's process
 
 
 def next_request() -> dict[str, Any]:
-    """Forks for each line of the input; returns in the forks alone."""
+    """Forks for each request of a line of the input; returns in the forks alone."""
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            return json.loads(line)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        codes: dict[int, int | None] = {}  # of each child; None while it runs
+        for request in json.loads(line):
+            child = os.fork()
+            if child == 0:
+                return request
+            codes[child] = None
+        while None in codes.values():
+            child, status = os.wait()
+            codes[child] = os.waitstatus_to_exitcode(status)
+            if status:
+                for other in [other for other, code in codes.items() if code is None]:
+                    os.kill(other, signal.SIGKILL)
+        print(json.dumps([*codes.values()]), flush=True)
     sys.exit()
 
 

@@ -1,6 +1,7 @@
 """Checks that a fork of a server is what a fresh process would be."""
 
 import json
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from fresh_processes import ForkServer
 LIBRARY = """
 import os
 HOME = os.environ["HF_HOME"] + "/hub"
+ENDPOINT = os.environ.get("HF_ENDPOINT")
 calls = []
 """
 PROGRAM = """
@@ -21,6 +23,23 @@ warnings.warn("old")
 absent = "fractions" if sys.argv[1] == "absent" else "json"
 __import__(absent)
 print(json.dumps([__name__, sys.argv[1:], os.getcwd(), library.HOME, len(library.calls), sys.path[0]]))
+"""
+
+# Waits for the file of the other process.
+MEET = """
+import os, sys, time
+from pathlib import Path
+rank = int(os.environ["RANK"])
+Path(sys.argv[1], str(rank)).touch()
+while not Path(sys.argv[1], str(1 - rank)).exists():
+    time.sleep(0.01)
+print(rank)
+"""
+ONE_FAILS = """
+import os, time
+if os.environ["RANK"] == "1":
+    raise SystemExit(3)
+time.sleep(60)
 """
 
 
@@ -58,6 +77,22 @@ def test_what_fails_is_told(server: ForkServer) -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         server.run("while True: pass", timeout=1)
     assert server.run("print('still here')").stdout == "still here\n"
+
+
+def test_processes_run_together(server: ForkServer, tmp_path: Path) -> None:
+    ranks = [{"RANK": "0"}, {"RANK": "1"}]
+    processes = server.run_together(MEET, tmp_path, environments=ranks, timeout=50)
+    assert [(process.returncode, process.stdout) for process in processes] == [(0, "0\n"), (0, "1\n")]
+    processes = server.run_together(ONE_FAILS, environments=ranks, timeout=50)
+    assert [process.returncode for process in processes] == [-signal.SIGKILL, 3]
+
+
+def test_a_library_reads_the_variables_of_the_server(server: ForkServer) -> None:
+    program = "import os, library; print(library.ENDPOINT, os.environ.get('HF_ENDPOINT'))"
+    assert server.run(program).stdout == "None None\n"
+    other = ForkServer("library", HF_ENDPOINT="http://here")
+    assert other.run(program).stdout == "http://here http://here\n"
+    other.stop()
 
 
 def test_a_module_that_cannot_be_imported() -> None:
