@@ -10,16 +10,31 @@ import time
 from pathlib import Path
 
 import pytest
+from fresh_processes import PROGRAMS, fork_server
 from huggingface_hub import ModelCard
 from PIL import Image
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "quickstart" / "compare_heads.py"
 
 
+def arguments_of(out: Path, *options: str) -> list[str]:
+    return ["--tiny", "--out", str(out), "--max-documents", "300", *options]
+
+
+def run(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return fork_server(*PROGRAMS).run(
+        str(SCRIPT),
+        *arguments_of(out, *options),
+        kind="script",
+        environment={"HF_HOME": str(out.parent / "home")},
+        warnings_are_errors=True,
+    )
+
+
 def start(out: Path, *options: str) -> subprocess.Popen[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(out.parent / "home")}
     return subprocess.Popen(
-        [sys.executable, "-W", "error", str(SCRIPT), "--tiny", "--out", str(out), "--max-documents", "300", *options],
+        [sys.executable, "-W", "error", str(SCRIPT), *arguments_of(out, *options)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -34,10 +49,9 @@ def start(out: Path, *options: str) -> subprocess.Popen[str]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("compare") / "out"
-    process = start(out, "--steps", "4", "--num-mixtures", "3")
-    stdout, stderr = process.communicate()
-    assert process.returncode == 0, stderr
-    return out, stdout
+    process = run(out, "--steps", "4", "--num-mixtures", "3")
+    assert process.returncode == 0, process.stderr
+    return out, process.stdout
 
 
 def test_prints_one_table_with_what_it_measured(finished: tuple[Path, str]) -> None:
@@ -82,10 +96,9 @@ def test_leaves_checkpoint_card_and_plot(finished: tuple[Path, str]) -> None:
 
 def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    process = start(tmp_path)
-    _, stderr = process.communicate()
+    process = run(tmp_path)
     assert process.returncode != 0
-    assert "--out: expected a new folder" in stderr
+    assert "--out: expected a new folder" in process.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 

@@ -1,11 +1,9 @@
 """Runs examples/quickstart/convert_and_train.py, and loads its checkpoint in a process without hf_mos."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from fresh_processes import PROGRAMS, fork_server
 from helpers import run_python
 from transformers import AutoTokenizer
 
@@ -20,9 +18,7 @@ print(type(model).__name__, model.config.num_mixtures)
 @pytest.mark.slow
 def test_it_is_short_and_leaves_a_checkpoint_that_loads_without_hf_mos(tmp_path: Path) -> None:
     assert len(SCRIPT.read_text().splitlines()) < 60
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error", str(SCRIPT)]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=240)
+    process = fork_server(*PROGRAMS).run(str(SCRIPT), kind="script", cwd=tmp_path, warnings_are_errors=True)
     assert process.returncode == 0, process.stderr
     assert "Return a new" in process.stdout
     folder = tmp_path / "quickstart-model"

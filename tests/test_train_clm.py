@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -122,10 +121,12 @@ def test_trains_evaluates_and_saves(tmp_path: Path, base: Path, text_file: Path,
     if launcher == "python":
         process = run_script(tmp_path, *QUICK, *options, warnings_are_errors=True)
     else:
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(SCRIPT)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")}
-        process = subprocess.run(
-            [*command, *QUICK, *map(str, options)], capture_output=True, text=True, env=environment, cwd=tmp_path
+        process = fork_server(*PROGRAMS).run(
+            "accelerate.commands.launch",
+            *("--cpu", "--num_processes", 1, SCRIPT, *QUICK, *options),
+            kind="module",
+            cwd=tmp_path,
+            environment={"HF_HOME": str(tmp_path / "home")},
         )
     assert process.returncode == 0, process.stderr
 
