@@ -50,6 +50,8 @@ def start_deepspeed() -> None:
     mock.patch.object(PartialState, "_prepare_backend", return_value=("gloo", DistributedType.NO)).start()
     for module in ("torch", "deepspeed", "accelerate"):
         warnings.filterwarnings("ignore", module=module)  # DeepSpeed calls what torch has deprecated
+    # Otherwise each new environment compiles an operator in C++, which only inference uses.
+    mock.patch("deepspeed.comm.torch.build_shm_op", return_value=None).start()
 
 
 def train_and_save(folder: str, stage: str) -> None:
