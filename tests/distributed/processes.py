@@ -4,62 +4,51 @@ A worker is a module-level function of a test file in this folder. It receives s
 The run fails if a worker warns, or if the group has another size than two.
 """
 
-import contextlib
 import importlib
 import os
-import signal
 import socket
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fresh_processes import PROGRAMS, fork_server
+
 WORLD_SIZE = 2
 TESTS = Path(__file__).parents[1]  # holds helpers.py, which the workers import
-PATIENCE = 240.0  # seconds
+PATIENCE = 240  # seconds
 
 
-def run_on_two(worker: Callable[..., None], *arguments: Any, environment: Mapping[str, str] | None = None) -> str:
+def run_on_two(worker: Callable[..., None], *arguments: Any, environment: Mapping[str, str] = {}) -> str:
     """Runs the worker on both ranks and returns their output. Fails with the output if a rank fails or times out."""
     file = worker.__code__.co_filename
-    return run_command(
-        [sys.executable, "-W", "error", __file__, file, worker.__name__, *map(str, arguments)], environment
+    return run_script(
+        Path(__file__), file, worker.__name__, *arguments, environment=environment, warnings_are_errors=True
     )
 
 
-def run_command(command: list[str], environment: Mapping[str, str] | None = None) -> str:
-    """Runs the same command as rank 0 and as rank 1, as `torchrun --nproc-per-node 2` does."""
+def run_script(
+    script: Path, *arguments: Any, environment: Mapping[str, str] = {}, warnings_are_errors: bool = False
+) -> str:
+    """Runs the same script as rank 0 and as rank 1, as `torchrun --nproc-per-node 2` does."""
     port = free_port()
-    processes = [
-        subprocess.Popen(
-            command,
-            env=environment_of(rank, port) | dict(environment or {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        for rank in range(WORLD_SIZE)
-    ]
-    deadline = time.monotonic() + PATIENCE
-    try:
-        while any(process.poll() is None for process in processes):
-            if any(process.poll() for process in processes) or time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-        failed = [process.poll() for process in processes]
-    finally:
-        stop(processes)
-    printed = "\n".join(f"rank {rank}:\n{process.communicate()[0]}" for rank, process in enumerate(processes))
-    assert failed == [0] * WORLD_SIZE, f"exit codes {failed} of {command}\n{printed}"
+    processes = fork_server(*PROGRAMS).run_together(
+        str(script),
+        *arguments,
+        environments=[environment_of(rank, port) | dict(environment) for rank in range(WORLD_SIZE)],
+        kind="script",
+        warnings_are_errors=warnings_are_errors,
+        timeout=PATIENCE,
+    )
+    printed = "\n".join(f"rank {rank}:\n{process.stdout}{process.stderr}" for rank, process in enumerate(processes))
+    codes = [process.returncode for process in processes]
+    assert codes == [0] * WORLD_SIZE, f"exit codes {codes} of {processes[0].args}\n{printed}"
     return printed
 
 
 def environment_of(rank: int, port: int) -> dict[str, str]:
     """Environment variables of one rank: those of torchrun, and PYTHONPATH for helpers.py."""
-    return os.environ | {
+    return {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -67,8 +56,6 @@ def environment_of(rank: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(WORLD_SIZE),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
         "ACCELERATE_USE_CPU": "true",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -78,14 +65,6 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
-
-
-def stop(processes: list[subprocess.Popen]) -> None:
-    """Kills the processes that still run, together with their children."""
-    for process in processes:
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
 
 
 def main() -> None:

@@ -1,16 +1,14 @@
 """Checks examples/accelerate: Accelerate accepts each config, and the training script runs with the one for CPUs."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
-from processes import WORLD_SIZE, free_port, run_command
+from fresh_processes import PROGRAMS, fork_server
+from processes import WORLD_SIZE, free_port, run_script
 from tokenizers import ByteLevelBPETokenizer
 from training_steps import assert_close_to
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -85,17 +83,14 @@ def test_the_training_script_shares_the_weights(tmp_path: Path, base: Path) -> N
     text, mixture = tmp_path / "text.txt", tmp_path / "mixture"
     text.write_text("\n".join(SENTENCES))
     MoSForCausalLM.from_causal_lm(base, num_mixtures=2).save_pretrained(mixture)
-    script = [sys.executable, str(ROOT / "examples" / "train_clm.py"), "--tokenizer", str(base), "--optim", "sgd"]
-    script += ["--model", str(mixture), "--train-file", str(text), "--max-steps", "3", "--learning-rate", "0.1"]
-    script += ["--report-to", "none", "--save-strategy", "no", "--output-dir"]
+    script = ROOT / "examples" / "train_clm.py"
+    options = ["--tokenizer", base, "--optim", "sgd", "--use-cpu", "--model", mixture, "--train-file", text]
+    options += ["--max-steps", 3, "--learning-rate", 0.1, "--report-to", "none", "--save-strategy", "no"]
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    subprocess.run(
-        [*script, alone, "--per-device-train-batch-size", "4", "--use-cpu"],
-        check=True,
-        capture_output=True,
-        timeout=240,
-    )
-    run_command([*script, str(shared), "--per-device-train-batch-size", "2", "--use-cpu", "--fsdp-size", "2"])
+    arguments = [*options, "--output-dir", alone, "--per-device-train-batch-size", 4]
+    process = fork_server(*PROGRAMS).run(str(script), *arguments, kind="script")
+    assert process.returncode == 0, process.stderr
+    run_script(script, *options, "--output-dir", shared, "--per-device-train-batch-size", 2, "--fsdp-size", 2)
     expected = MoSForCausalLM.from_pretrained(alone)
     assert_close_to(expected, dict(MoSForCausalLM.from_pretrained(shared).named_parameters()), tolerance=1e-5)
     before = MoSForCausalLM.from_pretrained(mixture).lm_head.weight
@@ -105,7 +100,7 @@ def test_the_training_script_shares_the_weights(tmp_path: Path, base: Path) -> N
 def test_the_training_script_runs_in_two_processes(tmp_path: Path, base: Path) -> None:
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text("\n".join(SENTENCES))
-    launch = ["-m", "accelerate.commands.launch", "--config_file", CONFIGS / "cpu_ddp.yaml"]
+    launch = ["--config_file", CONFIGS / "cpu_ddp.yaml", "--main_process_port", free_port()]
     options = {
         "--model": base,
         "--train-file": text,
@@ -115,14 +110,12 @@ def test_the_training_script_runs_in_two_processes(tmp_path: Path, base: Path) -
         "--per-device-train-batch-size": 2,
         "--report-to": "none",
     }
-    command = [*launch, "--main_process_port", free_port(), ROOT / "examples" / "train_clm.py"]
-    process = subprocess.run(
-        [sys.executable, *map(str, command), *(str(word) for option in options.items() for word in option)],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
+    process = fork_server(*PROGRAMS).run(
+        "accelerate.commands.launch",
+        *(*launch, ROOT / "examples" / "train_clm.py", *(word for option in options.items() for word in option)),
+        kind="module",
         cwd=ROOT,
+        environment={"ACCELERATE_USE_CPU": "true"},
     )
     assert process.returncode == 0, process.stderr
     assert f"{WORLD_SIZE} x CPU" in (out / "README.md").read_text()
