@@ -92,13 +92,16 @@ class HubServer:
 
     def __init__(self, tokens: dict[str, str]) -> None:
         self.tokens = tokens
+        self.clear()
+        self.hub, self.storage = self.listen(self.answer), self.listen(self.answer_storage)
+        self.url = f"http://localhost:{self.hub.server_port}"
+        self.storage_url = f"http://127.0.0.1:{self.storage.server_port}"
+
+    def clear(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}  # the other server's, by SHA-256
         self.faults: dict[str, int] = {}  # the status with which requests are refused whose path holds the key
         self.requests: list[str] = []
-        self.hub, self.storage = self.listen(self.answer), self.listen(self.answer_storage)
-        self.url = f"http://localhost:{self.hub.server_port}"
-        self.storage_url = f"http://127.0.0.1:{self.storage.server_port}"
 
     def __enter__(self) -> Self:
         self.threads = [threading.Thread(target=server.serve_forever) for server in (self.hub, self.storage)]

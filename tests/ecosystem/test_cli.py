@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -289,8 +290,10 @@ def test_an_interrupt_while_importing_prints_no_traceback(module: str, base: Pat
     )
     (tmp_path / "text.txt").write_text("a")
     paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    line = ["evaluate", base, "--validation-file", "text.txt"]
-    process = run_command(*line, cache=tmp_path, code=130, PYTHONPATH=paths)
+    command = [sys.executable, "-m", "hf_mos.tools.cli", "evaluate", str(base), "--validation-file", "text.txt"]
+    environment = os.environ | {"HF_HOME": str(tmp_path), "PYTHONPATH": paths}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=240)
+    assert process.returncode == 130, process.stderr
     assert "Traceback" not in process.stderr
 
 

@@ -1,17 +1,16 @@
 """Checks pushing to a Hub: the checkpoint loads bit for bit without hf_mos, and a failed push leaves nothing."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import run_command
+from commands import run_command, server_with
+from fresh_processes import TRANSFORMERS
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from safetensors.torch import load, load_file, save_file
@@ -51,16 +50,22 @@ AutoTokenizer.from_pretrained(folder).push_to_hub(name)
 """
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[HubServer]:
+    """One address for all tests, as libraries read it when they are imported."""
+    with HubServer(tokens={TOKEN: "user", "hf_of_another": "another"}) as server:
+        yield server
+
+
 @pytest.fixture
-def hub() -> Iterator[HubServer]:
-    with HubServer(tokens={TOKEN: "user", "hf_of_another": "another"}) as hub:
-        yield hub
+def hub(server: HubServer) -> HubServer:
+    server.clear()
+    return server
 
 
 def python(code: str, *arguments: Any, cache: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"HF_HOME": str(cache), "OMP_NUM_THREADS": "1", **variables}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cache, timeout=240)
+    environment = {"HF_HOME": str(cache), **variables}
+    return server_with(*TRANSFORMERS, **variables).run(code, *arguments, cwd=cache, environment=environment)
 
 
 def assert_equal_when_loaded(hub: HubServer, folder: Path, sha: str, tmp_path: Path, token: str | None = None) -> None:
