@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from helpers import log_prob_gap, random_tokens, tiny_causal_lm, tiny_mos
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from hf_mos import MoSForCausalLM
 from hf_mos.remote_code.configuration_mos import default_rank
@@ -110,3 +111,17 @@ def test_a_conversion_is_the_same_model_each_time(options: dict[str, Any], dtype
         found.append(model.state_dict())
     assert all(torch.equal(found[0][key], weight) for key, weight in found[1].items())
     assert not torch.equal(found[0]["lm_head.prior.weight"], found[2]["lm_head.prior.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shift_rank", [4, 32])
+def test_the_start_does_not_depend_on_the_default_dtype(shift_rank: int, dtype: torch.dtype) -> None:
+    """transformers sets it while it makes a model in a dtype, whose start would not be that of a conversion."""
+    model = MoSForCausalLM.from_causal_lm(tiny_causal_lm("llama").to(dtype), num_mixtures=3, shift_rank=shift_rank)
+    made = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
+    parts = [name for name, _ in model.lm_head.named_parameters() if "." in name]
+    assert len(parts) == (3 if shift_rank == 4 else 2)
+    for name in parts:
+        weight, other = (each.lm_head.get_parameter(name) for each in (model, made))
+        assert weight.dtype == other.dtype
+        assert torch.equal(weight, other), name

@@ -319,7 +319,7 @@ def draw_(weight: Any, std: float, seed: int) -> None:
     if weight.is_meta or getattr(weight, "_is_hf_initialized", False):  # as `init` does
         return
     generator = torch.Generator().manual_seed(seed)
-    values = (std * torch.randn(weight.shape, generator=generator, device="cpu")).to(weight.device, weight.dtype)
+    values = std * torch.randn(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
     if hasattr(weight, "device_mesh"):
         distribute = torch.distributed.tensor.distribute_tensor
         values = distribute(values, weight.device_mesh, weight.placements, src_data_rank=None)
