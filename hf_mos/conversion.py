@@ -87,7 +87,8 @@ def from_causal_lm(cls: Any, model: str | os.PathLike | PreTrainedModel, **kwarg
     if not issubclass(made if cls is MoSForCausalLM else cls, made):
         raise ValueError(f"model: expected a {cls.backbone_class.__name__}, given a {type(backbone).__name__}")
     config: Any = adopt(backbone.config, options)
-    config.tie_word_embeddings = tied if ties is None else ties
+    for holder in (config, config.get_text_config()):  # some configs take that of their text config when loaded
+        holder.tie_word_embeddings = tied if ties is None else ties
     config.dtype = backbone.dtype
     result: Any = backbone
     change_class(result, made if cls is MoSForCausalLM else cls)

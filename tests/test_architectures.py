@@ -208,6 +208,26 @@ def test_images_pass_through_and_the_class_survives(llava: LlavaForConditionalGe
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("model_type", ["llava", "blip-2", "gemma3"])
+def test_an_untied_decoder_stays_one_where_the_text_config_ties(model_type: str, tmp_path: Path) -> None:
+    """A config may take the tie of its text config, and a text model inside another ties by its own."""
+    config = sweep.tiny_config(model_type)
+    for holder in (config, config.get_text_config()):
+        holder.tie_word_embeddings = True
+    original = AutoModelForImageTextToText.from_config(config)
+    assert original.get_output_embeddings().weight is original.get_input_embeddings().weight
+    model = MoSForCausalLM.from_causal_lm(original, tie_word_embeddings=False)
+    model.tie_weights()
+    model.mos_head.weight.mul_(2)
+    model.save_pretrained(tmp_path)
+    loaded = MoSForCausalLM.from_pretrained(tmp_path)
+    loaded.resize_token_embeddings(sweep.VOCAB + 8, mean_resizing=False)  # which ties the weights again
+    for candidate in (model, loaded, loaded.to_softmax()):
+        decoder, embedding = candidate.get_output_embeddings().weight, candidate.get_input_embeddings().weight
+        assert torch.equal(decoder[: sweep.VOCAB], 2 * embedding[: sweep.VOCAB])
+
+
+@torch.no_grad()
 def test_a_softcap_that_the_backbone_leaves_unread_is_left_out() -> None:
     original = sweep.tiny_original("gemma3")
     assert isinstance(original, Gemma3ForConditionalGeneration)
