@@ -162,7 +162,8 @@ def probe(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 def head_gap(mixture: MoSForCausalLM, projection: nn.Linear, tokens: Tensor) -> float:
     """The largest difference between the log-probabilities of the mixture's head and of one softmax, in float64.
 
-    Both read the hidden states that the mixture's own head reads, so nothing is rounded but these.
+    NaN where one of them is. Both read the hidden states that the mixture's own head reads, so nothing is rounded but
+    these.
 
     Args:
         projection: the vocabulary projection of the softmax model.
@@ -176,13 +177,13 @@ def head_gap(mixture: MoSForCausalLM, projection: nn.Linear, tokens: Tensor) -> 
         logits = torch.cat([rows @ weight.double().T for weight in weights], dim=-1)
         return cap_logits(logits if layer.bias is None else logits + layer.bias.double(), head.softcap)
 
-    largest = 0.0
+    gaps = []
     for i in range(0, hidden_states.shape[0], TOKENS_AT_A_TIME):
         part = slice(i, i + TOKENS_AT_A_TIME)
         mixed = mix_log_probs(wide_logits(latents[part], head), prior_logits[part].double())
         softmax = wide_logits(hidden_states[part], projection).log_softmax(-1)
-        largest = max(largest, float((mixed - softmax).abs().max()))
-    return largest
+        gaps.append((mixed - softmax).abs().max())
+    return float(torch.stack(gaps).max())
 
 
 def rounding(logits: Tensor, dtype: torch.dtype) -> float:

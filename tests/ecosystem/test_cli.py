@@ -540,6 +540,22 @@ def test_export_of_a_trained_mixture_says_that_something_is_lost(
     assert log_prob_gap(loaded, softmax, input_ids=torch.arange(3, 60)[None]) == 0
 
 
+@pytest.mark.parametrize("options", [{}, {"shortlist_size": None}], ids=str)
+def test_export_of_a_mixture_that_diverged_says_that_something_is_lost(
+    run: Callable[..., Printed], base: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """Its log-probabilities are NaN, which is larger than no number, and which JSON has no number for."""
+    model = MoSForCausalLM.from_causal_lm(base, **options)
+    with torch.no_grad():
+        model.lm_head.shift.weight.fill_(1e38)
+    model.save_pretrained(tmp_path / "mixture")
+    printed = run("export", tmp_path / "mixture", tmp_path / "out", "--json")
+    exported = json.loads(printed.out, parse_constant=pytest.fail)
+    assert not exported["is_same"]
+    assert exported["gap"] is None
+    assert exported["change"] is None
+
+
 # ------------------------------------------------------------------------------------------------------------ evaluate
 
 
