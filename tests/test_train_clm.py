@@ -260,6 +260,21 @@ def test_a_failing_evaluation_leaves_the_trained_model(
     assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path), MoSForCausalLM)
 
 
+def test_the_metrics_of_a_model_that_diverged_are_json(
+    tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None]
+) -> None:
+    model = MoSForCausalLM.from_causal_lm(base)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    model.save_pretrained(tmp_path / "model")
+    options = ["--model", tmp_path / "model", "--tokenizer", base, "--train-file", text_file, "--max-steps", 1]
+    run(*options, "--learning-rate", 0, "--output-dir", tmp_path / "out")
+    for name in ("eval_results.json", "all_results.json"):
+        metrics = json.loads((tmp_path / "out" / name).read_text(), parse_constant=pytest.fail)
+        assert metrics["perplexity"] is None
+        assert metrics["eval_loss"] > 709
+
+
 def test_force_keeps_the_model_that_the_run_starts_from(
     tmp_path: Path, base: Path, text_file: Path, run: Callable[..., None]
 ) -> None:

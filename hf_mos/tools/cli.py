@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import logging
-import math
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -610,11 +609,11 @@ def serve_command(context: typer.Context) -> None:
 
 
 def print_json(result: dict[str, Any] | str) -> None:
-    """On the standard output itself, see `run`. A value that is not finite is null: JSON has no number for it."""
-    if not isinstance(result, str):
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.items()}
-        result = json.dumps(finite, indent=2, allow_nan=False)
-    print(result, file=sys.__stdout__, flush=True)
+    """On the standard output itself, see `run`."""
+    from .evaluate import json_values
+
+    text = result if isinstance(result, str) else json.dumps(json_values(result), indent=2, allow_nan=False)
+    print(text, file=sys.__stdout__, flush=True)
 
 
 def print_table(title: str, rows: dict[str, str]) -> None:

@@ -55,9 +55,9 @@ class Evaluation:
         return self.nats / (math.log(2) * self.num_bytes)
 
     def to_dict(self) -> dict[str, Any]:
-        """The measures and the fields, for JSON: `None` where a measure is infinite, which JSON has no number for."""
+        """The measures and the fields, for JSON."""
         measures = {name: getattr(self, name) for name in ("nats_per_token", "perplexity", "bits_per_byte")}
-        return {name: value if math.isfinite(value) else None for name, value in measures.items()} | vars(self)
+        return json_values(measures | vars(self))
 
 
 def perplexity_of(nats_per_token: float) -> float:
@@ -66,6 +66,11 @@ def perplexity_of(nats_per_token: float) -> float:
         return math.exp(nats_per_token)
     except OverflowError:
         return math.inf
+
+
+def json_values(values: dict[str, Any]) -> dict[str, Any]:
+    """The values, `None` in place of those that are not finite, which JSON has no number for."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 class Window(NamedTuple):

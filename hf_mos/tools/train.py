@@ -48,7 +48,17 @@ from ..training.callbacks import MixtureUsage, StopOnNonFiniteLoss, last_whole_c
 from ..training.hidden_states import HiddenStateRows, bytes_of, freeze_backbone, keep_hidden_states
 from .blocks import ValidationSet, ValidationText, cut_windows, load_text, pack
 from .card import CARD_FILE, eval_results, model_card
-from .evaluate import IGNORED, Window, check_tokens, choose_window, collate, perplexity_of, positions_of, target_nll
+from .evaluate import (
+    IGNORED,
+    Window,
+    check_tokens,
+    choose_window,
+    collate,
+    json_values,
+    perplexity_of,
+    positions_of,
+    target_nll,
+)
 from .exit_codes import REFUSED, OptionError, before_work
 from .head_options import ALL, TIE, describe_head
 from .loading import hub_options, is_mixture, load_config, load_tokenizer
@@ -109,6 +119,10 @@ class CardTrainer(Trainer):
         """Like the Trainer's, but the file of the arguments, which is pushed too, has no token."""
         with self.argument("hub_token", None):
             super()._save(*args, **kwargs)
+
+    def save_metrics(self, split: str, metrics: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Like the Trainer's, but null for the perplexity of a model that diverged: JSON has no number for it."""
+        super().save_metrics(split, json_values(metrics), *args, **kwargs)
 
     @contextlib.contextmanager
     def argument(self, name: str, value: Any) -> Iterator[None]:
