@@ -7,6 +7,7 @@ print(conversion.gap)  # the largest difference of the two heads, in nats
 """
 
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,7 @@ def convert(
     """
     with before_work():
         check_folder(folder, model, overwrite)
+        check_shard_size(max_shard_size)
         config = check_options(str(model), None, revision, dtype, device, trust_remote_code)
         refuse_mixture(config, repr(str(model)))
         refuse_remote_code(type(config), repr(str(model)))
@@ -133,6 +135,12 @@ def check_folder(folder: Path, model: str | Path, overwrite: bool) -> None:
     parent = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
     if not os.access(parent, os.W_OK):
         raise OSError(f"folder: expected one that can be written, given {str(folder)!r}: {parent} cannot be")
+
+
+def check_shard_size(size: str) -> None:
+    """Raises a ValueError for a size that `save_pretrained` would refuse, after the work."""
+    if re.fullmatch(r"\d+(\.\d+)?(KB|MB|GB|TB)", size.upper()) is None:
+        raise ValueError(f"max_shard_size: expected a size such as 5GB, in KB, MB, GB or TB, given {size!r}")
 
 
 def find_tokenizer(model: str | Path, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:

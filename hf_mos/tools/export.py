@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from ..remote_code.mos_checkpoint import replace_checkpoint
-from .convert import LARGEST_GAP, check_folder, find_tokenizer, head_gap, probe, probe_tokens, rounding
+from .convert import (
+    LARGEST_GAP,
+    check_folder,
+    check_shard_size,
+    find_tokenizer,
+    head_gap,
+    probe,
+    probe_tokens,
+    rounding,
+)
 from .exit_codes import before_work
 from .loading import check_options, is_mixture, load_model
 from .places import delete_unchanged, leftovers
@@ -69,6 +78,7 @@ def export(
     """
     with before_work():
         check_folder(folder, mixture, overwrite)
+        check_shard_size(max_shard_size)
         config = check_options(str(mixture), None, revision, dtype, device, trust_remote_code=False)
         if not is_mixture(config):
             raise ValueError(f"model: expected a mixture of softmaxes, given {str(mixture)!r}, a {config.model_type}")

@@ -130,6 +130,8 @@ def test_help_in_a_narrow_terminal_names_each_option_whole(command: str) -> None
         ("convert MIXTURE OUT", 2, "expected a causal LM with a softmax head"),
         ("convert ./none OUT", 2, "model: expected a folder or a Hub id, given './none', which is neither"),
         ("convert BASE TEXT", 2, "folder: expected a folder, given"),
+        ("convert BASE OUT --max-shard-size 5", 2, "max_shard_size: expected a size such as 5GB"),
+        ("export MIXTURE OUT --max-shard-size -5GB", 2, "max_shard_size: expected a size such as 5GB"),
         ("export BASE OUT", 2, "model: expected a mixture of softmaxes, given"),
         ("export MIXTURE BASE", 2, "which holds a checkpoint"),
         ("export ./none OUT", 2, "model: expected a folder or a Hub id, given './none', which is neither"),
