@@ -139,7 +139,7 @@ def check_folder(folder: Path, model: str | Path, overwrite: bool) -> None:
 
 def check_shard_size(size: str) -> None:
     """Raises a ValueError for a size that `save_pretrained` would refuse, after the work."""
-    if re.fullmatch(r"\d+(\.\d+)?(KB|MB|GB|TB)", size.upper()) is None:
+    if re.fullmatch(r"\d+(\.\d+)? ?(KB|MB|GB|TB)", size.strip().upper()) is None:
         raise ValueError(f"max_shard_size: expected a size such as 5GB, in KB, MB, GB or TB, given {size!r}")
 
 
