@@ -130,6 +130,7 @@ def test_help_in_a_narrow_terminal_names_each_option_whole(command: str) -> None
         ("convert MIXTURE OUT", 2, "expected a causal LM with a softmax head"),
         ("convert ./none OUT", 2, "model: expected a folder or a Hub id, given './none', which is neither"),
         ("convert BASE TEXT", 2, "folder: expected a folder, given"),
+        ("convert BASE BELOW_TEXT", 2, "folder: expected a folder, given"),
         ("convert BASE OUT --max-shard-size 5", 2, "max_shard_size: expected a size such as 5GB"),
         ("export MIXTURE OUT --max-shard-size -5GB", 2, "max_shard_size: expected a size such as 5GB"),
         ("export BASE OUT", 2, "model: expected a mixture of softmaxes, given"),
@@ -219,6 +220,7 @@ def test_what_is_wrong_is_said_without_a_traceback(
     ):
         places[name] = (tmp_path / name).with_suffix(".jsonl" if content[:1] == b"{" else ".txt")
         places[name].write_bytes(content)
+    places["BELOW_TEXT"] = text_file / "out"
     places["ENCODER"] = tmp_path / "encoder"
     BertConfig().save_pretrained(places["ENCODER"])
     places["OLD"] = tmp_path / "old"
