@@ -30,9 +30,10 @@ def check_is_folder(folder: Path, name: str) -> None:
 
 
 def check_exists(model: str | Path) -> None:
-    """Raises a ValueError if the name can only be that of a folder, and there is no such folder."""
+    """Raises a ValueError for the name of a file, and for one that is no Hub id where there is no such folder."""
     name = str(model)
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name) and not Path(name).is_dir():
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or Path(name).is_file()
+    if is_path and not Path(name).is_dir():
         raise ValueError(f"model: expected a folder or a Hub id, given {name!r}, which is neither")
 
 

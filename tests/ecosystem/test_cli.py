@@ -131,6 +131,8 @@ def test_help_in_a_narrow_terminal_names_each_option_whole(command: str) -> None
         ("convert ./none OUT", 2, "model: expected a folder or a Hub id, given './none', which is neither"),
         ("convert BASE TEXT", 2, "folder: expected a folder, given"),
         ("convert BASE BELOW_TEXT", 2, "folder: expected a folder, given"),
+        ("convert config.json OUT", 2, "given 'config.json', which is neither"),
+        ("evaluate config.json --validation-file TEXT", 2, "given 'config.json', which is neither"),
         ("convert BASE OUT --max-shard-size 5", 2, "max_shard_size: expected a size such as 5GB"),
         ("export MIXTURE OUT --max-shard-size -5GB", 2, "max_shard_size: expected a size such as 5GB"),
         ("export BASE OUT", 2, "model: expected a mixture of softmaxes, given"),
@@ -203,6 +205,7 @@ def test_what_is_wrong_is_said_without_a_traceback(
     mixture: Path,
     text_file: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     line: str,
     code: int,
     message: str,
@@ -223,6 +226,7 @@ def test_what_is_wrong_is_said_without_a_traceback(
     places["BELOW_TEXT"] = text_file / "out"
     places["ENCODER"] = tmp_path / "encoder"
     BertConfig().save_pretrained(places["ENCODER"])
+    monkeypatch.chdir(base)  # in which a file has the form of a Hub id
     places["OLD"] = tmp_path / "old"
     places["OLD"].mkdir()
     (tmp_path / "old" / "config.json").write_text('{"model_type": "mos", "text_config": {"model_type": "llama"}}')
