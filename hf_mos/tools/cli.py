@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 from .exit_codes import DONE, FAILED, INTERRUPTED, REFUSED, OptionError, before_work
 from .head_options import with_head_options
-from .places import check_checkpoint, check_exists, check_file
+from .places import check_checkpoint, check_exists, check_file, write_whole
 from .texts import ASSISTANT_ONLY_HELP, SPLIT, TEXT_COLUMN, TEXT_COLUMN_HELP, check_file_options
 
 try:
@@ -539,7 +539,7 @@ def card_command(
         prompt=prompt,
         revision=model_revision,
     )
-    card.save(target)
+    write_whole(target, card.save)
     console.print(str(target), soft_wrap=True)
 
 
@@ -582,7 +582,7 @@ def push_command(
     from .push import push
 
     if not (folder / CARD_FILE).exists():
-        card_of_folder(folder, model_id=repo).save(folder / CARD_FILE)
+        write_whole(folder / CARD_FILE, card_of_folder(folder, model_id=repo).save)
     pushed = push(folder, repo, branch=revision, private=private, message=message, token=token, pin=pin)
     if as_json:
         print_json(vars(pushed))

@@ -1,9 +1,9 @@
-"""Refuses files, folders and names that cannot be what a command needs, before torch and transformers are imported."""
+"""The files and folders of a command, before torch and transformers are imported: refuses, deletes, replaces."""
 
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,16 @@ def check_is_folder(folder: Path, name: str) -> None:
     """Raises a ValueError where a file is in the place of the folder, or of a folder above it."""
     if (file := next((path for path in (folder, *folder.parents) if path.is_file()), None)) is not None:
         raise ValueError(f"{name}: expected a folder, given {str(folder)!r}, where {str(file)!r} is a file")
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Calls `write` with a path beside this one, and moves the whole file here; until then the former stays."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        write(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def check_exists(model: str | Path) -> None:

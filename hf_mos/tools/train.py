@@ -62,7 +62,7 @@ from .evaluate import (
 from .exit_codes import REFUSED, OptionError, before_work
 from .head_options import ALL, TIE, describe_head
 from .loading import hub_options, is_mixture, load_config, load_tokenizer
-from .places import check_is_folder, delete_unchanged, leftovers
+from .places import check_is_folder, delete_unchanged, leftovers, write_whole
 from .provenance import describe_machine, own_command
 from .push import pin_card
 from .train_options import LONGEST_DEFAULT_BLOCK, DataOptions, ModelOptions, parse_options
@@ -171,7 +171,7 @@ class CardTrainer(Trainer):
                 machine=f"{self.args.world_size} x {describe_machine(self.args.device)}",
                 base_model=self.base_model,
             )
-            card.save(Path(str(self.args.output_dir), CARD_FILE))
+            write_whole(Path(str(self.args.output_dir), CARD_FILE), card.save)
 
     def eval_results(self) -> list[EvalResult]:
         losses = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]

@@ -871,6 +871,26 @@ def test_measurements_go_into_the_card(
     assert "None measured." in ModelCard.load(folder / "README.md").text
 
 
+def test_a_full_disk_leaves_the_former_card(
+    run: Callable[..., Printed], mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(mixture, folder)
+    (folder / "README.md").write_text("The card of an hour's work.")
+    kept = {path.name for path in folder.iterdir()}
+
+    def fill(card: ModelCard, path: str | Path) -> None:
+        Path(path).write_text(str(card)[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ModelCard, "save", fill)
+    printed = run("card", folder, "--force")
+    assert printed.code == 1
+    assert "No space left on device" in printed.err
+    assert (folder / "README.md").read_text() == "The card of an hour's work."
+    assert {path.name for path in folder.iterdir()} == kept
+
+
 # --------------------------------------------------------------------------------------------------------------- train
 
 

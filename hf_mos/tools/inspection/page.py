@@ -12,13 +12,13 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..evaluate import perplexity_of
+from ..places import write_whole
 from .inspect_mixture import OLD_SOFTMAX, CorpusInspection, Inspection, Prediction, TextInspection, Token
 from .token_texts import running, visible
 
@@ -90,9 +90,7 @@ def check_target(path: Path) -> None:
 def save_page(inspection: Inspection, path: Path) -> None:
     """Writes the page of an inspection, atomically."""
     page = render_page(inspection)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, path)
+    write_whole(path, lambda file: file.write_text(page, encoding="utf-8"))
 
 
 def render_page(inspection: Inspection) -> str:
