@@ -26,8 +26,10 @@ from transformers import (
     MusicgenDecoderConfig,
     MusicgenForCausalLM,
 )
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+import hf_mos
 from hf_mos import MoSConfig, MoSForCausalLM
 
 # Each for what it alone has: see the comments.
@@ -205,6 +207,20 @@ def test_images_pass_through_and_the_class_survives(llava: LlavaForConditionalGe
         assert type(loaded) is type(model)
         assert isinstance(loaded, LlavaForConditionalGeneration)
         assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("model_type", ["llava", "llama", "xlm"])
+def test_transformers_knows_the_class_by_name_where_it_knows_the_softmax_models(model_type: str) -> None:
+    """A server and pipelines ask by name what a model reads."""
+    auto_class = AutoModelForMultimodalLM if model_type == "llava" else AutoModelForCausalLM
+    with torch.device("meta"):
+        own = type(auto_class.from_config(sweep.tiny_config(model_type))).__name__
+    made = getattr(hf_mos, f"MoS{own}").__name__
+    mappings = {name: each for name, each in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")}
+    known = {name for name, mapping in mappings.items() if own in mapping.values()}
+    assert {name for name, mapping in mappings.items() if made in mapping.values()} == known | {
+        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"  # in which the Trainer sees that the labels are to be shifted
+    }
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto import modeling_auto
 
 from .configuration_mos import (
     NO_SOFTCAP,
@@ -373,8 +373,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         if hidden_states is not None and inputs:
             raise ValueError(f"hidden_states: expected no {inputs[0]} with it, given both")
         keeps_itself = hidden_states is None and not has_labels and "logits_to_keep" in self.argument_names
-        if keeps_itself:
-            kwargs["logits_to_keep"] = logits_to_keep
+        kwargs |= {"logits_to_keep": logits_to_keep} if keeps_itself else {}
         if has_labels and self.config.model_type in DROPS_CACHE_WITH_LABELS:
             kwargs["use_cache"] = False
         outputs: Any = self._run_layers(**kwargs) if hidden_states is None else CausalLMOutput(logits=hidden_states)
@@ -455,7 +454,9 @@ def model_class_for(backbone: Any) -> type[MoSForCausalLM]:
     members |= {"argument_names": named[1:], "masks_labels": "shift_attention_mask" in names_in_forward(backbone)}
     made: Any = type(name, (MoSForCausalLM, backbone), members)
     globals().setdefault(name, made)
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] = name  # transformers looks up some things by the name of a class
+    for known, mapping in vars(modeling_auto).items():  # transformers looks up some things by the name of a class
+        if known.endswith("_MAPPING_NAMES") and ("FOR_CAUSAL_LM" in known or backbone.__name__ in mapping.values()):
+            mapping[name] = name
     if (conversions := get_checkpoint_conversion_mapping(backbone.__name__)) is not None:
         register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
     return made
@@ -472,8 +473,7 @@ def sign_as(theirs: Any, ours: Any) -> Any:
 def __getattr__(name: str) -> type[MoSForCausalLM]:
     """Makes the class of the mixtures with a softmax model of transformers: `MoSLlamaForCausalLM`."""
     backbone: Any = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
-    is_model = isinstance(backbone, type) and issubclass(backbone, GenerationMixin)
-    if not is_model:
+    if not (isinstance(backbone, type) and issubclass(backbone, GenerationMixin)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return model_class_for(backbone)
 

@@ -1,5 +1,7 @@
 """Checks that transformers' OpenAI-compatible server serves a mixture to OpenAI's client."""
 
+import base64
+import io
 import os
 import re
 import signal
@@ -15,11 +17,26 @@ import pytest
 import torch
 from commands import run_command
 from openai import OpenAI
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from PIL import Image
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from hf_mos import MoSForCausalLM
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Sentence 3 says that"}]
 PROMPT = "Sentence 3 says that"
 NEW_TOKENS = 12
+IMAGE_TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endfor %}"
+)
 
 
 @contextmanager
@@ -116,6 +133,55 @@ def test_continuous_batching(mixture: Path, tmp_path: Path) -> None:
         completion = client.completions.create(model=str(mixture), prompt=PROMPT, max_tokens=NEW_TOKENS, temperature=0)
     tokens = AutoTokenizer.from_pretrained(mixture)(PROMPT, return_tensors="pt").input_ids
     assert completion.choices[0].text == generated(mixture, tokens)
+
+
+@pytest.fixture
+def reads_images(base: Path, tmp_path: Path) -> Path:
+    """A folder with the mixture of a tiny Llava and its processor."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens("<image>", special_tokens=True)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {"model_type": "llama", "vocab_size": len(tokenizer), "eos_token_id": None, **size}
+    vision = {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, **size}
+    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_id=image_token_id, image_seq_length=4)
+    torch.manual_seed(0)
+    original = LlavaForConditionalGeneration(config)
+    for parameter in original.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    original.generation_config.suppress_tokens = [image_token_id]
+    MoSForCausalLM.from_causal_lm(original, num_mixtures=3).save_pretrained(tmp_path / "model")
+    scale = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    processor = LlavaProcessor(
+        CLIPImageProcessor(**scale), tokenizer, 8, "default", IMAGE_TEMPLATE, num_additional_image_tokens=1
+    )
+    processor.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_an_image_reaches_the_model(reads_images: Path, tmp_path: Path) -> None:
+    model, processor = AutoModelForCausalLM.from_pretrained(reads_images), AutoProcessor.from_pretrained(reads_images)
+    answers = []
+    with server(reads_images, tmp_path) as client:
+        for color in ("red", "blue"):
+            image, file = Image.new("RGB", (16, 16), color), io.BytesIO()
+            image.save(file, "PNG")
+            url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+            content: list[Any] = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": PROMPT}]
+            answer = client.chat.completions.create(
+                model=str(reads_images),
+                messages=[{"role": "user", "content": content}],
+                max_tokens=NEW_TOKENS,
+                temperature=0,
+            )
+            answers.append(answer.choices[0].message.content)
+            inputs = processor(images=image, text=f"<image>{PROMPT}", return_tensors="pt")
+            tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[
+                0, inputs.input_ids.shape[1] :
+            ]
+            assert answers[-1] == processor.decode(tokens, skip_special_tokens=True)
+    assert answers[0] != answers[1]
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
