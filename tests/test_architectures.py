@@ -8,6 +8,7 @@ import architectures as sweep
 import pytest
 import torch
 import transformers
+from helpers import run_python
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -207,6 +208,30 @@ def test_images_pass_through_and_the_class_survives(llava: LlavaForConditionalGe
         assert type(loaded) is type(model)
         assert isinstance(loaded, LlavaForConditionalGeneration)
         assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+READ_ALONE = """
+import torch, transformers
+folder, *names = sys.argv[1:]
+batch, expected = torch.load("expected.pt")
+for name in names:
+    model = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True)
+    assert torch.equal(model(**batch).logits, expected)
+    print(type(model).__name__)
+    model.save_pretrained(folder)
+"""
+
+
+@torch.no_grad()
+def test_the_files_beside_a_checkpoint_let_the_same_auto_classes_load_it(
+    llava: LlavaForConditionalGeneration, tmp_path: Path
+) -> None:
+    model = MoSForCausalLM.from_causal_lm(llava, num_mixtures=3)
+    model.save_pretrained(tmp_path / "model")
+    torch.save((with_image(), model(**with_image()).logits), tmp_path / "expected.pt")
+    names = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+    printed = run_python(READ_ALONE, tmp_path / "model", *names, cache=tmp_path)
+    assert printed.split() == ["MoSLlavaForConditionalGeneration"] * 3
 
 
 @pytest.mark.parametrize("model_type", ["llava", "llama", "xlm"])

@@ -213,6 +213,10 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             # Offloading parts the tie, and transformers then writes the weight twice.
             tied = f"{self.head_path()}.weight"
             state_dict = {key: value for key, value in self.state_dict().items() if key != tied}
+        place = f"{__name__.rpartition('.')[2]}.{PREFIX}{self.backbone_class.__name__}"
+        loaders: Any = (transformers.AutoModelForImageTextToText, transformers.AutoModelForMultimodalLM)
+        places = {each.__name__: place for each in loaders if self.config.backbone_config_class in each._model_mapping}
+        self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | places
         write = functools.partial(
             super().save_pretrained, state_dict=state_dict, max_shard_size=max_shard_size, variant=variant, token=token
         )
@@ -374,8 +378,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"hidden_states: expected no {inputs[0]} with it, given both")
         keeps_itself = hidden_states is None and not has_labels and "logits_to_keep" in self.argument_names
         kwargs |= {"logits_to_keep": logits_to_keep} if keeps_itself else {}
-        if has_labels and self.config.model_type in DROPS_CACHE_WITH_LABELS:
-            kwargs["use_cache"] = False
+        kwargs |= {"use_cache": False} if has_labels and self.config.model_type in DROPS_CACHE_WITH_LABELS else {}
         outputs: Any = self._run_layers(**kwargs) if hidden_states is None else CausalLMOutput(logits=hidden_states)
         states, aux_loss = outputs.logits, getattr(outputs, "aux_loss", None)
         if has_labels and kwargs.get("input_ids") is not None:
@@ -390,7 +393,6 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             scores = self.score_batch(self.score_options, *batch)
             scores.loss, scores.aux_loss = add_aux_loss(scores.loss, aux_loss, self), aux_loss
             return scores
-
         positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         keeps_all = keeps_itself or (isinstance(logits_to_keep, int) and logits_to_keep == 0)
         kept = states if keeps_all else states[:, positions]
@@ -524,8 +526,6 @@ class HandsOn:
 
 class LogitsLeftOut(tuple):
     """Stands for logits that were not computed: raises where it is used as a tensor, and is moved as a tuple is."""
-
-    __slots__ = ()
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(
