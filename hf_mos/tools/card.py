@@ -1,7 +1,6 @@
 """Writes the model card of a mixture, from `model_card_template.md` beside this file."""
 
 import csv
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..remote_code.configuration_mos import MoSConfig
 from ..remote_code.modeling_mos import MoSForCausalLM
 from .head_options import head_cost, num_new_weights
-from .places import check_checkpoint
+from .places import check_checkpoint, read_json
 
 CARD_FILE = "README.md"
 EMISSIONS_FILE = "emissions.csv"  # written by the Trainer's CodeCarbon callback
@@ -141,12 +140,8 @@ def card_of_folder(
 
 def read_results(file: Path) -> dict[str, Any]:
     needed = {"data", "split", "window", "stride", "perplexity", "bits_per_byte", "command", "machine"}
-    try:
-        evaluation = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: expected JSON, given a file that is none: {error}") from error
-    missing = sorted(needed - evaluation.keys()) if isinstance(evaluation, dict) else sorted(needed)
-    if missing:
+    evaluation = read_json(file)
+    if missing := sorted(needed - evaluation.keys()):
         raise ValueError(f"{file}: expected what hf-mos evaluate --json prints, given one without {missing}")
     return evaluation
 

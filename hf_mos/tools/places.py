@@ -39,6 +39,25 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         unfinished.unlink(missing_ok=True)
 
 
+def read_text(file: Path) -> str:
+    """The text of a file; raises a ValueError where it is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected text in UTF-8, given a file that is none: {error}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises a ValueError where it holds something else."""
+    try:
+        content = json.loads(read_text(file))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: expected JSON, given a file that is none: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a JSON object, given a {type(content).__name__}")
+    return content
+
+
 def check_exists(model: str | Path) -> None:
     """Raises a ValueError for the name of a file, and for one that is no Hub id where there is no such folder."""
     name = str(model)
@@ -53,7 +72,7 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder}: expected a folder with a checkpoint, given none: no such folder")
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"{folder}: expected a folder with a checkpoint, given one without {CONFIG_FILE}")
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = read_json(folder / CONFIG_FILE)
     if config.get("model_type") != MODEL_TYPE:
         raise ValueError(f"{folder}: expected a mixture of softmaxes, given a {config.get('model_type')!r}")
     return config

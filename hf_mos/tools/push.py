@@ -5,7 +5,6 @@ push(Path("gpt2-mos"), "user/gpt2-mos")
 ```
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from transformers.utils import logging
 from ..remote_code.mos_checkpoint import STAGING_PREFIX, check_files
 from .card import CARD_FILE, address
 from .exit_codes import before_work
-from .places import check_checkpoint
+from .places import check_checkpoint, read_json, read_text
 
 logger = logging.get_logger(__name__)
 
@@ -77,7 +76,7 @@ def push(
     repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
     if branch is not None:
         api.create_branch(repo, branch=branch, exist_ok=True)
-    card = (folder / CARD_FILE).read_text(encoding="utf-8")
+    card = read_text(folder / CARD_FILE)
     operations = [CommitOperationAdd(name, folder / name) for name in files if name != CARD_FILE]
     operations.append(CommitOperationAdd(CARD_FILE, address(card, repo, branch or "main").encode()))
     commit = api.create_commit(repo, operations, commit_message=message, revision=branch)
@@ -103,7 +102,7 @@ def code_of(folder: Path, config: dict[str, Any]) -> Iterator[str]:
     """The names of the Python files that the configs ask for, and of those that these import."""
     found = code_named_by(config) or ["modeling_mos.py"]
     for path in (path for pattern in CONFIGS_WITH_CODE for path in folder.glob(pattern)):
-        found += code_named_by(json.loads(path.read_text(encoding="utf-8")))
+        found += code_named_by(read_json(path))
     for name in found:
         yield name
         for module in get_relative_imports(folder / name):
@@ -147,7 +146,7 @@ def files_of(folder: Path) -> list[str]:
         beside.add(name)
     if CARD_FILE not in beside:
         refuse(f"a card, {CARD_FILE}", "none; hf-mos card makes one")
-    card = (folder / CARD_FILE).read_text(encoding="utf-8")
+    card = read_text(folder / CARD_FILE)
     beside |= {path.name for pattern in PICTURES for path in folder.glob(pattern) if path.name in card}
     if TOKENIZER_FILE not in beside:
         logger.warning(f"{folder}: no tokenizer is sent, as there is none")

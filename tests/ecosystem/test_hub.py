@@ -318,6 +318,28 @@ def test_a_folder_that_is_not_whole_is_refused_before_anything_is_sent(
     assert hub.requests == []
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b"", "config.json: expected JSON, given a file that is none"),
+        ("config.json", b"\xff{}", "config.json: expected text in UTF-8, given a file that is none"),
+        ("config.json", b"[]", "config.json: expected a JSON object, given a list"),
+        ("tokenizer_config.json", b"{", "tokenizer_config.json: expected JSON, given a file that is none"),
+        ("README.md", b"\xff", "README.md: expected text in UTF-8, given a file that is none"),
+    ],
+)
+def test_a_broken_file_is_named_before_anything_is_sent(
+    hub: HubServer, mixture: Path, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(mixture, folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    (folder / name).write_bytes(content)
+    process = run_command("push", folder, NAME, cache=tmp_path, code=2, **hub.environment(TOKEN))
+    assert message in process.stderr
+    assert hub.requests == []
+
+
 def test_a_softmax_is_not_pushed_as_a_mixture(hub: HubServer, base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     shutil.copytree(base, folder)
