@@ -475,7 +475,7 @@ def sign_as(theirs: Any, ours: Any) -> Any:
 def __getattr__(name: str) -> type[MoSForCausalLM]:
     """Makes the class of the mixtures with a softmax model of transformers: `MoSLlamaForCausalLM`."""
     backbone: Any = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
-    if not (isinstance(backbone, type) and issubclass(backbone, GenerationMixin)):
+    if GenerationMixin not in getattr(backbone, "__mro__", ()):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return model_class_for(backbone)
 
