@@ -51,6 +51,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_mos import MoSForCausalLM
+from hf_mos.tools.places import write_whole
 
 VOCAB = 96
 HEADS: list[dict[str, Any]] = [{"shortlist_size": None}, {"shortlist_size": 16}]
@@ -587,13 +588,6 @@ def markdown(rows: list[Row]) -> str:
     )
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Writes the file atomically."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(text)
-    part.replace(file)
-
-
 def main(
     only: Annotated[list[str] | None, typer.Option(help="A model type; may be given more than once.")] = None,
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Writes the table there.")] = None,
@@ -613,9 +607,10 @@ def main(
     Console(width=220).print(table)
     print(closing_line(rows))
     if markdown_file:
-        write_whole(markdown_file, markdown(rows))
+        write_whole(markdown_file, lambda file: file.write_text(markdown(rows)))
     if json_file:
-        write_whole(json_file, json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+        found = json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
+        write_whole(json_file, lambda file: file.write_text(found))
     raise typer.Exit(any(not row.is_whole for row in rows if row.is_built))
 
 

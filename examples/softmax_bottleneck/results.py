@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import platform
 import shlex
 import shutil
@@ -18,6 +17,7 @@ import torch
 import transformers
 import typer
 
+from hf_mos.tools.places import write_whole
 from hf_mos.tools.provenance import processor
 
 # Flags that all questions have.
@@ -57,10 +57,8 @@ class Results:
     def write(self) -> None:
         """Writes the file atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        staged = self.path.with_suffix(".unfinished")
         lines = ",\n".join(json.dumps(run) for run in self.runs)
-        staged.write_text(f'{{"runs": [\n{lines}\n]}}\n', encoding="utf-8")
-        os.replace(staged, self.path)
+        write_whole(self.path, lambda file: file.write_text(f'{{"runs": [\n{lines}\n]}}\n', encoding="utf-8"))
 
 
 def as_in_file(settings: dict[str, Any]) -> dict[str, Any]:
