@@ -504,7 +504,7 @@ def test_the_tables_say_it() -> None:
         assert f"{weights} " in line
         assert f"{leader}: {100 * token.prediction.responsibilities[leader]:.0f} %" in line
         assert f"{visible(token.prediction.top[0].text)} {100 * token.prediction.top[0].probability:.0f}" in line
-    assert "what follows" in lines[len(inspection.text.tokens)]
+    assert "next token" in lines[len(inspection.text.tokens)]
     for k, component in enumerate(inspection.corpus.components):
         assert f"component {k}" in text
         assert f"{100 * component.mean_weight:.1f} %" in text
@@ -512,8 +512,18 @@ def test_the_tables_say_it() -> None:
     assert "bound of one softmax" in text
     assert "✓" in text
     narrow = printed(inspection, width=60)
-    assert narrow.splitlines()[4 + len(inspection.text.tokens)].strip().startswith("what")  # no line is wrapped
-    assert "weight, %" in printed(whole_inspection(num_mixtures=16))
+    assert narrow.splitlines()[4 + len(inspection.text.tokens)].strip().startswith("next")  # no line is wrapped
+
+
+def test_the_tables_of_the_default_mixture_fit_a_terminal() -> None:
+    inspection = whole_inspection(num_mixtures=16)
+    text = printed(inspection, width=80)
+    assert "weight, %" in text
+    divergence = text[text.index("Jensen-Shannon") : text.index("The mixture and the old softmax")]
+    assert "…" not in divergence  # no number is cut
+    pairs = [row[k] for j, row in enumerate(inspection.corpus.divergence) for k in range(j)]
+    for value in (sum(pairs) / len(pairs), min(pairs), max(pairs)):
+        assert f"{value:.4f}" in divergence
 
 
 # ------------------------------------------------------------------------------------------------------------ the page
@@ -521,8 +531,6 @@ def test_the_tables_say_it() -> None:
 
 class Page(HTMLParser):
     """The elements of a page, their text and what they load."""
-
-    VOID = {"meta", "link", "br", "path", "use", "rect", "option"}
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -592,8 +600,8 @@ def test_the_colour_of_a_token_leaves_the_space_before_it_out() -> None:
 
 def test_the_page_says_that_the_old_softmax_is_no_trained_one() -> None:
     inspection = whole_inspection()
-    assert "Training after the conversion serves the mixture and not the old softmax" in render_page(inspection)
-    assert "Training after the conversion serves the mixture and not the old softmax" in " ".join(
+    assert "Training after the conversion optimizes the mixture, not the old softmax" in render_page(inspection)
+    assert "Training after the conversion optimizes the mixture, not the old softmax" in " ".join(
         printed(inspection).split()
     )
 
@@ -771,7 +779,7 @@ def test_the_command_prints_the_json_of_the_inspection(mixture: Path, text_file:
 
 def test_the_command_prints_tables(mixture: Path, text_file: Path, tmp_path: Path) -> None:
     process = run_command("inspect", mixture, "--text", "Sentence", "--validation-file", text_file, cache=tmp_path)
-    for words in ("Token by token", "what follows", "Components over", "Jensen-Shannon", "bound of one softmax"):
+    for words in ("Token by token", "next token", "Components over", "Jensen-Shannon", "bound of one softmax"):
         assert words in process.stdout
     assert not re.search("Failed to load|Enum subclass", process.stderr)  # torchao's, which transformers imports
 

@@ -35,9 +35,9 @@ UNKNOWN_TARGET = -1  # at the position after the end of a text
 RANK_CLASSES = 4096
 # Where the two are compared: a lower nll than the old softmax's reads as a gain.
 OLD_SOFTMAX = (
-    "The old softmax is the same decoder on the hidden state itself. Training after the conversion serves the mixture "
-    "and not the old softmax. So the mixture's lead over it is no gain over a softmax that was trained for as long; "
-    "the command hf-mos train --head softmax trains one."
+    "The old softmax applies the decoder to the hidden state itself. Training after the conversion optimizes the "
+    "mixture, not the old softmax. So a lower nll of the mixture proves no gain: compare with a softmax model that "
+    "was trained for as long (hf-mos train --head softmax)."
 )
 
 

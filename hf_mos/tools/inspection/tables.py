@@ -1,6 +1,7 @@
 """Shows an inspection as tables in a terminal."""
 
 import math
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..evaluate import perplexity_of
 from .inspect_mixture import OLD_SOFTMAX, Candidate, CorpusInspection, Inspection, Prediction, TextInspection
 from .token_texts import visible
 
-SHOWN_COMPONENTS = 8  # of more, the line of a token shows one weight
+SHOWN_COMPONENTS = 8  # of more, the line of a token shows one weight, and no matrix of pairs fits a terminal
 # Those of the eight terminal colours that are visible on light and on dark; each component also has its number.
 COLORS = ("blue", "yellow", "green", "magenta", "cyan", "red")
 
@@ -52,12 +53,12 @@ def tokens_table(text: TextInspection) -> Table:
             table.add_row(name)
         else:
             table.add_row(name, *prediction_cells(token.prediction, token.token_id))
-    table.add_row(Text("what follows", style="italic"), *prediction_cells(text.next, None))
+    table.add_row(Text("next token", style="italic"), *prediction_cells(text.next, None))
     shown = "mixture weights" if K <= SHOWN_COMPONENTS else "largest mixture weight"
     table.caption = (
-        "Each token as it is predicted from what stands before it: its nll in nats by the mixture and by the old "
-        f"softmax, the {shown}, the component with the largest responsibility and its share, and the likeliest "
-        "token, ✓ where it is the token itself. --json and --html show the predictions of each component."
+        "For each token, given the tokens before it: its nll in nats by the mixture and by the old softmax, the "
+        f"{shown}, the component with the largest responsibility and its share, and the likeliest token "
+        "(✓ if it is the token itself). --json and --html show the predictions of each component."
     )
     table.caption_justify = "left"
     return table
@@ -118,13 +119,24 @@ def components_table(corpus: CorpusInspection) -> Table:
 
 
 def divergence_table(corpus: CorpusInspection) -> Table:
+    """The divergence of each pair of components, or of many components the mean and the extremes."""
+    K = len(corpus.components)
     table = Table(
         title=f"Jensen-Shannon divergence, nats (at most {math.log(2):.2f})",
         title_justify="left",
         box=box.HORIZONTALS,
     )
     table.add_column("")
-    for k in range(len(corpus.components)):
+    if K > SHOWN_COMPONENTS:
+        pairs = {f"{j} and {k}": corpus.divergence[j][k] for k in range(K) for j in range(k)}
+        closest, farthest = min(pairs, key=pairs.__getitem__), max(pairs, key=pairs.__getitem__)
+        table.add_column("", justify="right")
+        table.add_row("mean of all pairs", f"{statistics.mean(pairs.values()):.4f}")
+        table.add_row(f"the closest pair, {closest}", f"{pairs[closest]:.4f}")
+        table.add_row(f"the farthest pair, {farthest}", f"{pairs[farthest]:.4f}")
+        table.caption, table.caption_justify = "--json has all pairs, and --html draws them.", "left"
+        return table
+    for k in range(K):
         table.add_column(component_name(k), justify="right")
     for k, row in enumerate(corpus.divergence):
         table.add_row(component_name(k), *(f"{value:.4f}" for value in row))
