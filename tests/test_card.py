@@ -58,7 +58,7 @@ def test_a_card_has_a_column_of_splits_where_there_are_splits() -> None:
 
 
 def test_a_card_says_which_engines_load_the_model() -> None:
-    assert "vLLM loads it where hf_mos is installed" in model_card(tiny_mos(), model_id="plain").text
+    assert "vLLM loads the model where hf_mos is installed" in model_card(tiny_mos(), model_id="plain").text
 
 
 def test_a_command_holds_no_folder_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

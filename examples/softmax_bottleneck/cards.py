@@ -196,7 +196,7 @@ def write(card: Card, folder: Path) -> Path:
         machine="one thread of an AMD EPYC",
         comparison=comparison(card),
         description=description(card),
-        limits=["It is evidence, not a tool: a small model of a small text."],
+        limits=["The model is evidence, not a tool: it is small, and so is its text."],
         prompt="the company said",
         language="en",
     )
