@@ -61,8 +61,8 @@ def read_json(file: Path) -> dict[str, Any]:
 def check_exists(model: str | Path) -> None:
     """Raises a ValueError for the name of a file, and for one that is no Hub id where there is no such folder."""
     name = str(model)
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or Path(name).is_file()
-    if is_path and not Path(name).is_dir():
+    is_path = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
+    if (is_path or Path(name).is_file()) and not Path(name).is_dir():
         raise ValueError(f"model: expected a folder or a Hub id, given {name!r}, which is neither")
 
 

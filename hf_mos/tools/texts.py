@@ -70,7 +70,7 @@ def check_file_options(
     file: Path | None, text_column: str, config_name: str | None = None, split: str = SPLIT
 ) -> None:
     """Raises a ValueError where there is no such file, and for an option that has no meaning for it."""
-    check_file(file)
+    check_file(file, "--validation-file")
     if file is None:
         return
     if config_name is not None:
