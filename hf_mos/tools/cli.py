@@ -57,11 +57,12 @@ Revision = Annotated[str | None, typer.Option(help="Commit, branch or tag of the
 TextColumn = Annotated[str, typer.Option(help=TEXT_COLUMN_HELP)]
 Dtype = Annotated[str, typer.Option(help="Dtype of the weights: auto (as saved), float32, bfloat16, float16.")]
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, mps, or auto to spread the model.", show_default="the fastest")
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:1, mps, or auto: over all devices.", show_default="the fastest"),
 ]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the repository's own code.")]
 Out = Annotated[Path, typer.Argument(help="Folder for the checkpoint.", show_default=False)]
-MaxShardSize = Annotated[str, typer.Option(help="Weights in files of at most this size.")]
+MaxShardSize = Annotated[str, typer.Option(help="Maximum size of a file of weights.")]
 Force = Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")]
 Window = Annotated[
     int | None, typer.Option(help="Tokens read at a time.", show_default="the model's positions, at most 2048")
@@ -70,7 +71,7 @@ Stride = Annotated[
     int | None, typer.Option(help="Tokens by which the window slides.", show_default="half of the window")
 ]
 Tokenizer = Annotated[
-    str | None, typer.Option(help="Folder or Hub id, where it is not the model's own.", show_default=False)
+    str | None, typer.Option(help="Folder or Hub id of a tokenizer, if not the model's own.", show_default=False)
 ]
 MixtureFolder = Annotated[Path, typer.Argument(help="Folder with a mixture.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
@@ -188,8 +189,9 @@ def convert_command(
                 "softmaxes mixed": f"{conversion.num_mixtures}, {mixed_on}",
                 "parameters": f"{conversion.num_parameters:,}, {conversion.num_new_parameters:,} of them new",
                 "dtype": conversion.dtype,
-                "exactness gap": f"{conversion.gap:.2g} nats, of the two heads on the same hidden states, in float64",
-                "change": f"{conversion.change:.2g} nats, of the reloaded model, by rounding",
+                "exactness gap": f"{conversion.gap:.2g} nats between the heads on the same hidden states, in float64",
+                "change": f"at most {conversion.change:.2g} nats in the reloaded model; "
+                f"rounding explains {conversion.rounding:.2g}",
                 "tokenizer": "saved" if conversion.has_tokenizer else "none found",
             },
         )
@@ -247,7 +249,7 @@ def export_command(
                 "parameters": f"{exported.num_parameters:,}",
                 "dtype": exported.dtype,
                 "lost": lost,
-                "change": f"{exported.change:.2g} nats at most, from the mixture, on random tokens",
+                "change": f"at most {exported.change:.2g} nats from the mixture, on random tokens",
                 "tokenizer": "saved" if exported.has_tokenizer else "none found",
             },
         )
@@ -272,14 +274,16 @@ def evaluate_command(
     text_column: TextColumn = TEXT_COLUMN,
     assistant_only: Annotated[bool, typer.Option("--assistant-only", help=ASSISTANT_ONLY_HELP)] = False,
     join_rows: Annotated[
-        bool, typer.Option("--join-rows", help="Take all rows as one text, as the lines of WikiText are.")
+        bool, typer.Option("--join-rows", help="Join all rows into one text, such as the lines of WikiText.")
     ] = False,
     window: Window = None,
     stride: Stride = None,
     prefix_token_id: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Token that stands before each text.", show_default="the tokenizer's for a beginning or an end"
+            min=0,
+            help="Token before each text.",
+            show_default="the tokenizer's for a text's beginning, else end",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
@@ -290,7 +294,7 @@ def evaluate_command(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Nats per token, perplexity and bits per byte of a model on text, mixture or softmax.
+    """Measure nats per token, perplexity and bits per byte of a model, mixture or softmax, on text.
 
     Each token is counted once. Small strides give each token more context and take longer. Bits per byte compare
     models with different tokenizers; perplexity does not.
@@ -447,7 +451,7 @@ def inspect_command(
     if as_json:
         print_json(inspection.to_json())
     elif html is not None:
-        console.print(f"{html} shows it", markup=False)
+        console.print(f"wrote {html}", markup=False)
     else:
         from .inspection.tables import tables
 
@@ -474,7 +478,7 @@ def train_command(context: typer.Context) -> None:
 def card_command(
     folder: MixtureFolder,
     model_id: Annotated[
-        str | None, typer.Option(help="Where the card's code loads it from.", show_default="the folder's name")
+        str | None, typer.Option(help="Folder or Hub id that the card's code loads.", show_default="the folder's name")
     ] = None,
     results: Annotated[
         list[Path] | None,
@@ -493,24 +497,25 @@ def card_command(
         list[str] | None, typer.Option(help="Language of the model, such as en; may be repeated.", show_default=False)
     ] = None,
     training_dataset: Annotated[
-        list[str] | None, typer.Option(help="Hub id of what it was trained on.", show_default=False)
+        list[str] | None,
+        typer.Option(help="Hub id of a training dataset; may be repeated.", show_default=False),
     ] = None,
     description: Annotated[
         str | None, typer.Option(help="How the model was made, as Markdown.", show_default=False)
     ] = None,
     limit: Annotated[
-        list[str] | None, typer.Option(help="A sentence for the list of limits.", show_default=False)
+        list[str] | None, typer.Option(help="A sentence for the list of limits; may be repeated.", show_default=False)
     ] = None,
     prompt: Annotated[str, typer.Option(help="Prompt of the code in the card.")] = "The",
     model_revision: Annotated[str, typer.Option(help="The commit that the card's code loads.")] = "main",
-    force: Annotated[bool, typer.Option("--force", help="Write over a card that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the card in the folder.")] = False,
 ) -> None:
     """Write a model card: what the head is, what was measured, how to load it, what it cannot do.
 
     The measurements go into the card's model-index, which the Hub reads. CodeCarbon's measurements (emissions.csv)
     go in too.
 
-    Example:
+    Examples:
 
     $ hf-mos evaluate gpt2-mos --validation-file book.txt --json > results.json
 
@@ -525,7 +530,7 @@ def card_command(
     with before_work():
         target = folder / CARD_FILE
         if target.exists() and not force:
-            raise ValueError(f"{target}: expected none, or --force, given one that is there")
+            raise ValueError(f"{target}: expected no card, or --force, given a card")
     card = card_of_folder(
         folder,
         model_id=model_id,
@@ -546,9 +551,9 @@ def card_command(
 @app.command("push")
 def push_command(
     folder: MixtureFolder,
-    repo: Annotated[str, typer.Argument(help="user/name, made if there is none.", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="user/name; created if it does not exist.", show_default=False)],
     revision: Annotated[
-        str | None, typer.Option(help="Branch, made if there is none.", show_default="the default branch")
+        str | None, typer.Option(help="Branch; created if it does not exist.", show_default="the default branch")
     ] = None,
     private: Annotated[
         bool | None,
@@ -570,9 +575,9 @@ def push_command(
 ) -> None:
     """Send a folder's weights, code, tokenizer and card to the Hub, in one commit: all of it, or nothing.
 
-    What a training run leaves beside them (checkpoints, optimizer, logs) stays here. A folder without a card gets one.
+    Checkpoints, optimizer states and logs of a training run are not sent. A folder without a card gets one.
 
-    Examples:
+    Example:
 
     $ hf-mos push gpt2-mos user/gpt2-mos --private
     """
