@@ -23,6 +23,7 @@ from transformers import (
     MambaConfig,
     MixtralConfig,
     PreTrainedModel,
+    Trainer,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -132,6 +133,10 @@ def log_prob_gap(model: PreTrainedModel, other: PreTrainedModel, **inputs: Tenso
 
 def greedy(model: PreTrainedModel, input_ids: Tensor, new_tokens: int = 8, **kwargs: Any) -> Tensor:
     return model.generate(input_ids, max_new_tokens=new_tokens, do_sample=False, **kwargs)
+
+
+def logged_losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 class LargestTensor(TorchDispatchMode):

@@ -40,11 +40,11 @@ def without_mixture(name: str) -> tuple[MoSForCausalLM, Any]:
     return MoSForCausalLM.from_causal_lm(original, num_mixtures=3), original
 
 
-def teacher_forced(model: MoSForCausalLM, tokens: Tensor, steps: int = NEW, **kwargs: Any) -> Tensor:
+def teacher_forced(model: MoSForCausalLM, tokens: Tensor) -> Tensor:
     """Greedy decoding with no cache: the whole sequence again for each token."""
-    for _ in range(steps):
+    for _ in range(NEW):
         with torch.no_grad():
-            logits = model(input_ids=tokens, use_cache=False, **kwargs).logits
+            logits = model(input_ids=tokens, use_cache=False).logits
         tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
     return tokens
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from cases import cases
-from helpers import ATTENTION, COMMON, random_tokens, tiny_causal_lm, tiny_mos
+from helpers import ATTENTION, COMMON, logged_losses, random_tokens, tiny_causal_lm, tiny_mos
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -59,7 +59,7 @@ def trained(model: MoSForCausalLM, rows: Any, folder: Path, steps: int = 6) -> t
     )  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=rows)
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = logged_losses(trainer)
     return losses, {name: weight.detach() for name, weight in model.mos_head.named_parameters()}
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import cases
-from helpers import BACKBONES, HEADS, VOCAB_SIZE, LargestTensor, random_tokens, tiny_causal_lm, tiny_mos
+from helpers import BACKBONES, HEADS, VOCAB_SIZE, LargestTensor, logged_losses, random_tokens, tiny_causal_lm, tiny_mos
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
@@ -19,9 +19,9 @@ IS_RENAMED = hasattr(PreTrainedModel, "activation_checkpointing_enable")
 CHECKPOINTING = "activation_checkpointing" if IS_RENAMED else "gradient_checkpointing"
 
 
-def rows(count: int = 16, length: int = 12, ignored: bool = False, seed: int = 0) -> list[dict[str, Tensor]]:
+def rows(count: int = 16, length: int = 12, ignored: bool = False) -> list[dict[str, Tensor]]:
     """Training rows; with `ignored`, each row has another number of labels that count."""
-    tokens = random_tokens(count, length, seed)
+    tokens = random_tokens(count, length)
     labels = tokens.clone()
     if ignored:
         for i in range(count):
@@ -50,10 +50,6 @@ def trainer(model: MoSForCausalLM, folder: Path, data: list | None = None, **opt
     return Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data, **parts)
 
 
-def losses(run: Trainer) -> list[float]:
-    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-
-
 def parameters(model: MoSForCausalLM) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
 
@@ -67,7 +63,7 @@ def test_trains(name: str, head: dict, tmp_path: Path) -> None:
     before = parameters(model)
     run = trainer(model, tmp_path, max_steps=20, learning_rate=3e-3, lr_scheduler_type="constant")
     run.train()
-    assert losses(run)[-1] < 0.8 * losses(run)[0]
+    assert logged_losses(run)[-1] < 0.8 * logged_losses(run)[0]
     changed = {key for key, weight in parameters(model).items() if not torch.equal(before[key], weight)}
     assert {"lm_head.prior.weight", "lm_head.shift.weight"} <= changed
     assert changed & {key for key, weight in model.named_parameters() if weight is model.lm_head.weight}
@@ -91,7 +87,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch(name: str, tmp_path:
             seed=1,
         )
         run.train()
-        results.append((parameters(model), losses(run)))
+        results.append((parameters(model), logged_losses(run)))
     (large, large_losses), (accumulated, accumulated_losses) = results
     assert accumulated_losses == pytest.approx(large_losses, abs=1e-4)  # the log rounds
     start = parameters(tiny_mos(name))
@@ -136,7 +132,7 @@ def test_label_smoothing_shifts_the_labels(ignored: bool, tmp_path: Path) -> Non
     expected = (1 - epsilon) * nll - epsilon * log_probs[kept].mean()
     run = trainer(model, tmp_path, data, max_steps=1, label_smoothing_factor=epsilon)
     run.train()
-    assert losses(run)[0] == pytest.approx(expected.item(), abs=1e-4)
+    assert logged_losses(run)[0] == pytest.approx(expected.item(), abs=1e-4)
     run = trainer(tiny_mos(), tmp_path, data, label_smoothing_factor=epsilon)
     assert run.evaluate()["eval_loss"] == pytest.approx(expected.item(), abs=1e-4)
 
@@ -163,7 +159,7 @@ def test_gradient_checkpointing_in_the_trainer(tmp_path: Path) -> None:
     run.train()
     plain = trainer(tiny_mos(), tmp_path, max_steps=2)
     plain.train()
-    assert losses(run) == pytest.approx(losses(plain), abs=1e-4)
+    assert logged_losses(run) == pytest.approx(logged_losses(plain), abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "mamba"])
@@ -173,9 +169,9 @@ def test_trains_in_bf16(name: str, tmp_path: Path) -> None:
     half.train()
     single = trainer(tiny_mos(name), tmp_path, **options)
     single.train()
-    assert losses(half)[-1] < 0.8 * losses(half)[0]
-    assert losses(half)[0] == pytest.approx(losses(single)[0], rel=2e-2)
-    assert losses(half) != losses(single)
+    assert logged_losses(half)[-1] < 0.8 * logged_losses(half)[0]
+    assert logged_losses(half)[0] == pytest.approx(logged_losses(single)[0], rel=2e-2)
+    assert logged_losses(half) != logged_losses(single)
     assert {weight.dtype for weight in half.model.parameters()} == {torch.float32}
 
 
@@ -356,7 +352,7 @@ def test_a_batch_without_labels_leaves_the_weights(tmp_path: Path) -> None:
     before = parameters(model)
     run = trainer(model, tmp_path, data, max_steps=1, optim="sgd", learning_rate=1.0)
     run.train()
-    assert losses(run) == [0.0]
+    assert logged_losses(run) == [0.0]
     assert all(torch.equal(before[key], weight) for key, weight in parameters(model).items())
 
 

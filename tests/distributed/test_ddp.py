@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import logged_losses
 from processes import WORLD_SIZE, run_on_two
 from torch.nn.parallel import DistributedDataParallel
 from training_steps import (
@@ -11,7 +12,6 @@ from training_steps import (
     assert_close_to,
     assert_like_one_process,
     load_results,
-    losses_of,
     make_model,
     run_trainer,
     save_results,
@@ -46,7 +46,7 @@ def trainer_on_two(folder: str) -> None:
         trainer = run_trainer(folder, name, WORLD_SIZE)
         assert trainer.args.world_size == WORLD_SIZE
         assert isinstance(trainer.model_wrapped, DistributedDataParallel)
-        save_results(folder, f"{name}-{rank}", losses_of(trainer), dict(trainer.model.named_parameters()))
+        save_results(folder, f"{name}-{rank}", logged_losses(trainer), dict(trainer.model.named_parameters()))
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,6 @@ def test_trainer(through_trainer: Path, tmp_path: Path, name: str) -> None:
     alone = run_trainer(str(tmp_path), name, world_size=1)
     assert alone.args.world_size == 1
     losses, weights = load_results(through_trainer, f"{name}-0")
-    torch.testing.assert_close(losses, losses_of(alone), rtol=0, atol=1e-6)
+    torch.testing.assert_close(losses, logged_losses(alone), rtol=0, atol=1e-6)
     assert_close_to(alone.model, weights)
     assert_close_to(alone.model, load_results(through_trainer, f"{name}-1")[1])

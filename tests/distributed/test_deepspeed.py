@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import DistributedType, PartialState
 from extras import missing_requirements
-from helpers import run_python, tiny_causal_lm
+from helpers import logged_losses, run_python, tiny_causal_lm
 from processes import WORLD_SIZE, run_on_two
 from training_steps import (
     ACCUMULATION,
@@ -17,7 +17,6 @@ from training_steps import (
     STEPS,
     assert_close_to,
     load_results,
-    losses_of,
     run_trainer,
     save_results,
 )
@@ -69,7 +68,7 @@ def train_and_save(folder: str, stage: str) -> None:
         assert all((parameter.numel() == 0) == (stage == "3") for parameter in parameters)
         trainer.save_model()
         if torch.distributed.get_rank() == 0:
-            save_results(folder, name, losses_of(trainer), {})
+            save_results(folder, name, logged_losses(trainer), {})
     if stage == "3":
         load_sharded(folder, trainer.args.output_dir)
 
@@ -101,7 +100,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_trains_as_one_process_and_saves_whole_weights(trained: Path, tmp_path: Path, name: str) -> None:
     alone = run_trainer(tmp_path, name)
     losses, _ = load_results(trained, name)
-    torch.testing.assert_close(losses, losses_of(alone), rtol=0, atol=1e-6)
+    torch.testing.assert_close(losses, logged_losses(alone), rtol=0, atol=1e-6)
     saved = trained / f"{name}-out"
     assert_close_to(alone.model, dict(MoSForCausalLM.from_pretrained(saved).named_parameters()))
 

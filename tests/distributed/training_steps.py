@@ -123,10 +123,6 @@ def run_trainer(
     return trainer
 
 
-def losses_of(trainer: Trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
 def save_results(folder: str | Path, name: str, losses: list[float], weights: dict[str, Tensor]) -> None:
     """Of one rank, which may hold another one's storage."""
     path = Path(folder, name)

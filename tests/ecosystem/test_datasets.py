@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import IterableDataset, load_dataset
-from helpers import VOCAB_SIZE, random_tokens, tiny_causal_lm, tiny_mos
+from helpers import VOCAB_SIZE, logged_losses, random_tokens, tiny_causal_lm, tiny_mos
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
@@ -31,7 +31,7 @@ def trained(data: object, folder: Path, **options: object) -> tuple[list[float],
     )
     trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data)
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = logged_losses(trainer)
     return losses, model.lm_head.prior.weight.detach(), trainer.evaluate()
 
 

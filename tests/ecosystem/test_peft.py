@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import HEADS, greedy, random_tokens, run_python, tiny_causal_lm, tiny_mos
+from helpers import HEADS, greedy, logged_losses, random_tokens, run_python, tiny_causal_lm, tiny_mos
 from peft import (
     IA3Config,
     LoraConfig,
@@ -95,13 +95,13 @@ ADAPTERS: dict[str, tuple[Callable[[], MoSForCausalLM], PeftConfig, set[str]]] =
 }
 
 
-def losses_of_training(model: Any, steps: int = 8, autocast: bool = False) -> list[float]:
+def losses_of_training(model: Any, autocast: bool = False) -> list[float]:
     """Every trained parameter gets a gradient within the steps."""
     model.train()
     parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     optimizer = torch.optim.Adam(parameters.values(), lr=2e-2)
     losses, moved = [], set()
-    for _ in range(steps):
+    for _ in range(8):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = model(input_ids=TOKENS, labels=TOKENS).loss
         loss.backward()
@@ -325,7 +325,7 @@ def test_the_trainer_trains_adapters(tmp_path: Path) -> None:
     )  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=rows)
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = logged_losses(trainer)
     assert losses[-1] < losses[0]
     model.eval()
     assert_same(PeftModel.from_pretrained(tiny_mos(), tmp_path / "checkpoint-6").eval(), predictions(model))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from helpers import HEADS, VOCAB_SIZE, random_tokens, run_python, tiny_causal_lm, tiny_mos
+from helpers import HEADS, VOCAB_SIZE, logged_losses, random_tokens, run_python, tiny_causal_lm, tiny_mos
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -34,6 +34,7 @@ from hf_mos import MoSForCausalLM
 
 pytestmark = pytest.mark.filterwarnings("default")  # TRL warns of its own changes to come
 
+ROWS = 8  # of a dataset
 HEAD = {"lm_head.prior.weight", "lm_head.shift.weight", "lm_head.weight"}
 
 
@@ -51,19 +52,19 @@ def text(seed: int, length: int) -> str:
     return " ".join(f"w{token}" for token in random_tokens(1, length, seed)[0].tolist())
 
 
-def texts(count: int = 8) -> Dataset:
-    return Dataset.from_list([{"text": text(seed, 6 + seed % 5)} for seed in range(count)])
+def texts() -> Dataset:
+    return Dataset.from_list([{"text": text(seed, 6 + seed % 5)} for seed in range(ROWS)])
 
 
-def completions(count: int = 8) -> Dataset:
-    return Dataset.from_list([{"prompt": text(s, 4), "completion": " " + text(s + 100, 5)} for s in range(count)])
+def completions() -> Dataset:
+    return Dataset.from_list([{"prompt": text(s, 4), "completion": " " + text(s + 100, 5)} for s in range(ROWS)])
 
 
-def preferences(count: int = 8) -> Dataset:
+def preferences() -> Dataset:
     return Dataset.from_list(
         [
             {"prompt": text(s, 4), "chosen": " " + text(s + 100, 5), "rejected": " " + text(s + 200, 3 + s % 4)}
-            for s in range(count)
+            for s in range(ROWS)
         ]
     )
 
@@ -90,12 +91,8 @@ def arguments(kind: Any, folder: Path, **options: Any) -> Any:
     )
 
 
-def first_log(trainer: Any, key: str = "loss") -> dict[str, float]:
-    return next(entry for entry in trainer.state.log_history if key in entry)
-
-
-def losses(trainer: Any) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+def first_log(trainer: Any) -> dict[str, float]:
+    return next(entry for entry in trainer.state.log_history if "loss" in entry)
 
 
 def changed(model: PreTrainedModel, before: dict[str, Tensor]) -> set[str]:
@@ -150,7 +147,7 @@ def test_sft_trains_the_mixture(name: str, tokenizer: Any, tmp_path: Path) -> No
     for key, value in expected.items():
         assert log[key] == pytest.approx(value, abs=1e-4), key
         assert evaluated[f"eval_{key}"] == pytest.approx(value, abs=1e-4), key
-    assert losses(trainer)[-1] < 0.8 * losses(trainer)[0]
+    assert logged_losses(trainer)[-1] < 0.8 * logged_losses(trainer)[0]
     missing = (HEAD & before.keys()) - changed(model, before)
     assert not missing
 
@@ -189,7 +186,7 @@ def test_sft_with(options: dict, tokenizer: Any, tmp_path: Path) -> None:
             log_probs = model(**{key: value for key, value in batch.items() if key != "labels"}).logits[:, :-1]
         expected = 0.9 * expected - 0.1 * float(log_probs[batch["labels"][:, 1:] != -100].mean())
     trainer.train()
-    assert losses(trainer)[0] == pytest.approx(expected, abs=0.05 if "bf16" in options else 1e-4)
+    assert logged_losses(trainer)[0] == pytest.approx(expected, abs=0.05 if "bf16" in options else 1e-4)
     assert changed(model, before) >= HEAD
 
 
@@ -200,7 +197,7 @@ def test_sft_on_completions_alone(tokenizer: Any, tmp_path: Path) -> None:
     assert (batch["labels"] == -100).any()
     expected = own_metrics(model, batch)["loss"]
     trainer.train()
-    assert losses(trainer)[0] == pytest.approx(expected, abs=1e-4)
+    assert logged_losses(trainer)[0] == pytest.approx(expected, abs=1e-4)
 
 
 def test_sft_with_the_dft_loss(tokenizer: Any, tmp_path: Path) -> None:
@@ -212,7 +209,7 @@ def test_sft_with_the_dft_loss(tokenizer: Any, tmp_path: Path) -> None:
         log_probs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     log_probs = log_probs[targets != -100].gather(-1, targets[targets != -100].unsqueeze(-1))
     trainer.train()
-    assert losses(trainer)[0] == pytest.approx(float(-(log_probs.exp() * log_probs).mean()), abs=1e-4)
+    assert logged_losses(trainer)[0] == pytest.approx(float(-(log_probs.exp() * log_probs).mean()), abs=1e-4)
 
 
 def test_sft_joins_the_router_loss_of_a_mixture_of_experts(tokenizer: Any, tmp_path: Path) -> None:
@@ -224,7 +221,7 @@ def test_sft_joins_the_router_loss_of_a_mixture_of_experts(tokenizer: Any, tmp_p
         expected = float(model(**batch).loss)
     assert own_metrics(model, batch)["loss"] < expected - 1e-4
     trainer.train()
-    assert losses(trainer)[0] == pytest.approx(expected, abs=1e-4)
+    assert logged_losses(trainer)[0] == pytest.approx(expected, abs=1e-4)
     assert "aux_loss" in first_log(trainer)
 
 
@@ -247,8 +244,8 @@ def test_sft_with_adapters(tokenizer: Any, tmp_path: Path) -> None:
     before = snapshot(trainer.model)
     expected = own_metrics(trainer.model, batch_of(trainer))["loss"]
     trainer.train()
-    assert losses(trainer)[0] == pytest.approx(expected, abs=1e-4)
-    assert losses(trainer)[-1] < losses(trainer)[0]
+    assert logged_losses(trainer)[0] == pytest.approx(expected, abs=1e-4)
+    assert logged_losses(trainer)[-1] < logged_losses(trainer)[0]
     assert changed(trainer.model, before) == trained
     assert any("shift.lora_B" in name for name in trained)
     assert any("prior.modules_to_save" in name for name in trained)
@@ -279,7 +276,7 @@ def test_one_learning_rate_is_enough(tokenizer: Any, tmp_path: Path, with_adapte
             groups = [{"params": old}, {"params": new, "lr": 1e-1}]
             trainer.optimizer = torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.0)
         trainer.train()
-        found.append(losses(trainer))
+        found.append(logged_losses(trainer))
     assert found[0] == pytest.approx(found[1], rel=2e-3)
     assert found[0][-1] < found[0][0]
 
@@ -375,7 +372,7 @@ def test_dpo_with_a_reference(tokenizer: Any, tmp_path: Path) -> None:
     before = snapshot(model)
     trainer = dpo(model, tokenizer, tmp_path, ref_model=reference, max_steps=8)
     check_dpo(trainer, model, reference)
-    assert losses(trainer)[-1] < 0.8 * losses(trainer)[0]
+    assert logged_losses(trainer)[-1] < 0.8 * logged_losses(trainer)[0]
     assert changed(model, before) >= HEAD
 
 
@@ -397,7 +394,7 @@ def test_dpo_with_adapters_takes_the_model_without_them(precomputed: bool, token
     assert trainer.ref_model is None
     before = snapshot(trainer.model)
     check_dpo(trainer, trainer.model, tiny_mos())
-    assert losses(trainer)[-1] < losses(trainer)[0]
+    assert logged_losses(trainer)[-1] < logged_losses(trainer)[0]
     assert any("prior.lora_B" in name for name in changed(trainer.model, before))
 
 
@@ -499,7 +496,7 @@ def test_a_reward_model_has_the_layers_of_the_mixture(tokenizer: Any, tmp_path: 
     for name, weight in mixture.model.named_parameters():
         assert torch.equal(layers[name], weight), name
     trainer.train()
-    assert math.isfinite(losses(trainer)[0])
+    assert math.isfinite(logged_losses(trainer)[0])
 
 
 def test_a_peft_model_is_taken_as_it_is(tokenizer: Any, tmp_path: Path) -> None:
@@ -507,4 +504,4 @@ def test_a_peft_model_is_taken_as_it_is(tokenizer: Any, tmp_path: Path) -> None:
     trainer = sft(get_peft_model(tiny_mos(), adapters), tokenizer, tmp_path)
     expected = own_metrics(trainer.model, batch_of(trainer))["loss"]
     trainer.train()
-    assert losses(trainer)[0] == pytest.approx(expected, abs=1e-4)
+    assert logged_losses(trainer)[0] == pytest.approx(expected, abs=1e-4)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import VOCAB_SIZE, LargestTensor, random_tokens, run_python, tiny_causal_lm, tiny_mos
+from helpers import VOCAB_SIZE, LargestTensor, logged_losses, random_tokens, run_python, tiny_causal_lm, tiny_mos
 from killing import kill_at_every_change
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -100,7 +100,7 @@ def test_a_loss_computed_outside_the_model_stops_the_run_when_logged(tmp_path: P
 def test_the_stock_trainer_goes_on(tmp_path: Path) -> None:
     run = trainer(tmp_path, tiny_mos(), [Poison(3)])
     run.train()
-    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    losses = logged_losses(run)
     assert run.state.global_step == 6
     assert losses[2:] == [0.0] * 4
     assert not run.model.lm_head.prior.weight.isfinite().all()
@@ -111,7 +111,7 @@ def test_a_sound_run_is_left_alone(tmp_path: Path) -> None:
     for callbacks in ([], [StopOnNonFiniteLoss(), MixtureUsage()]):
         run = trainer(tmp_path / str(len(losses)), tiny_mos(), callbacks)
         run.train()
-        losses.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
+        losses.append(logged_losses(run))
     assert losses[0] == losses[1]
 
 
@@ -203,14 +203,14 @@ def test_a_run_killed_while_saving_resumes_from_a_whole_checkpoint(run_folder: P
 # ------------------------------------------------------------------------------------------------------------ starving
 
 
-def starve(model: MoSForCausalLM, component: int = 1) -> MoSForCausalLM:
-    """A component that gets next to nothing on every token: one number of GPT-2's hidden state is 10 on each."""
+def starve(model: MoSForCausalLM) -> MoSForCausalLM:
+    """Component 1 gets next to nothing on every token: one number of GPT-2's hidden state is 10 on each."""
     head = model.lm_head
     with torch.no_grad():
         model.transformer.ln_f.weight[0], model.transformer.ln_f.bias[0] = 0, 10
         head.prior.weight.mul_(0.1)
         head.prior.weight[:, 0] = 0
-        head.prior.weight[component, 0] = -6 / (10 * head.latent_scale)
+        head.prior.weight[1, 0] = -6 / (10 * head.latent_scale)
     return model
 
 
