@@ -232,8 +232,8 @@ def test_components_that_stay_equal_are_named(head: str, tmp_path: Path, caplog:
     model = new_mixture(head)
     model.lm_head.shift.requires_grad_(False)
     run_trainer(model, tmp_path, steps=7)
-    assert caplog.text.count("all equal") == 1
-    assert "step 5: the components of the mixture are all equal since step 1" in caplog.text
+    assert caplog.text.count("all been equal") == 1
+    assert "step 5: the components of the mixture have all been equal since step 1" in caplog.text
     caplog.clear()
     run_trainer(new_mixture(head), tmp_path, steps=5)
     assert "equal" not in caplog.text

@@ -235,7 +235,7 @@ class MixtureUsage(TrainerCallback):
         for k, steps in self.starved.items():
             if persists(steps, self.starved_for) and not persists(before.get(k, []), self.starved_for):
                 logger.warning(
-                    f"step {step}: component {k} of the mixture starves since step {steps[0]}: its mean weight is "
+                    f"step {step}: component {k} of the mixture has starved since step {steps[0]}: its mean weight is "
                     f"{mean_weights[k]:.2e}, below {threshold:.2e}"
                 )
 
@@ -247,8 +247,8 @@ class MixtureUsage(TrainerCallback):
         before, self.still = self.still, [*self.still, step] if is_still else []
         if persists(self.still, self.starved_for) and not persists(before, self.starved_for):
             logger.warning(
-                f"step {step}: the components of the mixture are all equal since step {self.still[0]}, so it is one "
-                "softmax: nothing moves the shift. Train its weight, or put a LoRA adapter on it"
+                f"step {step}: the components of the mixture have all been equal since step {self.still[0]}, so it is "
+                "one softmax: nothing moves the shift. Train its weight, or put a LoRA adapter on it"
             )
 
     def on_train_end(
