@@ -165,9 +165,9 @@ def test_resumes_bit_for_bit(tmp_path: Path, base: Path, text_file: Path, run: C
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["--latent-scale", 0.5], "--latent-scale: the checkpoint to resume from has 2.0, given 0.5"),
-        (["--latent-scale", 2.0, "--shortlist-size", "all"], "--shortlist-size: .* has 64, given all"),
-        (["--head", "softmax"], "--head softmax: the checkpoint to resume from has a mixture"),
+        (["--latent-scale", 0.5], "--latent-scale: expected 2.0, as in the checkpoint to resume from, given 0.5"),
+        (["--latent-scale", 2.0, "--shortlist-size", "all"], "--shortlist-size: expected 64, .*, given all"),
+        (["--head", "softmax"], "--head: expected mixture, as in the checkpoint to resume from, given softmax"),
     ],
 )
 def test_a_resumed_run_has_the_head_of_its_checkpoint(
@@ -369,15 +369,15 @@ def test_trains_a_mixture_on(tmp_path: Path, base: Path, text_file: Path, run: C
     data = ["--train-file", text_file, "--max-steps", 3]
     run("--model", base, "--num-mixtures", 2, "--shortlist-size", "all", "--output-dir", first, *data)
     run("--model", first, "--shortlist-size", "all", "--no-tie-word-embeddings", "--output-dir", second, *data)
-    with pytest.raises(OptionError, match="--tie-word-embeddings: the model has False, given True"):
+    with pytest.raises(OptionError, match="--tie-word-embeddings: expected False, as in the model, given True"):
         run("--model", first, "--tie-word-embeddings", "--output-dir", third, *data)
     model = AutoModelForCausalLM.from_pretrained(second)
     assert (model.config.num_mixtures, model.config.shortlist_size) == (2, None)
     losses = [json.loads((out / "eval_results.json").read_text())["eval_loss"] for out in (first, second)]
     assert losses[1] < losses[0]
-    with pytest.raises(ValueError, match="--num-mixtures: the model has 2, given 5"):
+    with pytest.raises(ValueError, match="--num-mixtures: expected 2, as in the model, given 5"):
         run("--model", first, "--num-mixtures", 5, "--output-dir", third, *data)
-    with pytest.raises(ValueError, match="--shortlist-size: the model has all, given 64"):
+    with pytest.raises(ValueError, match="--shortlist-size: expected all, as in the model, given 64"):
         run("--model", first, "--shortlist-size", 64, "--output-dir", third, *data)
 
 
@@ -477,7 +477,7 @@ def test_rows_of_a_dataset_begin_with_the_token_that_validation_begins_with(tmp_
         ("--model BASE --train-file TEXT --output-dir TEXT/out", "--output-dir: expected a folder, given"),
         ("--model BASE --train-file TEXT --eval-do-concat-batches false", "--eval-do-concat-batches: expected True"),
         ("--from-scratch BASE --train-file TEXT", "--tokenizer: expected a folder or Hub id with --from-scratch"),
-        ("--model BASE --train-file TEXT --resume-from-checkpoint last", "expected a whole checkpoint in .*, found"),
+        ("--model BASE --train-file TEXT --resume-from-checkpoint last", "expected a whole checkpoint in .*, given none"),
     ],
 )
 def test_bad_options_are_named_before_the_text_is_read(
@@ -628,7 +628,7 @@ def test_too_little_text_is_named(tmp_path: Path, base: Path, run: Callable[...,
     short = tmp_path / "short.txt"
     short.write_text("Two words.\n")
     data = ["--train-file", short, "--validation-share", 0]
-    with pytest.raises(ValueError, match=r"expected at least 32 tokens \(--block-size\) in the training set"):
+    with pytest.raises(ValueError, match="--block-size: expected at most the tokens of the training set, given 32"):
         run("--model", base, *data, "--output-dir", tmp_path / "out")
 
 

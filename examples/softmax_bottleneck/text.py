@@ -52,7 +52,7 @@ class Source:
         if len(given) > 1:
             raise typer.BadParameter(f"expected one of --data-dir, --train-file, --dataset-name, given {given}")
         if (self.train_file is None) != (self.validation_file is None):
-            raise typer.BadParameter("expected --train-file and --validation-file, both or neither")
+            raise typer.BadParameter("expected --train-file and --validation-file, both or neither, given one")
         for path in self.files().values():
             if not path.is_file():
                 raise typer.BadParameter(f"expected a file, given {path}, which is none")
@@ -172,7 +172,7 @@ def load_text(
         ids = torch.tensor([token for encoding in encodings for token in [*encoding.ids, end]])
         count = len(ids) // block_size
         if count == 0:
-            raise typer.BadParameter(f"expected at least {block_size} tokens to {split}, given {len(ids)}")
+            raise typer.BadParameter(f"{split}: expected at least {block_size} tokens, given {len(ids)}")
         return ids[: count * block_size].view(count, block_size)
 
     return Text(

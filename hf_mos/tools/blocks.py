@@ -148,7 +148,7 @@ def cut_windows(
     prefix, texts = prefix_of(tokenizer), [text for text in render(tokenizer, validation.rows, assistant_only) if text]
     windows = windows_over(texts, tokenizer, prefix, window, stride)
     if not windows:
-        raise ValueError("expected some text in the validation set, given none")
+        raise ValueError("validation set: expected some text, given none")
     num_bytes = count_bytes(tokenizer, texts, prefix)
     return ValidationSet(windows, count_targets(windows), num_bytes, window, stride)
 
@@ -201,5 +201,5 @@ def pack(rows: Rows, tokenizer: PreTrainedTokenizerBase, block_size: int, option
     if len(blocks) == 0 and options.assistant_only and sum(map(len, tokens["input_ids"])) >= block_size:
         raise ValueError("--assistant-only: expected turns of the assistant in the training set, given none")
     if len(blocks) == 0:
-        raise ValueError(f"expected at least {block_size} tokens (--block-size) in the training set, given fewer")
+        raise ValueError(f"--block-size: expected at most the tokens of the training set, given {block_size}")
     return blocks

@@ -69,6 +69,7 @@ from .train_options import LONGEST_DEFAULT_BLOCK, DataOptions, ModelOptions, par
 
 # What a folder of a run holds; other files in the output folder stay.
 RUN_FILES = (CONFIG_FILE, CARD_FILE, "*.safetensors", f"{PREFIX_CHECKPOINT_DIR}-*")
+AS_RESUMED = "as in the checkpoint to resume from"
 
 
 class CardTrainer(Trainer):
@@ -349,20 +350,20 @@ def check_resumed(checkpoint: Path, model: PreTrainedModel) -> None:
     saved, _ = PreTrainedConfig.get_config_dict(checkpoint)
     is_saved, is_made = saved.get("model_type") == MODEL_TYPE, isinstance(model, MoSForCausalLM)
     if is_saved != is_made:
-        given = ("mixture" if is_made else "softmax"), ("mixture" if is_saved else "softmax")
-        raise OptionError(f"--head {given[0]}: the checkpoint to resume from has a {given[1]}")
+        kinds = {True: "mixture", False: "softmax"}
+        raise OptionError(f"--head: expected {kinds[is_saved]}, {AS_RESUMED}, given {kinds[is_made]}")
     if is_made:
         made = {name: getattr(model.config, name) for name in option_defaults() if name != "init_seed"}
         with before_work():
-            refuse_other_options(made, saved, "the checkpoint to resume from")
+            refuse_other_options(made, saved, AS_RESUMED)
 
 
-def refuse_other_options(given: dict[str, Any], found: dict[str, Any], owner: str) -> None:
-    """Raises a ValueError for an option of the head that the owner of `found` has with another value."""
+def refuse_other_options(given: dict[str, Any], found: dict[str, Any], where: str) -> None:
+    """Raises a ValueError for an option of the head whose value is not the one `found` there."""
     for name, value in given.items():
         if found[name] != value:
             shown = [ALL if size is None else repr(size) for size in (found[name], value)]
-            raise ValueError(f"--{name.replace('_', '-')}: {owner} has {shown[0]}, given {shown[1]}")
+            raise ValueError(f"--{name.replace('_', '-')}: expected {shown[0]}, {where}, given {shown[1]}")
 
 
 def delete_checkpoints(folder: Path, kept: str | None) -> None:
@@ -394,7 +395,7 @@ def checkpoint_to_resume(training_arguments: TrainingArguments) -> str | None:
     folder = Path(str(training_arguments.output_dir))
     checkpoint = last_whole_checkpoint(folder) if asked.lower() in ("last", "true") else asked
     if checkpoint is None:
-        raise ValueError(f"--resume-from-checkpoint {asked}: expected a whole checkpoint in {folder}, found none")
+        raise ValueError(f"--resume-from-checkpoint: expected a whole checkpoint in {folder}, given none")
     if not Path(checkpoint).is_dir():
         raise ValueError(f"--resume-from-checkpoint: expected a folder, given {checkpoint!r}")
     if not has_optimizer(checkpoint):  # the Trainer would begin with a new one, and the first learning rate
@@ -444,7 +445,7 @@ def read_config(options: ModelOptions) -> PreTrainedConfig:
             setattr(config, name, value)
         return config
     found = {name: getattr(config, name) for name in (*option_defaults(), TIE)}
-    refuse_other_options(options.head_options, found, "the model")
+    refuse_other_options(options.head_options, found, "as in the model")
     return config
 
 

@@ -164,7 +164,7 @@ class DataOptions:
         if not 0 <= self.validation_share < 1:
             raise ValueError(f"--validation-share: expected a number in [0, 1), given {self.validation_share}")
         if self.streaming and self.preprocessing_workers is not None:
-            raise ValueError("--preprocessing-workers: expected none with --streaming, which tokenizes in the loader")
+            raise ValueError("--preprocessing-workers: expected none with --streaming, given a number")
         if self.block_size is not None and self.block_size < 2:
             raise ValueError(f"--block-size: expected at least 2 tokens, given {self.block_size}")
 
@@ -235,7 +235,7 @@ def check_frozen(model: ModelOptions, data: DataOptions, training: TrainingArgum
     if data.streaming or max(model.tp_size, model.fsdp_size) > 1:
         raise ValueError("--freeze-backbone: expected no --streaming, --tp-size or --fsdp-size with it, given one")
     if training.neftune_noise_alpha is not None:
-        raise ValueError("--neftune-noise-alpha: expected none with --freeze-backbone, whose embeddings do not train")
+        raise ValueError("--neftune-noise-alpha: expected none with --freeze-backbone, given a number")
 
 
 # ---------------------------------------------------------------------------------------------------------------- help

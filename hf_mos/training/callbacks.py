@@ -135,11 +135,11 @@ class MixtureUsage(TrainerCallback):
         starved_below: float = 0.1,
         starved_for: int = 50,
     ) -> None:
-        if (max_tokens is not None and max_tokens < 1) or not 0 <= starved_below <= 1 or starved_for < 1:
-            raise ValueError(
-                "expected max_tokens and starved_for of at least 1 and starved_below in [0, 1], "
-                f"given {max_tokens!r}, {starved_for!r} and {starved_below!r}"
-            )
+        for name, number in (("max_tokens", max_tokens), ("starved_for", starved_for)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name}: expected at least 1, given {number!r}")
+        if not 0 <= starved_below <= 1:
+            raise ValueError(f"starved_below: expected a number in [0, 1], given {starved_below!r}")
         self.components, self.max_tokens = components, max_tokens
         self.starved_below, self.starved_for = starved_below, starved_for
         self.head: Any = None

@@ -266,6 +266,19 @@ def test_a_mixture_that_is_not_logged_says_so_once(tmp_path: Path, caplog: pytes
     assert caplog.text.count("With label_smoothing_factor the Trainer keeps the labels to itself.") == 1
 
 
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ({"max_tokens": 0}, "max_tokens: expected at least 1, given 0"),
+        ({"starved_for": 0}, "starved_for: expected at least 1, given 0"),
+        ({"starved_below": 2.0}, r"starved_below: expected a number in \[0, 1\], given 2.0"),
+    ],
+)
+def test_options_of_usage_are_refused_by_name(option: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        MixtureUsage(**option)
+
+
 def test_a_component_that_starves_for_long_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = trainer(tmp_path, starve(tiny_mos("gpt2")), [], max_steps=9, learning_rate=1e-5)
     MixtureUsage(starved_for=4).add_to(run)
