@@ -45,5 +45,6 @@ trainer.train()
 trainer.save_model()  # weights, the code of the head, tokenizer
 
 model = AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)  # loads where hf_mos is not installed too
-tokens = model.generate(**tokenizer("Return a new", return_tensors="pt"), max_new_tokens=30)
+inputs = tokenizer("Return a new", return_tensors="pt")
+tokens = model.generate(**inputs, max_new_tokens=30, no_repeat_ngram_size=2)  # so short a training repeats itself
 print(tokenizer.decode(tokens[0]))
