@@ -1,5 +1,6 @@
 """What both comparisons of heads report: the table, the plot, the paragraphs and the finished folder."""
 
+import argparse
 import json
 import os
 import platform
@@ -97,6 +98,14 @@ def perplexity_for_card(perplexity: float, text: str) -> Any:
         metric_name="perplexity per token",
         metric_value=round(perplexity, 2),
     )
+
+
+def command_line(settings: Any, arguments: argparse.Namespace) -> str:
+    """The command that makes the comparison again."""
+    options = [f"--steps {settings.steps}", f"--num-mixtures {settings.num_mixtures}", f"--seed {settings.seed}"]
+    if arguments.max_documents:
+        options.append(f"--max-documents {arguments.max_documents}")
+    return " ".join(["python examples/quickstart/compare_heads.py", *["--tiny"] * arguments.tiny, *options])
 
 
 def machine() -> str:

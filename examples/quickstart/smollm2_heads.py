@@ -20,6 +20,7 @@ from typing import Any
 from python_documentation import pydoc_topics
 from report import (
     RESULTS_FILE,
+    command_line,
     generate_paragraphs,
     machine,
     markdown_table,
@@ -267,17 +268,12 @@ def write_card(result: Path, settings: Settings, runs: list[Run], arguments: arg
     from hf_mos.tools.card import model_card
 
     python = platform.python_version()
-    documents = f" --max-documents {arguments.max_documents}" if arguments.max_documents else ""
-    command = (
-        f"python examples/quickstart/compare_heads.py --steps {settings.steps} "
-        f"--num-mixtures {settings.num_mixtures} --seed {settings.seed}{documents}"
-    )
     rates = ", ".join(f"{rate:g}" for rate in settings.rates)
     card = model_card(
         MoSForCausalLM.from_pretrained(result),
         model_id="quickstart-out",
         eval_results=[perplexity_for_card(runs[-1].perplexity, "Topics of pydoc")],
-        command=command,
+        command=command_line(settings, arguments),
         machine=machine(),
         comparison=markdown_table(COLUMNS, table_rows(runs)),
         description=(

@@ -20,6 +20,7 @@ import numpy as np
 from python_documentation import python_documentation
 from report import (
     RESULTS_FILE,
+    command_line,
     generate_paragraphs,
     machine,
     markdown_table,
@@ -305,10 +306,3 @@ def write_card(result: Path, settings: Settings, checkpoint: Run, runs: dict[str
         language="en",
     )
     card.save(result / "README.md")
-
-
-def command_line(settings: Settings, arguments: argparse.Namespace) -> str:
-    options = [f"--steps {settings.steps}", f"--num-mixtures {settings.num_mixtures}", f"--seed {settings.seed}"]
-    if arguments.max_documents:
-        options.append(f"--max-documents {arguments.max_documents}")
-    return " ".join(["python examples/quickstart/compare_heads.py --tiny", *options])
