@@ -477,7 +477,10 @@ def test_rows_of_a_dataset_begin_with_the_token_that_validation_begins_with(tmp_
         ("--model BASE --train-file TEXT --output-dir TEXT/out", "--output-dir: expected a folder, given"),
         ("--model BASE --train-file TEXT --eval-do-concat-batches false", "--eval-do-concat-batches: expected True"),
         ("--from-scratch BASE --train-file TEXT", "--tokenizer: expected a folder or Hub id with --from-scratch"),
-        ("--model BASE --train-file TEXT --resume-from-checkpoint last", "expected a whole checkpoint in .*, given none"),
+        (
+            "--model BASE --train-file TEXT --resume-from-checkpoint last",
+            "expected a whole checkpoint in .*, given none",
+        ),
     ],
 )
 def test_bad_options_are_named_before_the_text_is_read(
