@@ -453,6 +453,24 @@ def test_rows_of_a_dataset_begin_with_the_token_that_validation_begins_with(tmp_
         ("--model ./none --train-file TEXT", "model: expected a folder or a Hub id, given './none', which is neither"),
         ("--model BASE --train-file TEXT --tp-size 2", "--tp-size, --fsdp-size: expected a --model that has a"),
         ("--model BASE --train-file TEXT --validation-share 2", r"--validation-share: expected a number in \[0, 1\)"),
+        ("--model BASE --train-file TEXT --learning-rate inf", r"--learning-rate: expected a number in \[0, .* inf"),
+        ("--model BASE --train-file TEXT --weight-decay nan", r"--weight-decay: expected a number in \[0, .* nan"),
+        ("--model BASE --train-file TEXT --logging-steps inf", r"--logging-steps: expected a number in \[0, .* inf"),
+        ("--model BASE --train-file TEXT --seed -1", r"--seed: expected a number in \[0, 4294967296\), given -1"),
+        (f"--model BASE --train-file TEXT --init-seed {2**64}", r"--init-seed: expected a number in \[0, "),
+        (f"--model BASE --train-file TEXT --data-seed {2**63}", r"--data-seed: expected a number in \[0, "),
+        (
+            "--model BASE --train-file TEXT --gradient-accumulation-steps -1",
+            r"--gradient-accumulation-steps: expected a number in \[1, .* given -1",
+        ),
+        (
+            "--model BASE --train-file TEXT --per-device-eval-batch-size 0",
+            r"--per-device-eval-batch-size: expected a number in \[1, .* given 0",
+        ),
+        (
+            "--model BASE --train-file TEXT --label-smoothing-factor 2",
+            r"--label-smoothing-factor: expected a number in \[0, 1\)",
+        ),
         ("--model BASE --train-file TEXT --head softmax --num-mixtures 2", "--head softmax: expected no options"),
         ("--model BASE --train-file TEXT --freeze-decoder", "--freeze-decoder: expected with --freeze-backbone only"),
         (

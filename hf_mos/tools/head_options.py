@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from .flags import new_flag, with_flags
+from .flags import check_numbers, new_flag, with_flags
 
 CONFIGURATION = Path(__file__).parents[1] / "remote_code" / "configuration_mos.py"
 TYPES: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
@@ -81,6 +81,7 @@ def check_head_options(options: dict[str, Any]) -> None:
         from ..remote_code.configuration_mos import check_options
 
         check_options(own)
+        check_numbers(own)
 
 
 def head_cost(

@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn
 from transformers import HfArgumentParser, TrainingArguments
 
 from .exit_codes import OptionError, before_work
+from .flags import check_numbers
 from .head_options import add_head_options, head_flags, read_head_options
 from .places import check_file
 from .texts import ASSISTANT_ONLY_HELP, FILE_READERS, TEXT_COLUMN, TEXT_COLUMN_HELP, reader_of
@@ -161,8 +162,6 @@ class DataOptions:
             check_file(Path(file), option)
             if Path(file).suffix.lower() not in FILE_READERS:
                 raise ValueError(f"{option}: expected one of {', '.join(FILE_READERS)}, given {file!r}")
-        if not 0 <= self.validation_share < 1:
-            raise ValueError(f"--validation-share: expected a number in [0, 1), given {self.validation_share}")
         if self.streaming and self.preprocessing_workers is not None:
             raise ValueError("--preprocessing-workers: expected none with --streaming, given a number")
         if self.block_size is not None and self.block_size < 2:
@@ -263,6 +262,12 @@ class Parser(HfArgumentParser):
             default=argparse.SUPPRESS,
             help="Explain every option of TrainingArguments too.",
         )
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        namespace, unknown = super().parse_known_args(*args, **kwargs)
+        # Before TrainingArguments computes with them.
+        check_numbers({name: value for name, value in vars(namespace).items() if value != self.get_default(name)})
+        return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
         raise OptionError(re.sub(r"--\w+/(--[\w-]+)", r"\1", message))  # one spelling of an option
