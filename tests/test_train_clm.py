@@ -486,6 +486,18 @@ def test_rows_of_a_dataset_begin_with_the_token_that_validation_begins_with(tmp_
             "--neftune-noise-alpha: expected none",
         ),
         ("--model BASE --train-file TEXT --batch-eval-metrics", "--batch-eval-metrics: expected False"),
+        (
+            "--model BASE --train-file TEXT --eval-strategy steps --validation-share 0",
+            "--eval-strategy steps: expected --validation-file",
+        ),
+        ("--model BASE --train-file TEXT --eval-on-start --streaming --max-steps 1", "--eval-on-start: expected"),
+        (
+            "--model BASE --train-file TEXT --save-strategy best --metric-for-best-model loss",
+            "--save-strategy best: expected with --eval-strategy and --metric-for-best-model, given no and loss",
+        ),
+        ("--model BASE --train-file TEXT --save-strategy best --eval-strategy epoch", "given epoch and None"),
+        ("--model BASE --train-file TEXT --load-best-model-at-end --save-strategy no", "given no and loss"),
+        ("--model BASE --train-file TEXT --metric-for-best-model bleu", "expected loss or perplexity, given bleu"),
         ("--model BASE --train-file TEXT --do-predict", "--do-predict: expected False"),
         (
             "--model BASE --train-file TEXT --train-sampling-strategy group_by_length",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .exit_codes import OptionError, before_work
 from .flags import check_numbers
@@ -197,6 +198,8 @@ def parse_options(arguments: list[str] | None = None, prog: str | None = None) -
             raise ValueError(f"--head softmax: expected no options of a mixture, given {model.head_options}")
         check_frozen(model, data, training)
         check_evaluation(training)
+        check_best(training)
+        check_validation(data, training)
         if data.streaming and training.max_steps <= 0:
             raise ValueError(
                 "--max-steps: expected a number of steps with --streaming, whose length is unknown, given none"
@@ -205,7 +208,7 @@ def parse_options(arguments: list[str] | None = None, prog: str | None = None) -
 
 
 def check_evaluation(training: TrainingArguments) -> None:
-    """Raises a ValueError for options that the command cannot follow; a perplexity has to fall."""
+    """Raises a ValueError for options that the command cannot follow."""
     if training.do_predict:
         raise ValueError("--do-predict: expected False, as hf-mos evaluate measures a test text, given True")
     if (sampling := getattr(training, "train_sampling_strategy", "random")) not in ("random", "sequential"):
@@ -216,8 +219,34 @@ def check_evaluation(training: TrainingArguments) -> None:
         raise ValueError("--batch-eval-metrics: expected False, as the metrics are those of all windows, given True")
     if not training.eval_do_concat_batches:
         raise ValueError("--eval-do-concat-batches: expected True, as windows differ in length, given False")
-    if training.metric_for_best_model in ("perplexity", "eval_perplexity"):
+
+
+def check_best(training: TrainingArguments) -> None:
+    """Raises a ValueError where a run could not tell its best checkpoint; a perplexity has to fall."""
+    metric, evaluates = training.metric_for_best_model, IntervalStrategy(training.eval_strategy).value
+    if metric is not None and metric.removeprefix("eval_") not in ("loss", "perplexity"):
+        raise ValueError(f"--metric-for-best-model: expected loss or perplexity, given {metric}")
+    if metric in ("perplexity", "eval_perplexity"):
         training.greater_is_better = False  # transformers takes any name that does not end in "loss" for a score
+    asks = training.load_best_model_at_end or training.save_strategy == SaveStrategy.BEST
+    if asks and (metric is None or evaluates == "no"):
+        raise ValueError(
+            "--load-best-model-at-end, --save-strategy best: expected with --eval-strategy and "
+            f"--metric-for-best-model, given {evaluates} and {metric}"
+        )
+
+
+def check_validation(data: DataOptions, training: TrainingArguments) -> None:
+    """Raises a ValueError where there is nothing to evaluate on; a dataset may have a validation set of its own."""
+    has_share = data.validation_share > 0 and not data.streaming
+    if has_share or data.validation_file is not None or data.dataset_name is not None:
+        return
+    evaluates = IntervalStrategy(training.eval_strategy).value
+    if training.eval_on_start or evaluates != "no":
+        asked = "--eval-on-start" if training.eval_on_start else f"--eval-strategy {evaluates}"
+        raise ValueError(
+            f"{asked}: expected --validation-file, or --validation-share above 0 without --streaming, given neither"
+        )
 
 
 def check_frozen(model: ModelOptions, data: DataOptions, training: TrainingArguments) -> None:
