@@ -284,13 +284,14 @@ def train(model_options: ModelOptions, data_options: DataOptions, training_argum
     if model_options.force and not goes_on:
         with training_arguments.main_process_first(local=False, desc="deleting the checkpoints of another run"):
             delete_checkpoints(output, kept=resume_from)
-    metrics = train_or_load(trainer, resume_from)
-    former = leftovers(output, before=resume_from if goes_on else None) if model_options.force or goes_on else {}
-    save_and_evaluate(trainer, metrics, former)
-    if training_arguments.push_to_hub:
-        pin(trainer, trainer.push_to_hub())
-    else:
-        trainer.create_model_card()
+    with saying_how_to_resume(trainer):
+        metrics = train_or_load(trainer, resume_from)
+        former = leftovers(output, before=resume_from if goes_on else None) if model_options.force or goes_on else {}
+        save_and_evaluate(trainer, metrics, former)
+        if training_arguments.push_to_hub:
+            pin(trainer, trainer.push_to_hub())
+        else:
+            trainer.create_model_card()
 
 
 def train_or_load(trainer: CardTrainer, resume_from: str | None) -> dict[str, float] | None:
@@ -298,12 +299,7 @@ def train_or_load(trainer: CardTrainer, resume_from: str | None) -> dict[str, fl
     if resume_from is not None and trainer.has_ended(resume_from):
         trainer.load_end(resume_from)
         return None
-    try:
-        return trainer.train(resume_from_checkpoint=resume_from).metrics
-    except KeyboardInterrupt:
-        if trainer.is_world_process_zero():
-            print(how_to_resume(trainer), file=sys.stderr)
-        raise
+    return trainer.train(resume_from_checkpoint=resume_from).metrics
 
 
 def save_and_evaluate(
@@ -373,7 +369,18 @@ def delete_checkpoints(folder: Path, kept: str | None) -> None:
             shutil.rmtree(path)
 
 
-def how_to_resume(trainer: Trainer) -> str:
+@contextlib.contextmanager
+def saying_how_to_resume(trainer: CardTrainer) -> Iterator[None]:
+    """Prints the sentence of [`how_to_resume`] where the run is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if trainer.is_world_process_zero():
+            print(how_to_resume(trainer), file=sys.stderr)
+        raise
+
+
+def how_to_resume(trainer: CardTrainer) -> str:
     """The sentence for a run that was interrupted."""
     at = f"interrupted at step {trainer.state.global_step}"
     checkpoint = last_whole_checkpoint(str(trainer.args.output_dir))
@@ -381,6 +388,8 @@ def how_to_resume(trainer: Trainer) -> str:
         return (
             f"{at}. {checkpoint} has no optimizer to go on with (--save-only-model); --model {checkpoint} starts anew"
         )
+    if checkpoint is None and trainer.is_saved:
+        return f"{at}, after the trained model was saved in {trainer.args.output_dir}"
     if checkpoint is None:
         return f"{at}, before a checkpoint was saved; --save-steps {trainer.args.save_steps} saves one that often"
     words = own_command(("--resume-from-checkpoint", "--resume_from_checkpoint", "--force"), keep_folders=True)

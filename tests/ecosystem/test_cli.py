@@ -44,6 +44,7 @@ from hf_mos.tools import cli, loading
 from hf_mos.tools.card import eval_results
 from hf_mos.tools.evaluate import choose_window, evaluate, positions_of
 from hf_mos.tools.texts import load_rows, read_texts
+from hf_mos.tools.train import CardTrainer
 from hf_mos.training.callbacks import StopOnNonFiniteLoss
 
 COMMANDS = ("convert", "export", "evaluate", "inspect", "train", "card", "push", "serve")
@@ -1019,3 +1020,30 @@ def test_an_interrupted_training_says_how_to_go_on(
     words = shlex.split(command)
     assert run(*words[words.index("train") :]).code == 0
     assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 4
+
+
+@pytest.mark.parametrize("part", ["save_model", "evaluate", "create_model_card"])
+def test_an_interruption_after_the_last_step_says_how_to_go_on(
+    run: Callable[..., Printed],
+    base: Path,
+    text_file: Path,
+    tmp_path: Path,
+    part: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+    options = ["--model", base, "--train-file", text_file, "--block-size", 32, *QUICK, "--output-dir", out]
+    whole = getattr(CardTrainer, part)
+
+    def interrupt(self: Any, output_dir: Any = None, **kwargs: Any) -> None:
+        if output_dir is None:  # not of a checkpoint
+            raise KeyboardInterrupt
+        whole(self, output_dir, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CardTrainer, part, interrupt)
+        printed = run("train", *options, "--max-steps", 2)
+        unsaved = run("train", *options, "--max-steps", 1, "--save-strategy", "no", "--force")
+    assert (printed.code, unsaved.code) == (130, 130)
+    assert f"To go on from {out}/checkpoint-2" in printed.err
+    assert ("after the trained model was saved in" in unsaved.err) == (part != "save_model")
