@@ -19,6 +19,13 @@ CARD_FILE = "README.md"
 EMISSIONS_FILE = "emissions.csv"  # written by the Trainer's CodeCarbon callback
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 PIN_IT = ": put its hash\nwhere `main` stands"
+# What a card takes from the output of `hf-mos evaluate --json`, and of which type.
+RESULT_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("data", "command", "machine"), str),
+    **dict.fromkeys(("window", "stride"), int),
+    **dict.fromkeys(("perplexity", "bits_per_byte"), int | float | None),
+    "split": str | None,
+}
 TAGS = ["mixture-of-softmaxes", "custom_code"]
 
 
@@ -123,13 +130,15 @@ def card_of_folder(
         fields: further arguments of [`model_card`].
 
     Raises:
-        ValueError: there is no checkpoint of a mixture in the folder, or a file of results is none.
+        ValueError: there is no checkpoint of a mixture in the folder, or a file of results is none, or of another
+            model by its name.
     """
     check_checkpoint(folder)
     config = MoSConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = MoSForCausalLM(config)
-    measured = [read_results(file) for file in results]
+    names = {folder.resolve().name, Path(model_id or folder.resolve()).name}
+    measured = [read_results(file, names) for file in results]
     if measured:
         fields["eval_results"] = [result for evaluation in measured for result in eval_results(evaluation)]
         fields["command"] = "` and `".join(dict.fromkeys(evaluation["command"] for evaluation in measured))
@@ -138,11 +147,18 @@ def card_of_folder(
     return model_card(model, model_id=model_id or folder.resolve().name, emissions=emissions, **fields)
 
 
-def read_results(file: Path) -> dict[str, Any]:
-    needed = {"data", "split", "window", "stride", "perplexity", "bits_per_byte", "command", "machine"}
+def read_results(file: Path, names: set[str]) -> dict[str, Any]:
+    """Reads the results of a model of one of these names, in whatever folder or namespace of the Hub."""
     evaluation = read_json(file)
-    if missing := sorted(needed - evaluation.keys()):
-        raise ValueError(f"{file}: expected what hf-mos evaluate --json prints, given one without {missing}")
+    expected = f"{file}: expected what hf-mos evaluate --json prints"
+    if missing := sorted(RESULT_TYPES.keys() - evaluation.keys()):
+        raise ValueError(f"{expected}, given one without {missing}")
+    for name, types in RESULT_TYPES.items():
+        if not isinstance(evaluation[name], types):
+            raise ValueError(f"{expected}, given {name} of type {type(evaluation[name]).__name__}")
+    model = str(evaluation.get("model", ""))
+    if model and Path(model).resolve().name not in names:
+        raise ValueError(f"{file}: expected results of {' or '.join(sorted(names))}, given those of {model!r}")
     return evaluation
 
 

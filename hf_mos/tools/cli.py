@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 from .exit_codes import DONE, FAILED, INTERRUPTED, REFUSED, OptionError, before_work
 from .head_options import with_head_options
-from .places import check_checkpoint, check_exists, check_file, write_whole
+from .places import check_checkpoint, check_exists, check_file, check_is_no_folder, write_whole
 from .texts import ASSISTANT_ONLY_HELP, SPLIT, TEXT_COLUMN, TEXT_COLUMN_HELP, check_file_options
 
 try:
@@ -529,6 +529,7 @@ def card_command(
 
     with before_work():
         target = folder / CARD_FILE
+        check_is_no_folder(target)
         if target.exists() and not force:
             raise ValueError(f"{target}: expected no card, or --force, given a card")
     card = card_of_folder(

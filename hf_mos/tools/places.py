@@ -23,6 +23,12 @@ def check_file(file: Path | None, name: str = "file") -> None:
         raise ValueError(f"{name}: expected a file, given {str(file)!r}, which is none")
 
 
+def check_is_no_folder(file: Path) -> None:
+    """Raises a ValueError where a folder is in the place of a file to write."""
+    if file.is_dir():
+        raise ValueError(f"{file}: expected a file or none, given a folder")
+
+
 def check_is_folder(folder: Path, name: str) -> None:
     """Raises a ValueError where a file is in the place of the folder, or of a folder above it."""
     if (file := next((path for path in (folder, *folder.parents) if path.is_file()), None)) is not None:

@@ -60,9 +60,9 @@ from .evaluate import (
     target_nll,
 )
 from .exit_codes import REFUSED, OptionError, before_work
-from .head_options import ALL, TIE, describe_head
+from .head_options import ALL, TIE, check_head_options, describe_head
 from .loading import hub_options, is_mixture, load_config, load_tokenizer
-from .places import check_is_folder, delete_unchanged, leftovers, write_whole
+from .places import check_is_folder, check_is_no_folder, delete_unchanged, leftovers, write_whole
 from .provenance import describe_machine, own_command
 from .push import pin_card
 from .train_options import LONGEST_DEFAULT_BLOCK, DataOptions, ModelOptions, parse_options
@@ -226,6 +226,7 @@ def train(model_options: ModelOptions, data_options: DataOptions, training_argum
     with before_work():
         resume_from = checkpoint_to_resume(training_arguments)
         output = Path(str(training_arguments.output_dir))
+        check_is_no_folder(output / CARD_FILE)
         goes_on = resume_from is not None and Path(resume_from).resolve().parent == output.resolve()
         if not goes_on:
             check_output(output, model_options)

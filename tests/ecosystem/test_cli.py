@@ -875,6 +875,50 @@ def test_measurements_go_into_the_card(
     assert "None measured." in ModelCard.load(folder / "README.md").text
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"perplexity": "1.5"}, "given perplexity of type str"),
+        ({"window": "64"}, "given window of type str"),
+        ({"machine": None}, "given machine of type NoneType"),
+        ({"model": "user/other"}, "expected results of mixture or name, given those of 'user/other'"),
+    ],
+    ids=str,
+)
+def test_results_of_another_model_or_form_are_refused(
+    run: Callable[..., Printed], mixture: Path, tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    folder, file = tmp_path / "mixture", tmp_path / "results.json"
+    shutil.copytree(mixture, folder)
+    results = {
+        "data": "book",
+        "split": None,
+        "window": 64,
+        "stride": 32,
+        "command": "hf-mos evaluate",
+        "machine": "CPU",
+    }
+    results |= {"perplexity": 1.5, "bits_per_byte": None, "model": "elsewhere/mixture"}
+    for each, code in ((results | changed, 1), (results, 0)):
+        file.write_text(json.dumps(each))
+        printed = run("card", folder, "--results", file, "--model-id", "user/name")
+        assert printed.code == code, printed.err
+        assert (folder / "README.md").exists() == (code == 0)
+        assert (message in printed.err) == (code == 1)
+
+
+def test_a_folder_in_the_place_of_the_card_is_refused_before_any_work(
+    run: Callable[..., Printed], base: Path, mixture: Path, text_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mixture"
+    shutil.copytree(mixture, folder)
+    (folder / "README.md").mkdir()
+    for words in (["card", folder], ["train", "--model", base, "--train-file", text_file, "--output-dir", folder]):
+        printed = run(*words, "--force")
+        assert printed.code == 2
+        assert "README.md: expected a file or none, given a folder" in printed.err
+
+
 def test_a_full_disk_leaves_the_former_card(
     run: Callable[..., Printed], mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
