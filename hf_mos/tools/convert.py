@@ -88,7 +88,7 @@ def convert(
         config = check_options(str(model), None, revision, dtype, device, trust_remote_code)
         refuse_mixture(config, repr(str(model)))
         refuse_remote_code(type(config), repr(str(model)))
-        check_head_options(head_options)
+        check_head_options(head_options, config)
     tokenizer = find_tokenizer(model, revision, trust_remote_code)
 
     softmax = load_model(model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)

@@ -74,14 +74,20 @@ def read_head_options(given: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def check_head_options(options: dict[str, Any]) -> None:
-    """Raises a ValueError where an option of `from_causal_lm` is unknown or out of range, whatever the model."""
+def check_head_options(options: dict[str, Any], config: Any = None) -> None:
+    """Raises a ValueError where an option of `from_causal_lm` is unknown or out of range, for the model of the config.
+
+    The head itself takes a larger rank than the hidden size for a full one; asked for by hand it is a mistake.
+    """
     own = {name: value for name, value in options.items() if name != TIE}
     if own:
         from ..remote_code.configuration_mos import check_options
 
         check_options(own)
         check_numbers(own)
+    width = None if config is None else getattr(config.get_text_config(), "hidden_size", None)
+    if isinstance(width, int) and (own.get("shift_rank") or 0) > width:
+        raise ValueError(f"shift_rank: expected at most the hidden size, {width}, given {own['shift_rank']}")
 
 
 def head_cost(

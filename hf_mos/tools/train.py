@@ -438,6 +438,7 @@ def pin(trainer: CardTrainer, commit: CommitInfo | None) -> None:
 def read_config(options: ModelOptions) -> PreTrainedConfig:
     """Loads the config of the model, and checks the options against it."""
     config = load_config(options.source, **hub_options(options.revision, options.trust_remote_code))
+    check_head_options(options.head_options, config)
     converts = options.head == "mixture" and not is_mixture(config)
     if converts:
         refuse_remote_code(type(config), repr(options.source))

@@ -107,6 +107,12 @@ def test_help_in_a_narrow_terminal_names_each_option_whole(command: str) -> None
         ("convert BASE OUT --num-mixtures 0", 2, "num_mixtures: expected an int of at least 1, given 0"),
         ("convert BASE OUT --num-softmaxes 3", 2, "--num-softmaxes"),
         ("convert BASE OUT --latent-scale 0", 2, "latent_scale: expected a finite number above 0, or None, given 0.0"),
+        ("convert BASE OUT --shift-rank 33", 2, "shift_rank: expected at most the hidden size, 32, given 33"),
+        (
+            "train --model BASE --train-file TEXT --output-dir OUT --shift-rank 33",
+            2,
+            "shift_rank: expected at most the",
+        ),
         (f"convert BASE OUT --num-mixtures {10**20}", 2, "--num-mixtures: expected a number in [0, "),
         (f"convert BASE OUT --init-seed {2**64}", 2, "--init-seed: expected a number in [0, 18446744073709551616)"),
         ("convert BASE OUT --shortlist-size 0", 2, "shortlist_size: expected an int of at least 1"),
