@@ -145,7 +145,9 @@ def cut_windows(
     Where the tokenizer has no token for the beginning or the end of a text, the first token of a text does not count,
     nor do its bytes.
     """
-    prefix, texts = prefix_of(tokenizer), [text for text in render(tokenizer, validation.rows, assistant_only) if text]
+    source = ", ".join(filter(None, (validation.data, validation.split)))
+    prefix, rows = prefix_of(tokenizer), render(tokenizer, validation.rows, assistant_only, source)
+    texts = [text for text in rows if text]
     windows = windows_over(texts, tokenizer, prefix, window, stride)
     if not windows:
         raise ValueError("validation set: expected some text, given none")
@@ -162,6 +164,7 @@ def pack(rows: Rows, tokenizer: PreTrainedTokenizerBase, block_size: int, option
     each drops its incomplete block. Rows of messages are as the chat template renders them.
     """
     name = choose_column(columns_of(rows), options.text_column)
+    source = str(options.train_file or options.dataset_name)
 
     def encode_all(texts: list[Any]) -> Iterator[tuple[list[int], list[bool]]]:
         if any(isinstance(text, Chat) for text in texts):
@@ -175,7 +178,7 @@ def pack(rows: Rows, tokenizer: PreTrainedTokenizerBase, block_size: int, option
 
     def tokenize(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[list[int]]]:
         texts = check_rows(rows[name], name, rows.get(TOOLS_COLUMN), indices[0])
-        encoded = [*encode_all(render(tokenizer, texts, options.assistant_only))]
+        encoded = [*encode_all(render(tokenizer, texts, options.assistant_only, source, indices[0]))]
         return {
             "input_ids": [token_ids for token_ids, _ in encoded],
             "labels": [[t if count else IGNORED for t, count in zip(*row, strict=True)] for row in encoded],

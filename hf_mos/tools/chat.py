@@ -6,6 +6,7 @@ A row is a list of messages: `[{"role": "user", "content": "Hello"}, {"role": "a
 from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeAlias
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -29,18 +30,29 @@ Text: TypeAlias = str | Chat
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, rows: Iterable[str | Messages | ToolChat], assistant_only: bool
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[str | Messages | ToolChat],
+    assistant_only: bool,
+    source: str = "the data",
+    start: int = 0,
 ) -> list[Text]:
     """The texts of rows: a text as it is, messages as a [`Chat`].
 
     Args:
         assistant_only: search the assistant's turns, for a loss on them alone.
+        source: where the rows are from, and `start` the number of the first, for the error.
 
     Raises:
-        ValueError: the tokenizer has no chat template, the template does not show where a turn begins, or the
-            assistant's turns are searched in a text.
+        ValueError: the tokenizer has no chat template, the template refuses a row or does not show where a turn
+            begins, or the assistant's turns are searched in a text.
     """
-    return [render_row(tokenizer, row, assistant_only) for row in rows]
+    texts: list[Text] = []
+    for i, row in enumerate(rows, start):
+        try:
+            texts.append(render_row(tokenizer, row, assistant_only))
+        except (ValueError, TemplateError) as error:
+            raise ValueError(f"row {i} of {source}: {error}") from error
+    return texts
 
 
 def render_row(tokenizer: PreTrainedTokenizerBase, row: str | Messages | ToolChat, assistant_only: bool) -> Text:

@@ -329,7 +329,7 @@ def evaluate_command(
         assert dataset_name is not None
         rows = read_dataset(dataset_name, dataset_config_name, split, text_column)
     loaded_tokenizer = load_tokenizer(model, tokenizer, revision=revision, trust_remote_code=trust_remote_code)
-    texts = render(loaded_tokenizer, rows, assistant_only)
+    texts = render(loaded_tokenizer, rows, assistant_only, str(data["data"]))
     if join_rows:
         texts = [join(texts)]
     loaded = load_model(model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -430,7 +430,7 @@ def inspect_command(
             check_target(html)
     rows = None if validation_file is None else read_texts(validation_file, text_column)
     loaded_tokenizer = load_tokenizer(model, tokenizer, revision=revision, trust_remote_code=trust_remote_code)
-    corpus = None if rows is None else render(loaded_tokenizer, rows, assistant_only=False)
+    corpus = None if rows is None else render(loaded_tokenizer, rows, False, str(validation_file))
     shown: Text | None = text
     if text is None and html is not None and corpus is not None:
         shown = next((beginning(entry, PAGE_CHARACTERS) for entry in corpus if entry), None)

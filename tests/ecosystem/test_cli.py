@@ -744,6 +744,29 @@ def test_a_row_that_is_no_text_is_named(
     assert f"text_column: expected text or messages in column 'text', given {given}" in printed.err
 
 
+@pytest.mark.parametrize("command", ["evaluate", "train", "validate"])
+@pytest.mark.parametrize("row", [[], [{"role": "system", "content": "a"}]], ids=str)
+def test_messages_that_the_template_refuses_are_named(
+    run: Callable[..., Printed], base: Path, text_file: Path, tmp_path: Path, command: str, row: Any
+) -> None:
+    folder, file, out = tmp_path / "base", tmp_path / "chats.jsonl", tmp_path / "out"
+    shutil.copytree(base, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('No system') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    rows = [[{"role": "user", "content": "Sentence 3 says"}], row]
+    file.write_text("\n".join(json.dumps({"messages": each}) for each in rows))
+    words = {
+        "evaluate": ["evaluate", folder, "--validation-file", file],
+        "train": ["train", "--model", folder, "--train-file", file, "--validation-share", 0],
+        "validate": ["train", "--model", folder, "--train-file", text_file, "--validation-file", file],
+    }[command]
+    printed = run(*words, *([] if command == "evaluate" else [*QUICK, "--block-size", 8, "--output-dir", out]))
+    assert printed.code == 1
+    assert re.search(r"error: row 1 of \S*chats\.jsonl: (Cannot apply|No system)", printed.err)
+
+
 @pytest.mark.parametrize(
     "config",
     [
