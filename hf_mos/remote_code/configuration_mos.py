@@ -19,21 +19,17 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 MODEL_TYPE, BACKBONE_TYPE = "mos", "backbone_model_type"  # the first is the file's `model_type`
 PREFIX = "MoS"  # of the name of a made class
-
 # 320 / D (`learning_rates.py`), from scratch 3.2 / D (`from_scratch.py`): in a step of Adam all widths change alike.
 TRAINED_SCALE, FROM_SCRATCH_SCALE = 320.0, 3.2  # times 1 / D. Source: Yang et al., arXiv 2203.03466
 ALWAYS_FULL, SMALLEST_RANK, LARGEST_RANK = 64, 8, 128  # at D = 576, 128 gains like a full rank (`real_model.py`)
-
 # The names of a logit softcap in transformers' configs. It belongs inside each component of the mixture, so a model
 # that is made moves it from there to `softcap`; the file keeps it under the architecture's name.
 SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 # Replaces a softcap that may not be None: `tanh(h / 2^64) * 2^64` is h, to the bit, in fp32 and in bf16.
 NO_SOFTCAP = 2.0**64
-
 # A config of no model type, which AutoTokenizer finds where it may not run the code of this one: so it does not warn.
 TOKENIZER_CONFIG = "tokenizer_without_code"
 FILE_FIELDS = ("model_type", BACKBONE_TYPE, TOKENIZER_CONFIG)  # that no config in memory has
-
 LISTENERS: list[Callable[[Any], None]] = []  # called with each config class that is made
 
 

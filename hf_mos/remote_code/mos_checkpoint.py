@@ -79,12 +79,10 @@ def _install(staging: Path, folder: Path, names: list[str], variant: str | None)
     """Gives the files their usual names, in an order in which these never name old and new files together."""
     old = [path for path in folder.iterdir() if _is_weights(path.name, variant)]
     old_shards = [path for path in old if re.search(r"-of-\d{5}\.", path.name)]
-    for path in old:
-        if _is_index(path.name) or DISTRIBUTED_SHARD.fullmatch(path.name):
+    for path in old:  # before an index is put there: transformers prefers the single file
+        stays = path.name in names or path in old_shards
+        if not stays or _is_index(path.name) or DISTRIBUTED_SHARD.fullmatch(path.name):
             path.unlink()
-    for path in old:
-        if path.name not in names and path not in old_shards and path.exists():
-            path.unlink()  # before an index is put there: transformers prefers the single file
     for name in sorted(names, key=_is_index):  # an index after its shards
         if name != CONFIG_FILE:
             _place(staging / name, folder / name)
@@ -93,8 +91,8 @@ def _install(staging: Path, folder: Path, names: list[str], variant: str | None)
         os.replace(staging / CONFIG_FILE, folder / CONFIG_FILE)
         _flush(folder)
     for path in old_shards:
-        if path.name not in names and path.exists():
-            path.unlink()
+        if path.name not in names:
+            path.unlink(missing_ok=True)
 
 
 def _place(source: Path, target: Path) -> None:
@@ -252,10 +250,8 @@ def check_loaded(
         raise ValueError(f"{where}: expected the weights of the head in the config, given {', '.join(unread)} too")
     mismatched = sorted(info["mismatched_keys"])
     if mismatched and not allow_mismatched:
-        lines = [
-            f"{files.get(key, where)}: {key}: expected {tuple(expected)}, as the config says, given {tuple(given)}"
-            for key, given, expected in mismatched
-        ]
+        said = "{}: {}: expected {}, as the config says, given {}"
+        lines = [said.format(files.get(key, where), key, tuple(wants), tuple(has)) for key, has, wants in mismatched]
         raise MismatchedWeights("\n".join(lines))
     for key, tensor in model.mos_head.named_parameters(prefix=path):
         readable = tensor.is_floating_point() and not tensor.is_meta and type(tensor) is nn.Parameter
