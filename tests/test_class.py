@@ -125,6 +125,14 @@ def test_a_softmax_folder_is_converted(tmp_path: Path) -> None:
         MoSConfig.from_pretrained(tmp_path)
 
 
+def test_a_made_class_loads_no_mixture_of_another(tmp_path: Path) -> None:
+    tiny_mos("gpt2").save_pretrained(tmp_path)
+    refusal = "expected the checkpoint of a MoSLlamaForCausalLM, given that of a MoSGPT2LMHeadModel"
+    for given in ({}, {"config": MoSConfig.from_pretrained(tmp_path)}):
+        with pytest.raises(ValueError, match=refusal):
+            hf_mos.MoSLlamaForCausalLM.from_pretrained(tmp_path, **given)
+
+
 def test_a_config_without_a_backbone_is_refused() -> None:
     for call in (MoSConfig, lambda: MoSConfig(num_mixtures=3)):
         with pytest.raises(ValueError, match="from_backbone_config"):

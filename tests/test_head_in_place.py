@@ -488,6 +488,17 @@ def test_resizing_keeps_what_is_frozen(tied: bool, frozen: tuple[str, ...]) -> N
         assert {name: weight.requires_grad for name, weight in model.named_parameters()} == before
 
 
+def test_a_head_that_is_taken_away_is_the_softmax_models_error() -> None:
+    for take in (lambda model: setattr(model, "lm_head", None), lambda model: delattr(model, "lm_head")):
+        errors = []
+        for model in (tiny_causal_lm(), tiny_mos()):
+            take(model)
+            with pytest.raises((TypeError, AttributeError)) as error:
+                model(TOKENS)
+            errors.append(error.type)
+        assert errors[0] is errors[1]
+
+
 @pytest.mark.parametrize("way", ["set_output_embeddings", "new nn.Linear"])
 def test_a_head_that_is_replaced_by_a_softmax_is_named(way: str, caplog: pytest.LogCaptureFixture) -> None:
     """Tools that swap each `nn.Linear`, for a quantized one or one in fp8, would drop the mixture in silence."""

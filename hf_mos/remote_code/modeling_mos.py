@@ -158,7 +158,7 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
     def head_path(self) -> str:
         """The name of the head in this model, such as `lm_head`."""
         head = self.get_output_embeddings()
-        return next(name for name, module in self.named_modules() if module is head)
+        return next((name for name, module in self.named_modules() if module is head), "output embeddings")
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -266,7 +266,10 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             models = {name: kwargs.pop(name) for name in MODEL_ARGUMENTS if name in kwargs}
             config, unused = MoSConfig.from_pretrained(place, return_unused_kwargs=True, **kwargs)
             kwargs = unused | files | models
-        made = model_class_for(backbone_class_of(config)) if cls is MoSForCausalLM else cls
+        needed = model_class_for(backbone_class_of(config))
+        made = needed if cls is MoSForCausalLM else cls
+        if not issubclass(made, needed):
+            raise ValueError(f"model: expected the checkpoint of a {made.__name__}, given that of a {needed.__name__}")
         folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder", ""))
         headers = {}
         if pretrained_model_name_or_path is not None and folder.is_dir() and kwargs.get("gguf_file") is None:
