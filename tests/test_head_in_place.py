@@ -488,6 +488,26 @@ def test_resizing_keeps_what_is_frozen(tied: bool, frozen: tuple[str, ...]) -> N
         assert {name: weight.requires_grad for name, weight in model.named_parameters()} == before
 
 
+@pytest.mark.parametrize(
+    "way", ["weight norm", "spectral norm of the shift", "pruned", "bias", "sequence", "compiled"]
+)
+def test_a_head_whose_weights_cannot_be_loaded_is_not_saved(way: str, tmp_path: Path) -> None:
+    """The softmax model writes such a head, and from_pretrained then draws another one."""
+    changes: dict[str, Callable[[Any], Any]] = {
+        "weight norm": lambda model: parametrizations.weight_norm(model.lm_head),
+        "spectral norm of the shift": lambda model: parametrizations.spectral_norm(model.lm_head.shift),
+        "pruned": lambda model: prune.l1_unstructured(model.lm_head, "weight", 0.5),
+        "bias": lambda model: setattr(model.lm_head, "bias", nn.Parameter(torch.ones(VOCAB_SIZE))),
+        "sequence": lambda model: setattr(model, "lm_head", nn.Sequential(model.lm_head)),
+        "compiled": lambda model: setattr(model, "lm_head", torch.compile(model.lm_head, backend="eager")),
+    }
+    model = tiny_mos()
+    changes[way](model)
+    with pytest.raises(ValueError, match=r"lm_head: expected the weights \['prior.weight', .*, given \["):
+        model.save_pretrained(tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
 def test_a_head_that_is_taken_away_is_the_softmax_models_error() -> None:
     for take in (lambda model: setattr(model, "lm_head", None), lambda model: delattr(model, "lm_head")):
         errors = []

@@ -204,6 +204,11 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         for name in (*option_defaults(), "softcap"):
             if (made := getattr(head, name)) != (written := getattr(self.config, name)):
                 raise ValueError(f"{name}: expected {made} in the config, as in the head, given {written}")
+        is_special = getattr(self, "_hf_peft_config_loaded", False) or kwargs.get("distributed_checkpoint")
+        given = {name for name, _ in self.get_output_embeddings().named_parameters()}
+        if given != head.weight_names and state_dict is None and not is_special:
+            expected = f"{self.head_path()}: expected the weights {sorted(head.weight_names)}"
+            raise ValueError(f"{expected}, which alone can be loaded, given {sorted(given)}")
         is_native = getattr(self.config, "distributed_config", None) is not None  # transformers gathers the weights
         is_sharded = any(hasattr(parameter, "device_mesh") for parameter in self.parameters())
         gathers = is_sharded and (is_native or state_dict is None)
@@ -222,7 +227,6 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
         )
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         is_writer = is_main_process and not (torch.distributed.is_initialized() and torch.distributed.get_rank())
-        is_special = getattr(self, "_hf_peft_config_loaded", False) or kwargs.get("distributed_checkpoint")
         with own_class(self):
             if not is_writer or is_special or os.path.isfile(save_directory):
                 write(save_directory, is_main_process=is_main_process, push_to_hub=push_to_hub, **hub, **kwargs)

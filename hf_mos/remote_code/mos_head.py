@@ -105,6 +105,7 @@ class MoSLMHead(nn.Linear):
         self.prior = nn.Linear(D, num_mixtures, dtype=torch.promote_types(dtype, torch.float32), **given)
         self.shift = nn.Linear(D, num_mixtures * self.shift_rank, dtype=dtype, **given)
         self.widening = nn.Linear(self.shift_rank, D, dtype=dtype, **given) if self.shift_rank < D else None
+        self.weight_names = {name for name, _ in self.named_parameters()}  # in a checkpoint
         self.reset_mixture()
 
     @torch.no_grad()
