@@ -205,10 +205,10 @@ class MoSForCausalLM(PreTrainedModel, GenerationMixin):
             if (made := getattr(head, name)) != (written := getattr(self.config, name)):
                 raise ValueError(f"{name}: expected {made} in the config, as in the head, given {written}")
         is_special = getattr(self, "_hf_peft_config_loaded", False) or kwargs.get("distributed_checkpoint")
-        names = {name for name, _ in self.get_output_embeddings().named_parameters()}
-        if names != head.weight_names and state_dict is None and not is_special:
+        weights = {name for name, _ in self.get_output_embeddings().named_parameters()}
+        if weights != head.weight_names and state_dict is None and not is_special:
             expected = f"{self.head_path()}: expected the weights {sorted(head.weight_names)}"
-            raise ValueError(f"{expected}, which alone can be loaded, given {sorted(names)}")
+            raise ValueError(f"{expected}, which alone can be loaded, given {sorted(weights)}")
         is_native = getattr(self.config, "distributed_config", None) is not None  # transformers gathers the weights
         is_sharded = any(hasattr(parameter, "device_mesh") for parameter in self.parameters())
         gathers = is_sharded and (is_native or state_dict is None)
