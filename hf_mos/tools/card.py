@@ -137,14 +137,15 @@ def card_of_folder(
     config = MoSConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = MoSForCausalLM(config)
-    names = {folder.resolve().name, Path(model_id or folder.resolve()).name}
-    measured = [read_results(file, names) for file in results]
+    own_name = folder.resolve().name
+    model_id = model_id or own_name
+    measured = [read_results(file, {own_name, Path(model_id).name}) for file in results]
     if measured:
         fields["eval_results"] = [result for evaluation in measured for result in eval_results(evaluation)]
         fields["command"] = "` and `".join(dict.fromkeys(evaluation["command"] for evaluation in measured))
         fields["machine"] = ", ".join(dict.fromkeys(evaluation["machine"] for evaluation in measured))
     emissions = read_emissions(folder / EMISSIONS_FILE) if (folder / EMISSIONS_FILE).is_file() else None
-    return model_card(model, model_id=model_id or folder.resolve().name, emissions=emissions, **fields)
+    return model_card(model, model_id=model_id, emissions=emissions, **fields)
 
 
 def read_results(file: Path, names: set[str]) -> dict[str, Any]:
